@@ -1,0 +1,108 @@
+"""Files on disk: written under a temporary name and renamed, verified when they are read.
+
+Every stage ends by writing one JSON *record*. The record carries the SHA-256 of the payload files
+beside it, so a record that exists vouches for a complete stage.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from prunebench.errors import UserError
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary sibling of `path`, then rename it; never leaves half a file.
+
+    The temporary name is unique, so that two late copies of one job cannot mix their bytes.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"cannot write {path}: {error.strerror or error}; free space or mend permissions and "
+            "run the same command again, finished work is kept"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: dict) -> None:
+    text = json.dumps(content, indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda temporary: temporary.write_text(text))
+
+
+def read_json(path: Path) -> dict:
+    path = Path(path)
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; run the stage that writes it first") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is corrupt ({error}); delete it and run again") from error
+
+
+def sha256(path: Path) -> str:
+    with Path(path).open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def write_record(path: Path, content: dict, payload: Iterable[Path] = ()) -> None:
+    """Write a stage's record with the hashes of its payload files, which lie in the same folder."""
+    hashes = {Path(file).name: sha256(file) for file in payload}
+    write_json(path, {**content, "files": hashes})
+
+
+def read_record(path: Path) -> dict:
+    """Read a record and verify its payload.
+
+    Raises:
+        UserError: the record or one of its files is missing or differs from its recorded hash.
+    """
+    record = read_json(path)
+    for name, expected in record.get("files", {}).items():
+        file = Path(path).parent / name
+        if not file.exists() or sha256(file) != expected:
+            state = "is corrupt" if file.exists() else "is missing"
+            raise UserError(
+                f"{file} {state} (its record {path} expects sha256 {expected}); "
+                f"delete {path} and run again, only what depends on it is computed anew"
+            )
+    return record
+
+
+def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
+    from safetensors.torch import save_file
+
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda temporary: _save(save_file, contiguous, temporary, metadata))
+
+
+def _save(save_file: Callable, tensors: dict, path: Path, metadata: dict | None) -> None:
+    try:
+        save_file(tensors, path, metadata)
+    except Exception as error:  # safetensors wraps the system's error in its own type
+        if isinstance(error, OSError):
+            raise
+        raise OSError(str(error)) from error
+
+
+def read_tensors(path: Path) -> dict:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; run the stage that writes it first") from None
+    except SafetensorError as error:
+        raise UserError(f"{path} is corrupt ({error}); delete it and run again") from error
