@@ -6,4 +6,4 @@ class UserError(Exception):
 
 
 class CellError(Exception):
-    """A method or a training run broke its own cell (contract, target, NaN). Recorded on its row."""
+    """A method or a training run broke its own cell (contract, target, NaN). Shown on its row."""

@@ -1,0 +1,94 @@
+"""What a model is trained to predict. An objective knows its times, its noising and its target."""
+
+from typing import Protocol
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Generator, Tensor
+
+from prunebench.errors import UserError
+
+
+class Objective(Protocol):
+    """Times run from clean to noisy; every method sees models through these four functions."""
+
+    def sample_times(self, count: int, generator: Generator) -> Tensor:
+        """`count` training times, [count]."""
+
+    def grid(self, count: int) -> Tensor:
+        """`count` evenly spaced times in ascending noise, [count]."""
+
+    def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The model's input at time t and its target, both [N, C, H, W]."""
+
+    def model_time(self, t: Tensor) -> Tensor:
+        """The time as the network takes it."""
+
+
+class NoisePrediction:
+    """DDPM (Ho et al. 2020): predict the noise in sqrt(abar_t) x0 + sqrt(1 - abar_t) noise."""
+
+    def __init__(
+        self,
+        train_steps: int = 1000,
+        beta_schedule: str = "linear",
+        beta_start: float = 1e-4,
+        beta_end: float = 0.02,
+    ):
+        self.schedule = {
+            "num_train_timesteps": train_steps,
+            "beta_schedule": beta_schedule,
+            "beta_start": beta_start,
+            "beta_end": beta_end,
+        }
+        self.train_steps = train_steps
+        self.scheduler = DDPMScheduler(**self.schedule)
+
+    def sample_times(self, count: int, generator: Generator) -> Tensor:
+        return torch.randint(self.train_steps, (count,), generator=generator)
+
+    def grid(self, count: int) -> Tensor:
+        return torch.linspace(0, self.train_steps - 1, count).round().long()
+
+    def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return self.scheduler.add_noise(x0, noise, t), noise
+
+    def model_time(self, t: Tensor) -> Tensor:
+        return t
+
+
+class FlowMatching:
+    """Linear interpolant (SiT, Ma et al. 2024): x_t = (1 - t) x0 + t noise, velocity noise - x0.
+
+    Training times are logit-normal (Esser et al. 2024, eq. 19) or uniform. `time_scale` multiplies
+    the time the network sees; 1 is SiT's own.
+    """
+
+    def __init__(self, times: str = "logit_normal", time_scale: float = 1.0):
+        if times not in ("logit_normal", "uniform"):
+            raise UserError(f"objective.times is '{times}'; known: logit_normal, uniform")
+        self.times, self.time_scale = times, time_scale
+
+    def sample_times(self, count: int, generator: Generator) -> Tensor:
+        if self.times == "uniform":
+            return torch.rand(count, generator=generator)
+        return torch.randn(count, generator=generator).sigmoid()
+
+    def grid(self, count: int) -> Tensor:
+        return (torch.arange(count) + 0.5) / count
+
+    def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        mix = t.view(-1, 1, 1, 1)
+        return (1 - mix) * x0 + mix * noise, noise - x0
+
+    def model_time(self, t: Tensor) -> Tensor:
+        return t * self.time_scale
+
+
+OBJECTIVES = {"noise": NoisePrediction, "flow": FlowMatching}
+
+
+def objective(settings: dict) -> Objective:
+    """Build from a track's `objective` entry: its `name` and that class's own parameters."""
+    options = {key: value for key, value in settings.items() if key != "name"}
+    return OBJECTIVES[settings["name"]](**options)

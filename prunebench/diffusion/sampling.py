@@ -1,0 +1,130 @@
+"""Sampling in which image i depends on seed and i only.
+
+Float arithmetic of a matrix product depends on the shape it is called with, so equal noise is not
+enough for equal images. Every forward pass therefore has the same number of lanes, and image i
+always sits in lane i % lanes of an aligned block; batch size and sharding choose only which blocks
+are computed together. `lanes` can move the last bits and so is a constant of the track.
+"""
+
+import functools
+import hashlib
+from collections.abc import Iterator
+
+import diffusers
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from prunebench.diffusion.objectives import FlowMatching, Objective
+
+SAMPLERS = {
+    "ddim": functools.partial(diffusers.DDIMScheduler, timestep_spacing="trailing"),
+    "ddpm": diffusers.DDPMScheduler,
+    "dpm-solver++": functools.partial(
+        diffusers.DPMSolverMultistepScheduler, timestep_spacing="trailing"
+    ),
+    "euler": diffusers.FlowMatchEulerDiscreteScheduler,
+    "heun": diffusers.FlowMatchHeunDiscreteScheduler,
+}
+
+
+def image_seed(seed: int, index: int) -> int:
+    """The seed of image `index` in a cell with `seed`; hashed, so that neighbours share nothing."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:7], "big")
+
+
+def generators(seed: int, indices: range) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(image_seed(seed, index)) for index in indices]
+
+
+def scheduler(name: str, objective: Objective, steps: int, options: dict) -> object:
+    """A diffusers scheduler set to `steps` steps; flow samplers use an even grid from 1 to 0."""
+    schedule = {} if isinstance(objective, FlowMatching) else objective.schedule
+    solver = SAMPLERS[name](**schedule, **options)
+    if name == "euler":
+        solver.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
+    else:
+        solver.set_timesteps(steps)
+    return solver
+
+
+class Sampler:
+    """Draws images from a model with the settings of a track.
+
+    Args:
+        model: the denoiser, (x, t, y) -> prediction.
+        objective: the objective it was trained with.
+        shape: (C, H, W) of one image.
+        classes: image i is asked for class i % classes.
+        settings: `sampler`, `steps`, `lanes`, and optionally `guidance` and `options`.
+        steps: fraction of the settings' steps to take (a plan of kind "steps").
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: Objective,
+        shape: tuple[int, int, int],
+        classes: int,
+        settings: dict,
+        steps: float = 1.0,
+    ):
+        self.model, self.objective, self.shape, self.classes = model, objective, shape, classes
+        self.settings = settings
+        self.steps = round(settings["steps"] * steps)
+        self.device = next(model.parameters()).device
+
+    def labels(self, indices: range) -> Tensor:
+        return torch.tensor(indices) % self.classes
+
+    def images(self, seed: int, start: int, stop: int, batch: int) -> Iterator[Tensor]:
+        """uint8 images [<= batch, C, H, W] of the indices from `start` to `stop`."""
+        for first in range(start, stop, batch):
+            last = min(first + batch, stop)
+            lanes = self.settings["lanes"]
+            blocks = range(first // lanes, -(-last // lanes))
+            whole = torch.cat([self._block(seed, block) for block in blocks])
+            offset = blocks.start * lanes
+            yield whole[first - offset : last - offset]
+
+    @torch.no_grad()
+    def _block(self, seed: int, block: int) -> Tensor:
+        lanes = self.settings["lanes"]
+        indices = range(block * lanes, (block + 1) * lanes)
+        randomness = generators(seed, indices)
+        noise = torch.stack([torch.randn(self.shape, generator=g) for g in randomness])
+        x = self.denoise(noise.to(self.device), self.labels(indices).to(self.device), randomness)
+        return to_uint8(x).cpu()
+
+    def denoise(self, x: Tensor, y: Tensor, randomness: list | None = None) -> Tensor:
+        """Follow the sampler from noise [N, C, H, W] to images in [-1, 1]; differentiable."""
+        solver = scheduler(
+            self.settings["sampler"], self.objective, self.steps, self.settings.get("options", {})
+        )
+        stochastic = {"generator": randomness} if self.settings["sampler"] == "ddpm" else {}
+        for t in solver.timesteps:
+            prediction = self.predict(x, self._network_time(t, len(x)), y)
+            x = solver.step(prediction, t, x, **stochastic).prev_sample
+        return x
+
+    def _network_time(self, t: Tensor, count: int) -> Tensor:
+        # diffusers counts flow time from 0 to 1000 as well; the objective's own runs from 0 to 1.
+        t = t / 1000 if isinstance(self.objective, FlowMatching) else t
+        return self.objective.model_time(t).expand(count).to(self.device)
+
+    def predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The model's prediction under classifier-free guidance (1 = none, one pass)."""
+        guidance = self.settings.get("guidance", 1.0)
+        if guidance == 1.0:
+            return self.model(x, t, y)
+        null = torch.full_like(y, self.model.null_class)
+        return torch.lerp(self.model(x, t, null), self.model(x, t, y), guidance)
+
+
+def to_float(images: Tensor) -> Tensor:
+    """uint8 [0, 255] to float [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+def to_uint8(x: Tensor) -> Tensor:
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -1,0 +1,1 @@
+"""Judging a cell: features, quality, consistency with dense, static cost and latency."""

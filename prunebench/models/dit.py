@@ -1,0 +1,239 @@
+"""Class-conditional diffusion transformers: DiT (Peebles & Xie 2023) and SiT (Ma et al. 2024).
+
+Both papers use one network; they differ in the objective it is trained with. Built on timm's
+Attention, Mlp and PatchEmbed, with the parameter names and initialisation of the papers' releases.
+diffusers' DiT gives every block its own embedders and is therefore not the network of the papers.
+"""
+
+import math
+
+import torch
+from timm.layers import Mlp, PatchEmbed
+from timm.models.vision_transformer import Attention
+from torch import Tensor, nn
+
+from prunebench.pruning.units import Layer, Member, Width, parameter_count
+
+BRANCHES = ("attn", "mlp")
+
+
+class TimestepEmbedder(nn.Module):
+    """Sinusoidal embedding of a scalar time, then an MLP."""
+
+    def __init__(self, width: int, frequencies: int = 256):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.frequencies = frequencies
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.frequencies // 2
+        rates = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
+        angles = t[:, None].float() * rates
+        return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight))
+
+
+class LabelEmbedder(nn.Module):
+    """One vector per class and one, the last, for "no class" (classifier-free guidance)."""
+
+    def __init__(self, classes: int, width: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(classes + 1, width)
+
+    def forward(self, y: Tensor) -> Tensor:
+        return self.embedding_table(y)
+
+
+class Block(nn.Module):
+    """Transformer block with adaLN-Zero; either residual branch can be taken out."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(width, num_heads=heads, qkv_bias=True)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(width, int(width * mlp_ratio), act_layer=lambda: nn.GELU("tanh"))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        modulation = iter(self.adaLN_modulation(c).unsqueeze(1).split(x.shape[-1], dim=-1))
+        for branch, norm in ((self.attn, self.norm1), (self.mlp, self.norm2)):
+            if branch is not None:
+                shift, scale, gate = next(modulation), next(modulation), next(modulation)
+                x = x + gate * branch(norm(x) * (1 + scale) + shift)
+        return x
+
+    def drop(self, branch: str) -> None:
+        """Take out "attn" or "mlp" and the three rows of the modulation that only it reads."""
+        linear = self.adaLN_modulation[1]
+        middle = 3 * linear.in_features
+        kept = slice(middle, None) if branch == "attn" else slice(0, middle)
+        linear.weight = nn.Parameter(linear.weight.detach()[kept].clone())
+        linear.bias = nn.Parameter(linear.bias.detach()[kept].clone())
+        linear.out_features = linear.weight.shape[0]
+        setattr(self, branch, None)
+
+
+class Bypass(nn.Module):
+    """Stands where a removed block stood: the residual stream passes unchanged."""
+
+    def forward(self, x: Tensor, *_: Tensor) -> Tensor:
+        return x
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, width: int, patch: int, channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, patch * patch * channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).unsqueeze(1).chunk(2, dim=-1)
+        return self.linear(self.norm_final(x) * (1 + scale) + shift)
+
+
+class DiT(nn.Module):
+    """Predicts noise or velocity from (x [N, C, H, W], t [N], y [N]); output [N, C', H, W]."""
+
+    def __init__(
+        self,
+        resolution: int,
+        channels: int,
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int,
+        classes: int,
+        mlp_ratio: float = 4.0,
+        learn_sigma: bool = False,
+    ):
+        super().__init__()
+        self.patch, self.out_channels = patch, channels * (2 if learn_sigma else 1)
+        self.null_class = classes
+        self.x_embedder = PatchEmbed(resolution, patch, channels, width)
+        self.t_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(classes, width)
+        self.register_buffer("pos_embed", sincos_2d(width, resolution // patch))
+        self.blocks = nn.ModuleList(Block(width, heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(width, patch, self.out_channels)
+        self.initialise()
+
+    def initialise(self) -> None:
+        """The papers' initialisation: Xavier linears, zero modulation, zero output."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        zero = [module.adaLN_modulation[1] for module in self.modules() if hasattr(module, "norm2")]
+        for linear in (*zero, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        side = x.shape[-1] // self.patch
+        tokens = self.x_embedder(x) + self.pos_embed
+        c = self.t_embedder(t) + self.y_embedder(y)
+        for block in self.blocks:
+            tokens = block(tokens, c)
+        patches = self.final_layer(tokens, c).unflatten(-1, (self.patch, self.patch, -1))
+        patches = patches.unflatten(1, (side, side))  # [N, h, w, p, q, C]
+        return torch.einsum("nhwpqc->nchpwq", patches).reshape(
+            len(x), self.out_channels, x.shape[-2], x.shape[-1]
+        )
+
+
+def sincos_2d(width: int, side: int) -> Tensor:
+    """Fixed sine-cosine position embedding, [1, side * side, width]; columns first, then rows."""
+    rates = 10_000 ** (-torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    row, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    angles = [axis.reshape(-1, 1) * rates for axis in (column, row)]
+    parts = [function(angle) for angle in angles for function in (torch.sin, torch.cos)]
+    return torch.cat(parts, dim=1).float().unsqueeze(0)
+
+
+def build(config: dict) -> DiT:
+    return DiT(**config)
+
+
+def layers(model: DiT, granularity: str) -> list[Layer]:
+    """Whole blocks ("block"), or the attention and MLP branches of the blocks ("branch")."""
+    units = []
+    for index, block in enumerate(model.blocks):
+        if isinstance(block, Bypass):
+            continue
+        if granularity == "block":
+            units.append(Layer(f"blocks.{index}", parameter_count(block)))
+            continue
+        modulation = parameter_count(block.adaLN_modulation) // 2
+        units += [
+            Layer(f"blocks.{index}.{branch}", parameter_count(getattr(block, branch)) + modulation)
+            for branch in BRANCHES
+        ]
+    return units
+
+
+def remove_layer(model: DiT, name: str) -> None:
+    _, index, *branch = name.split(".")
+    block = model.blocks[int(index)]
+    other = [b for b in BRANCHES if branch and b != branch[0] and getattr(block, b) is not None]
+    if other:
+        block.drop(branch[0])
+    else:
+        model.blocks[int(index)] = Bypass()
+
+
+def widths(model: DiT) -> list[Width]:
+    """Attention heads and MLP hidden neurons of each block; the residual stream keeps its width."""
+    return [
+        unit
+        for index, block in enumerate(model.blocks)
+        if isinstance(block, Block)
+        for unit in _block_widths(f"blocks.{index}", block)
+    ]
+
+
+def _block_widths(prefix: str, block: Block) -> list[Width]:
+    units = []
+    if block.attn is not None:
+        heads, size = block.attn.num_heads, block.attn.head_dim
+        rows = torch.arange(3 * heads * size).view(3, heads, size)
+        rows = rows.transpose(0, 1).reshape(heads, -1)
+        columns = torch.arange(heads * size).view(heads, size)
+        members = (
+            Member(f"{prefix}.attn.qkv.weight", 0, rows),
+            Member(f"{prefix}.attn.qkv.bias", 0, rows),
+            Member(f"{prefix}.attn.proj.weight", 1, columns),
+        )
+        units.append(Width(f"{prefix}.attn.heads", heads, members))
+    if block.mlp is not None:
+        neurons = torch.arange(block.mlp.fc1.out_features).unsqueeze(1)
+        members = (
+            Member(f"{prefix}.mlp.fc1.weight", 0, neurons),
+            Member(f"{prefix}.mlp.fc1.bias", 0, neurons),
+            Member(f"{prefix}.mlp.fc2.weight", 1, neurons),
+        )
+        units.append(Width(f"{prefix}.mlp.neurons", len(neurons), members))
+    return units
+
+
+def weights(model: DiT) -> list[str]:
+    """The matrices of the blocks' attention and MLP; embedders, modulation and head stay dense."""
+    return [
+        f"blocks.{index}.{name}.weight"
+        for index, block in enumerate(model.blocks)
+        for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+        if getattr(block, name.split(".")[0], None) is not None
+    ]
+
+
+def refresh(model: DiT) -> None:
+    """Derive the attributes that follow from tensor shapes after surgery."""
+    for block in model.blocks:
+        if isinstance(block, Block) and block.attn is not None:
+            block.attn.attn_dim = block.attn.proj.in_features
+            block.attn.num_heads = block.attn.attn_dim // block.attn.head_dim

@@ -1,0 +1,140 @@
+"""DDPM UNets (Ho et al. 2020) as diffusers' UNet2DModel, class-conditional where asked for."""
+
+import torch
+import torch_pruning
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import Tensor, nn
+
+from prunebench.pruning.units import Layer, Member, Width, parameter_count
+
+
+class UNet(UNet2DModel):
+    """UNet2DModel with the suite's call: (x [N, C, H, W], t [N], y [N]) -> [N, C, H, W]."""
+
+    null_class: int | None = None
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        labels = None if self.null_class is None else y
+        return super().forward(x, t, class_labels=labels).sample
+
+
+class Shortcut(nn.Module):
+    """What is left of a removed ResNet block: its projection where the width changes."""
+
+    def __init__(self, conv_shortcut: nn.Module | None):
+        super().__init__()
+        self.conv_shortcut = conv_shortcut
+
+    def forward(self, x: Tensor, *_: Tensor, **__: Tensor) -> Tensor:
+        return x if self.conv_shortcut is None else self.conv_shortcut(x)
+
+
+def build(config: dict) -> UNet:
+    """`config` holds UNet2DModel's own keys, and `classes` (None for an unconditional network)."""
+    config = dict(config)
+    classes = config.pop("classes", None)
+    model = UNet(**config, num_class_embeds=None if classes is None else classes + 1)
+    model.null_class = classes
+    for attention in _attentions(model).values():
+        attention.head_dim = attention.to_q.out_features // attention.heads
+    return model
+
+
+def _attentions(model: UNet) -> dict[str, Attention]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, Attention)}
+
+
+def layers(model: UNet, granularity: str) -> list[Layer]:
+    """ResNet blocks without their shortcut, and attention layers, at either granularity."""
+    units = []
+    for name, module in model.named_modules():
+        if isinstance(module, ResnetBlock2D):
+            shortcut = parameter_count(module.conv_shortcut) if module.use_in_shortcut else 0
+            units.append(Layer(name, parameter_count(module) - shortcut))
+        elif isinstance(module, Attention):
+            units.append(Layer(name, parameter_count(module)))
+    return units
+
+
+def remove_layer(model: UNet, name: str) -> None:
+    module = model.get_submodule(name)
+    model.set_submodule(name, Shortcut(getattr(module, "conv_shortcut", None)))
+
+
+def widths(model: UNet) -> list[Width]:
+    """Channel groups by torch-pruning's dependency graph (DepGraph), and whole attention heads."""
+    names = {module: name for name, module in model.named_modules()}
+    inner = {
+        linear
+        for attention in _attentions(model).values()
+        for linear in (attention.to_q, attention.to_k, attention.to_v)
+    }
+    graph = torch_pruning.DependencyGraph().build_dependency(model, _example(model))
+    groups = graph.get_all_groups(
+        ignored_layers=[model.conv_out], root_module_types=[nn.Conv2d, nn.Linear]
+    )
+    units = [_channels(group, names) for group in groups if group[0].dep.target.module not in inner]
+    units += [_heads(name, attention) for name, attention in _attentions(model).items()]
+    return sorted(units, key=lambda unit: unit.name)
+
+
+def _example(model: UNet) -> tuple[Tensor, Tensor, Tensor]:
+    size = model.config.sample_size
+    x = torch.zeros(1, model.config.in_channels, size, size, device=model.device)
+    index = torch.zeros(1, dtype=torch.long, device=model.device)
+    return x, index, index
+
+
+def _channels(group: torch_pruning.Group, names: dict[nn.Module, str]) -> Width:
+    size, members, norm_groups = len(group[0].idxs), {}, 1
+    for item in group:
+        module = item.dep.target.module
+        if not any(True for _ in module.parameters(recurse=False)):
+            continue
+        incoming = "in_channels" in item.dep.handler.__name__
+        # An embedding's channels are its columns; every other layer's output channels are rows.
+        axis = 1 if incoming or isinstance(module, nn.Embedding) else 0
+        tensors = ["weight"] if axis == 1 or module.bias is None else ["weight", "bias"]
+        for tensor in tensors:
+            rows = members.setdefault(
+                (f"{names[module]}.{tensor}", axis), [[] for _ in range(size)]
+            )
+            for root, index in zip(item.root_idxs, item.idxs, strict=True):
+                rows[root].append(index)
+        if isinstance(module, nn.GroupNorm):
+            norm_groups = max(norm_groups, module.num_groups)
+    packed = tuple(Member(t, axis, torch.tensor(rows)) for (t, axis), rows in members.items())
+    return Width(names[group[0].dep.target.module], size, packed, norm_groups)
+
+
+def _heads(name: str, attention: Attention) -> Width:
+    rows = torch.arange(attention.to_q.out_features).view(attention.heads, attention.head_dim)
+    members = [Member(f"{name}.to_out.0.weight", 1, rows)]
+    for projection in ("to_q", "to_k", "to_v"):
+        members.append(Member(f"{name}.{projection}.weight", 0, rows))
+        if getattr(attention, projection).bias is not None:
+            members.append(Member(f"{name}.{projection}.bias", 0, rows))
+    return Width(f"{name}.heads", attention.heads, tuple(members))
+
+
+def weights(model: UNet) -> list[str]:
+    """Convolutions and matrices of the blocks; both ends and the embeddings stay dense."""
+    return [
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if name.startswith(("down_blocks.", "mid_block.", "up_blocks."))
+        and isinstance(module, nn.Conv2d | nn.Linear)
+    ]
+
+
+def refresh(model: UNet) -> None:
+    """Derive the attributes that follow from tensor shapes after surgery."""
+    for module in model.modules():
+        if isinstance(module, Downsample2D | Upsample2D) and module.conv is not None:
+            module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels
+    for attention in _attentions(model).values():
+        attention.heads = attention.to_q.out_features // attention.head_dim

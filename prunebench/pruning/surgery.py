@@ -1,0 +1,180 @@
+"""Apply a plan to a model, check it against the model, and save and load the result.
+
+A saved model is a folder: `plan.json` (family, dense configuration, plan), `model.safetensors`, and
+`masks.safetensors` where the plan masks weights. Loading builds the dense architecture without
+memory, bypasses the removed layers and takes every other shape from the stored tensors; it needs
+neither the method that made the plan nor a dependency graph.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from prunebench import artefacts, models
+from prunebench.errors import CellError, UserError
+from prunebench.pruning.plan import Plan
+from prunebench.pruning.units import Width
+
+PLAN, WEIGHTS, MASKS = "plan.json", "model.safetensors", "masks.safetensors"
+
+
+def apply(model: nn.Module, plan: Plan, family: ModuleType) -> nn.Module:
+    """Carry out `plan` on a dense `model`, in place.
+
+    Raises:
+        CellError: the plan names units that the model does not have.
+    """
+    check(model, plan, family)
+    if plan.kept:
+        units = {unit.name: unit for unit in family.widths(model)}
+        shrink(model, [(units[name], kept) for name, kept in plan.kept.items()])
+    for name in plan.layers:
+        family.remove_layer(model, name)
+    for name, mask in plan.masks.items():
+        model.get_parameter(name).data.mul_(mask)
+    family.refresh(model)
+    return model
+
+
+def check(model: nn.Module, plan: Plan, family: ModuleType) -> None:
+    """Every unit a plan names must exist, and something must be left of every width."""
+    layers = {
+        u.name for granularity in ("block", "branch") for u in family.layers(model, granularity)
+    }
+    _known("layer", plan.layers, layers)
+    if plan.kept:
+        units = {unit.name: unit for unit in family.widths(model)}
+        _known("width", plan.kept, units)
+        for name, kept in plan.kept.items():
+            _check_kept(units[name], kept)
+    _known("maskable weight", plan.masks, set(family.weights(model)))
+    for name, mask in plan.masks.items():
+        shape = model.get_parameter(name).shape
+        if mask.shape != shape or mask.dtype != torch.bool:
+            raise CellError(
+                f"the mask of '{name}' is {mask.dtype} {tuple(mask.shape)}, "
+                f"not bool {tuple(shape)} like the weight"
+            )
+
+
+def _known(what: str, names: object, known: object) -> None:
+    unknown = sorted(set(names) - set(known))
+    if unknown:
+        raise CellError(
+            f"the plan names a {what} that does not exist: {unknown[0]}; "
+            f"the model has {', '.join(sorted(known)) or 'none'}"
+        )
+
+
+def _check_kept(unit: Width, kept: tuple[int, ...]) -> None:
+    indices = set(kept)
+    if not indices or len(indices) != len(kept) or not indices <= set(range(unit.size)):
+        raise CellError(
+            f"the plan keeps {len(kept)} channels of width '{unit.name}'; they must be distinct "
+            f"indices from 0 to {unit.size - 1}, at least one"
+        )
+    block = unit.size // unit.groups
+    per_group = {sum(index // block == group for index in indices) for group in range(unit.groups)}
+    if len(per_group) > 1:
+        raise CellError(
+            f"the plan keeps unequal numbers of channels in the {unit.groups} normalisation groups "
+            f"of width '{unit.name}'"
+        )
+
+
+def shrink(model: nn.Module, changes: list[tuple[Width, tuple[int, ...]]]) -> None:
+    """Slice every member tensor of the given widths; axes shared by several widths are cut once."""
+    gone: dict[tuple[str, int], list[Tensor]] = {}
+    for unit, kept in changes:
+        removed = [channel for channel in range(unit.size) if channel not in set(kept)]
+        for member in unit.members:
+            indices = member.index[removed].flatten()
+            gone.setdefault((member.tensor, member.axis), []).append(indices)
+    for (name, axis), indices in gone.items():
+        tensor = model.get_parameter(name)
+        stays = torch.ones(tensor.shape[axis], dtype=torch.bool)
+        stays[torch.cat(indices)] = False
+        place = stays.nonzero().flatten().to(tensor.device)
+        _set_parameter(model, name, tensor.detach().index_select(axis, place))
+
+
+def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a parameter and bring its module's own record of the sizes up to date."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    grad = module.get_parameter(leaf).requires_grad
+    setattr(module, leaf, nn.Parameter(value, requires_grad=grad))
+    if leaf != "weight":
+        return
+    if isinstance(module, nn.Linear):
+        module.out_features, module.in_features = value.shape
+    elif isinstance(module, nn.Conv2d):
+        module.out_channels, module.in_channels = value.shape[0], value.shape[1] * module.groups
+    elif isinstance(module, nn.GroupNorm):
+        module.num_channels = len(value)
+    elif isinstance(module, nn.Embedding):
+        module.num_embeddings, module.embedding_dim = value.shape
+
+
+def save(folder: Path, model: nn.Module, plan: Plan, family: str, config: dict) -> list[Path]:
+    """Write the folder and return its files; `config` is the dense configuration of the family."""
+    folder = Path(folder)
+    files = [folder / PLAN, folder / WEIGHTS]
+    artefacts.write_tensors(folder / WEIGHTS, model.state_dict())
+    if plan.masks:
+        artefacts.write_tensors(folder / MASKS, _packed(plan.masks))
+        files.append(folder / MASKS)
+    artefacts.write_json(
+        folder / PLAN, {"family": family, "config": config, "plan": plan.to_json()}
+    )
+    return files
+
+
+def _packed(masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Eight mask entries to the byte; a mask is otherwise a quarter of the model's size."""
+    bits = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+    padded = {
+        n: nn.functional.pad(m.flatten().byte(), (0, -m.numel() % 8)) for n, m in masks.items()
+    }
+    return {n: (m.view(-1, 8) * bits).sum(1, dtype=torch.uint8) for n, m in padded.items()}
+
+
+def _unpacked(packed: Mapping[str, Tensor], shapes: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    bits = torch.arange(8, dtype=torch.uint8)
+    flat = {name: ((p.unsqueeze(1) >> bits) & 1).bool().flatten() for name, p in packed.items()}
+    return {n: m[: shapes[n].numel()].view(shapes[n].shape) for n, m in flat.items()}
+
+
+def load(folder: Path) -> tuple[nn.Module, Plan]:
+    """Rebuild a saved model, bit-identically, in evaluation mode.
+
+    Raises:
+        UserError: a file is missing or corrupt, or does not fit the plan.
+    """
+    folder = Path(folder)
+    content = artefacts.read_json(folder / PLAN)
+    state = artefacts.read_tensors(folder / WEIGHTS)
+    masks = {}
+    if content["plan"]["pattern"]:
+        masks = _unpacked(artefacts.read_tensors(folder / MASKS), state)
+    plan = Plan.from_json(content["plan"], masks)
+    family = models.family(content["family"])
+    with init_empty_weights(include_buffers=False):
+        model = family.build(content["config"])
+        for name in plan.layers:
+            family.remove_layer(model, name)
+    try:
+        for name, parameter in list(model.named_parameters()):
+            if parameter.shape != state[name].shape:
+                _set_parameter(model, name, state[name])
+        model.load_state_dict(state, strict=True, assign=True)
+    except (KeyError, RuntimeError) as error:
+        raise UserError(
+            f"{folder / WEIGHTS} does not fit its plan: {error}; delete {folder}"
+        ) from error
+    family.refresh(model)
+    return model.eval(), plan

@@ -1,0 +1,162 @@
+"""From scores to plans that meet a target sparsity.
+
+A target is the fraction of the denoiser's parameters that goes (for masks: is zeroed). Lower scores
+go first. A plan may miss its target by one unit: one layer, one channel per normalisation group.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from prunebench.errors import CellError
+from prunebench.pruning.plan import Plan
+from prunebench.pruning.units import Layer, Width, parameter_count
+
+
+def plan_layers(model: nn.Module, order: Sequence[Layer], sparsity: float, **notes: object) -> Plan:
+    """Remove layers in the given order until the removed fraction is as close as it gets."""
+    target = sparsity * parameter_count(model)
+    removed: list[Layer] = []
+    for layer in order:
+        before = sum(unit.parameters for unit in removed)
+        if abs(before + layer.parameters - target) >= abs(before - target):
+            break
+        removed.append(layer)
+    return Plan(layers=tuple(sorted(unit.name for unit in removed)), notes=notes)
+
+
+def plan_widths(
+    model: nn.Module, units: Sequence[Width], scores: Mapping[str, Tensor], sparsity: float, **notes
+) -> Plan:
+    """Remove the lowest channels of every width at one common ratio.
+
+    Args:
+        scores: for each width's name, one score per channel, [size].
+
+    The ratio is the largest whose plan does not exceed the target; single channels then fill the
+    rest, taken where rounding had held most back.
+    """
+    sizes = Sizes(model, units)
+    target = sparsity * sizes.total
+    low, high = 0.0, 1.0
+    for _ in range(30):
+        ratio = (low + high) / 2
+        low, high = (
+            (ratio, high) if sizes.removed(_counts(units, ratio)) <= target else (low, ratio)
+        )
+    counts = _counts(units, low)
+    for unit in sorted(units, key=lambda u: counts[u.name] / u.size):
+        more = {**counts, unit.name: counts[unit.name] + unit.groups}
+        closer = abs(sizes.removed(more) - target) < abs(sizes.removed(counts) - target)
+        if closer and more[unit.name] < unit.size:
+            counts = more
+    kept = {u.name: _highest(scores[u.name], u, counts[u.name]) for u in units if counts[u.name]}
+    return Plan(kept=kept, notes=notes)
+
+
+def _counts(units: Sequence[Width], ratio: float) -> dict[str, int]:
+    """Channels to remove from each width: whole rounds over its norm groups, never all of them."""
+    rounds = {
+        u.name: min(math.floor(ratio * u.size / u.groups), u.size // u.groups - 1) for u in units
+    }
+    return {u.name: rounds[u.name] * u.groups for u in units}
+
+
+def _highest(scores: Tensor, unit: Width, removed: int) -> tuple[int, ...]:
+    """Indices that stay: in each norm group all but its lowest; on ties the later ones stay."""
+    order = scores.view(unit.groups, -1).argsort(dim=1, stable=True)
+    offset = torch.arange(unit.groups).unsqueeze(1) * (unit.size // unit.groups)
+    stays = (order + offset)[:, removed // unit.groups :]
+    return tuple(sorted(stays.flatten().tolist()))
+
+
+class Sizes:
+    """Counts parameters after removing channels, without doing it."""
+
+    def __init__(self, model: nn.Module, units: Sequence[Width]):
+        self.total = parameter_count(model)
+        self.shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+        self.members: dict[str, list[tuple[str, int, int]]] = {}
+        for unit in units:
+            for member in unit.members:
+                entry = (unit.name, member.axis, member.index.shape[1])
+                self.members.setdefault(member.tensor, []).append(entry)
+
+    def removed(self, counts: Mapping[str, int]) -> int:
+        """Parameters that go with `counts[name]` channels of every width."""
+        gone = 0
+        for tensor, members in self.members.items():
+            shape = list(self.shapes[tensor])
+            for name, axis, per_channel in members:
+                shape[axis] -= counts.get(name, 0) * per_channel
+            gone += math.prod(self.shapes[tensor]) - math.prod(shape)
+        return gone
+
+
+def plan_weights(
+    model: nn.Module, scores: Mapping[str, Tensor], sparsity: float, **notes: object
+) -> Plan:
+    """Mask the globally lowest weights until `sparsity` of all parameters are zero."""
+    count = round(sparsity * parameter_count(model))
+    flat = torch.cat([score.flatten() for score in scores.values()])
+    if count > len(flat):
+        raise CellError(
+            f"sparsity {sparsity} needs {count} zeros but only {len(flat)} weights can be masked"
+        )
+    stays = torch.ones(len(flat), dtype=torch.bool)
+    stays[flat.argsort(stable=True)[:count]] = False
+    parts = stays.split([score.numel() for score in scores.values()])
+    masks = {n: part.view_as(score) for (n, score), part in zip(scores.items(), parts, strict=True)}
+    return Plan(masks=masks, pattern="unstructured", notes=notes)
+
+
+def plan_n_of_m(scores: Mapping[str, Tensor], n: int, m: int, **notes: object) -> Plan:
+    """Keep the n highest of every m consecutive weights along the input dimension.
+
+    Weights whose input dimension is not a multiple of m have no such pattern and stay dense.
+    """
+    fitting = {name: score for name, score in scores.items() if score.shape[1] % m == 0}
+    return Plan(
+        masks={name: n_of_m_mask(score, n, m) for name, score in fitting.items()},
+        pattern=f"{n}:{m}",
+        notes={**notes, "stay_dense": sorted(set(scores) - set(fitting))},
+    )
+
+
+def n_of_m_mask(score: Tensor, n: int, m: int) -> Tensor:
+    """True for the n highest of every m along dimension 1 of a matrix or a convolution weight."""
+    groups = score.movedim(1, -1).unflatten(-1, (-1, m))
+    kept = torch.zeros_like(groups, dtype=torch.bool)
+    order = groups.argsort(dim=-1, descending=True, stable=True)
+    kept.scatter_(-1, order[..., :n], True)
+    return kept.flatten(-2).movedim(-1, 1).contiguous()
+
+
+def reached(dense: nn.Module, pruned: nn.Module, plan: Plan) -> float:
+    """Fraction of the dense model's parameters that the plan removed or masks."""
+    masked = sum(int((~mask).sum()) for mask in plan.masks.values())
+    return 1 - (parameter_count(pruned) - masked) / parameter_count(dense)
+
+
+def tolerance(
+    model: nn.Module, layers: Sequence[Layer], widths: Sequence[Width], plan: Plan
+) -> float:
+    """One unit of the kind the plan prunes, as a fraction of the model's parameters."""
+    total = parameter_count(model)
+    if plan.layers:
+        return max(unit.parameters for unit in layers) / total
+    if plan.kept:
+        sizes = Sizes(model, widths)
+        return max(sizes.removed({unit.name: unit.groups}) for unit in widths) / total
+    return 1 / total
+
+
+def check_n_of_m(plan: Plan) -> None:
+    """Every group of an N:M plan keeps exactly N of its M weights."""
+    n, m = map(int, plan.pattern.split(":"))
+    for name, mask in plan.masks.items():
+        per_group = mask.movedim(1, -1).unflatten(-1, (-1, m)).sum(-1)
+        if not bool((per_group == n).all()):
+            raise CellError(f"the mask of '{name}' does not keep {n} of every {m} weights")
