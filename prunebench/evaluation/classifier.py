@@ -6,11 +6,13 @@ class-conditional sample shows the class that was asked for, its maps give a per
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from prunebench.errors import UserError
 
 WIDTHS = (16, 32, 64)
 # sFID keeps the first channels of a mid-level map (Nash et al., arXiv 2103.03841, keep 7 of 768);
@@ -29,9 +31,16 @@ class DomainClassifier(nn.Module):
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor]) -> "DomainClassifier":
-        """Rebuild from a state dict alone; channels and classes are read off the tensor shapes."""
-        model = cls(state["levels.0.0.weight"].shape[1], state["head.weight"].shape[0])
-        model.load_state_dict(state)
+        """Rebuild from a state dict alone; channels and classes are read off the tensor shapes.
+
+        Raises:
+            UserError: the tensors are another model's.
+        """
+        try:
+            model = cls(state["levels.0.0.weight"].shape[1], state["head.weight"].shape[0])
+            model.load_state_dict(state)
+        except (KeyError, RuntimeError) as error:
+            raise UserError(f"these are not a domain classifier's weights: {error}") from error
         return model.eval().requires_grad_(False)
 
     def maps(self, images: Tensor) -> list[Tensor]:
@@ -98,7 +107,7 @@ def train_classifier(
 @torch.no_grad()
 def accuracy(model: DomainClassifier, images: Tensor, labels: Tensor, batch: int = 500) -> float:
     """Fraction of uint8 images [N, C, H, W] whose largest logit is the label [N]."""
-    pairs: Iterator = zip(images.split(batch), labels.split(batch), strict=True)
+    pairs = zip(images.split(batch), labels.split(batch), strict=True)
     hits = sum((model(part)["logits"].argmax(1) == wanted).sum() for part, wanted in pairs)
     return int(hits) / len(images)
 

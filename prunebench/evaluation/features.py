@@ -4,6 +4,7 @@
 that published FIDs use. Another judge registered there needs one entry in `LAYERS`.
 """
 
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -66,6 +67,10 @@ class Extractor:
         self.name = module.get_name()
         self.module = module
         self.channels = _input_channels(module)
+        self.spatial: Tensor | None = None
+        if self.name in SPATIAL_BRANCH:
+            path, channels = SPATIAL_BRANCH[self.name]
+            module.get_submodule(path).register_forward_hook(partial(self._keep, channels))
 
     @torch.no_grad()
     def extract(self, images: Tensor, batch: int = 64) -> dict[str, Tensor]:
@@ -90,18 +95,11 @@ class Extractor:
         return {name: value[:count].float().cpu() for name, value in outputs.items()}
 
     def _forward(self, images: Tensor) -> dict[str, Tensor]:
-        maps: list[Tensor] = []
-        handle = None
-        if self.name in SPATIAL_BRANCH:
-            path, channels = SPATIAL_BRANCH[self.name]
-            branch = self.module.get_submodule(path)
-            handle = branch.register_forward_hook(lambda _, __, out: maps.append(out[:, :channels]))
-        try:
-            outputs = dict(zip(LAYERS[self.name], self.module(images), strict=True))
-        finally:
-            if handle:
-                handle.remove()
-        return {**outputs, "spatial": maps[0].flatten(1)} if maps else outputs
+        outputs = dict(zip(LAYERS[self.name], self.module(images), strict=True))
+        return outputs if self.spatial is None else {**outputs, "spatial": self.spatial}
+
+    def _keep(self, channels: int, branch: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self.spatial = output[:, :channels].flatten(1)
 
 
 def load_extractor(name: str, weights: Path, **options) -> Extractor:

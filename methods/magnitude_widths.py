@@ -1,0 +1,27 @@
+"""Removes the channels whose weights have the smallest squared norm, averaged over their layers.
+
+Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, in the form of Diff-Pruning's
+magnitude baseline: the sum of w^2 per slice, averaged over the layers of a group.
+"""
+
+from prunebench.pruning.scores import matrices, per_channel
+
+TITLE = "Magnitude, widths"
+KIND = "widths"
+CONTROL = True
+PAPER = "arXiv 1608.08710"
+BIBTEX = """@inproceedings{li2017pruning,
+  title = {Pruning Filters for Efficient {ConvNets}},
+  author = {Li, Hao and Kadav, Asim and Durdanovic, Igor and Samet, Hanan and Graf, Hans Peter},
+  booktitle = {International Conference on Learning Representations},
+  year = {2017}
+}"""
+
+
+def select(context):
+    squares = {name: weight.detach() ** 2 for name, weight in matrices(context.model).items()}
+    scores = {
+        unit.name: per_channel(unit, squares, lambda slices: slices.sum(1))
+        for unit in context.widths()
+    }
+    return context.plan_widths(scores)

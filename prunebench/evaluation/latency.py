@@ -1,0 +1,94 @@
+"""Measured speed: pruned and dense take turns, so that both meet the same noise.
+
+On a busy machine the ratio of two separate timings varies by 25-45 %; taking turns and dividing the
+medians of the process's own CPU time brings that to 1-3 % (docs/design.md).
+"""
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+THREADS = 1  # with two, every estimator fails on a loaded machine
+Timer = Callable[[Callable[[], object]], float]
+
+
+def interleaved_latency(
+    candidate: Callable[[], object],
+    dense: Callable[[], object],
+    rounds: int,
+    warmup: int,
+    device: torch.device | str = "cpu",
+    timer: Timer | None = None,
+) -> dict[str, float]:
+    """Time two functions in turns, `rounds` times each, after `warmup` untimed rounds.
+
+    On the CPU one thread runs and the process's CPU time is read, so other processes hardly count;
+    on CUDA events bracket the call, which should be alone on the GPU. Gradients are off.
+
+    Args:
+        timer: times one call in milliseconds; chosen by the device where None.
+
+    Returns:
+        "ms" median and "iqr_ms" interquartile range of candidate, "dense_ms" median of dense,
+        "ratio" = ms / dense_ms, below 1 where candidate is faster.
+    """
+    timer = timer or (_cuda_ms if torch.device(device).type == "cuda" else _cpu_ms)
+    contestants = ((candidate, own := []), (dense, others := []))
+    with torch.inference_mode(), _quiet():
+        for turn in range(warmup + rounds):
+            # Who goes first alternates too: the second finds warmer caches and clocks.
+            for function, times in contestants if turn % 2 else reversed(contestants):
+                elapsed = timer(function)
+                if turn >= warmup:
+                    times.append(elapsed)
+    ms, dense_ms = statistics.median(own), statistics.median(others)
+    low, high = np.percentile(own, [25, 75])
+    return {"ms": ms, "iqr_ms": float(high - low), "dense_ms": dense_ms, "ratio": ms / dense_ms}
+
+
+def conditions(device: torch.device | str = "cpu") -> dict[str, float | int | str]:
+    """What timings depend on: their threads, the device, the load average of the last minute."""
+    device = torch.device(device)
+    on_cuda = device.type == "cuda"
+    return {
+        "threads": THREADS,
+        "device": torch.cuda.get_device_name(device) if on_cuda else device.type,
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+
+
+def _cpu_ms(function: Callable[[], object]) -> float:
+    start = time.process_time_ns()
+    function()
+    return (time.process_time_ns() - start) / 1e6
+
+
+def _cuda_ms(function: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    function()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """A fixed number of threads and no garbage collection while timing; both are put back."""
+    threads, collecting = torch.get_num_threads(), gc.isenabled()
+    torch.set_num_threads(THREADS)
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        if collecting:
+            gc.enable()

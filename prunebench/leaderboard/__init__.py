@@ -1,0 +1,5 @@
+"""The leaderboard: a pure function of metrics.json files and the grid.png beside them."""
+
+from prunebench.leaderboard.site import build
+
+__all__ = ["build"]

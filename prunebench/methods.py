@@ -1,0 +1,177 @@
+"""Discovery of method files. Metadata are literals and are read without running the file.
+
+A method file holds a docstring, literal constants and `select(context, ...)`; the module docstring's
+first line is the idea. Reading it as syntax only lets the workflow plan without importing torch, and
+finds a broken file before anything runs. `docs/add_a_method.md` explains the contract.
+"""
+
+import ast
+import importlib.util
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from prunebench.errors import UserError
+
+KINDS = ("none", "layers", "widths", "weights", "steps")
+RECOVERY = ("optional", "never", "required")
+
+# Constant -> (type, default). A default of ... marks what every method must state.
+CONSTANTS: dict[str, tuple[type, object]] = {
+    "KIND": (str, ...),
+    "TITLE": (str, None),
+    "PAPER": (str, ""),
+    "BIBTEX": (str, ""),
+    "NOTES": (str, ""),
+    "CONTROL": (bool, False),
+    "RECONSTRUCTION": (bool, False),
+    "TRAINS": (bool, False),
+    "RECOVERY": (str, "optional"),
+    "FAMILIES": (tuple, ()),
+    "SPARSITIES": (tuple, ()),
+}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What a method file says about itself.
+
+    Attributes:
+        kind: what its plans remove; one of KINDS.
+        control: a control is a row of every table and cannot be excluded.
+        reconstruction: parts of the paper were not available; the leaderboard marks the row.
+        trains: trains during selection, so that its selection depends on the budget.
+        recovery: "optional"; "never" for rows that are never trained; "required" for rows that
+            mean nothing untrained.
+        families: families it applies to; empty means all.
+        sparsities: sparsities it runs at whatever the track asks, because a pattern fixes them.
+        parameters: keyword parameters of `select` with their defaults.
+    """
+
+    name: str
+    file: Path
+    idea: str
+    kind: str
+    title: str
+    paper: str
+    bibtex: str
+    notes: str
+    control: bool
+    reconstruction: bool
+    trains: bool
+    recovery: str
+    families: tuple[str, ...]
+    sparsities: tuple[float, ...]
+    parameters: Mapping[str, object]
+
+
+def discover(folders: Iterable[Path]) -> dict[str, Method]:
+    """All methods of the folders, by name.
+
+    Raises:
+        UserError: a folder is missing, a file breaks the contract, or two files share a name.
+    """
+    found: dict[str, Method] = {}
+    for folder in map(Path, folders):
+        if not folder.is_dir():
+            raise UserError(f"the methods folder {folder} does not exist (methods.folders)")
+        for file in sorted(folder.glob("*.py")):
+            method = read(file)
+            if method.name in found:
+                raise UserError(
+                    f"{file} and {found[method.name].file} are both named {method.name}"
+                )
+            found[method.name] = method
+    return found
+
+
+def read(file: Path) -> Method:
+    """Read one method file as syntax and check it against the contract."""
+    if not re.fullmatch(r"[a-z][a-z0-9_]*", file.stem):
+        raise UserError(
+            f"{file}: a method's file name is its name everywhere; use a-z, 0-9 and _ only"
+        )
+    try:
+        tree = ast.parse(file.read_text(), filename=str(file))
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        where = f"{file} line {line}" if line else str(file)
+        raise UserError(f"{where}: the method file is not valid Python: {error}") from None
+    constants = _constants(file, tree)
+    idea = (ast.get_docstring(tree) or "").split("\n")[0].strip()
+    if not idea:
+        raise UserError(f"{file}: a method starts with a docstring whose first line is its idea")
+    constants["title"] = constants["title"] or file.stem
+    return Method(
+        name=file.stem, file=file, idea=idea, parameters=_parameters(file, tree), **constants
+    )
+
+
+def _constants(file: Path, tree: ast.Module) -> dict[str, object]:
+    values = {name.lower(): default for name, (_, default) in CONSTANTS.items()}
+    for node in tree.body:
+        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+            continue
+        name = node.targets[0].id
+        if name in CONSTANTS:
+            values[name.lower()] = _literal(file, name, node)
+    missing = [name for name, (_, default) in CONSTANTS.items() if values[name.lower()] is ...]
+    if missing:
+        raise UserError(f"{file}: a method must state {missing[0]}, one of {', '.join(KINDS)}")
+    for name, allowed in (("kind", KINDS), ("recovery", RECOVERY)):
+        if values[name] not in allowed:
+            raise UserError(
+                f"{file}: {name.upper()} is '{values[name]}'; known: {', '.join(allowed)}"
+            )
+    return values
+
+
+def _literal(file: Path, name: str, node: ast.Assign) -> object:
+    expected, _ = CONSTANTS[name]
+    try:
+        value = ast.literal_eval(node.value)
+    except ValueError:
+        value = None
+    if not isinstance(value, expected):
+        raise UserError(
+            f"{file} line {node.lineno}: {name} must be a literal {expected.__name__}, because the "
+            "workflow reads it without running the file"
+        )
+    return value
+
+
+def _parameters(file: Path, tree: ast.Module) -> dict[str, object]:
+    functions = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "select"]
+    if not functions or not functions[0].args.args:
+        raise UserError(f"{file}: a method defines select(context, parameter=default, ...) -> Plan")
+    arguments = functions[0].args
+    named = [argument.arg for argument in (*arguments.args[1:], *arguments.kwonlyargs)]
+    defaults = [default for default in (*arguments.defaults, *arguments.kw_defaults) if default]
+    if len(named) != len(defaults):
+        raise UserError(f"{file}: every parameter of select but the context needs a default")
+    try:
+        return dict(zip(named, map(ast.literal_eval, defaults), strict=True))
+    except ValueError:
+        raise UserError(f"{file}: the defaults of select must be literals") from None
+
+
+def check_parameters(method: Method, given: Mapping[str, object]) -> None:
+    """The values a track gives must be parameters of `select`, of the default's type."""
+    for name, value in given.items():
+        where = f"methods.parameters.{method.name}.{name}"
+        if name not in method.parameters:
+            known = ", ".join(method.parameters) or "none"
+            raise UserError(f"{where}: {method.file} has no such parameter; it has: {known}")
+        default = method.parameters[name]
+        expected = (int, float) if isinstance(default, float) else type(default)
+        if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, expected):
+            raise UserError(f"{where} is {value!r}; it must be like its default {default!r}")
+
+
+def load(method: Method) -> Callable:
+    """Import the file and return its `select`."""
+    spec = importlib.util.spec_from_file_location(f"prunebench_method_{method.name}", method.file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.select

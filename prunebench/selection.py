@@ -1,0 +1,249 @@
+"""What a method is given, and the checks on what it returns."""
+
+import copy
+import hashlib
+import itertools
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+from torch import Generator, Tensor, nn
+
+from prunebench.errors import CellError
+from prunebench.pruning import surgery, targets
+from prunebench.pruning.plan import Plan
+from prunebench.pruning.units import Layer, Width
+from prunebench.training import loop
+from prunebench.training.budget import BudgetMeter
+from prunebench.training.loop import Batch, Data, Loss
+
+
+class Context:
+    """Everything a method may use. It never sees sampling quality, test data or its own score.
+
+    Attributes:
+        model: a private copy of the dense model in evaluation mode; call it as (x, t, y). What
+            passes through it, forward or backward, is metered, also through copies of it.
+        data: the training images and the objective.
+        sparsity: fraction of the model's parameters to remove (or, for steps, of the steps).
+        seed: the cell's seed. All randomness comes from `generator()`.
+        train_images: images the method may train on; 0 under budget none.
+        settings: training settings of the recovery, for methods that train.
+        log: logger of the stage.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        family: ModuleType,
+        config: Mapping,
+        data: Data,
+        *,
+        sparsity: float,
+        seed: int,
+        method: str,
+        meter: BudgetMeter,
+        settings: loop.Settings,
+        train_images: int = 0,
+    ):
+        self.model = meter.watch(copy.deepcopy(dense).eval())
+        self.family, self.config, self.data = family, dict(config), data
+        self.sparsity, self.seed = sparsity, seed
+        self.settings, self.train_images, self.trained_images = settings, train_images, 0
+        self.log = logging.getLogger(f"prunebench.methods.{method}")
+        self._meter, self._method, self._calls = meter, method, 0
+
+    # What can be pruned.
+    def layers(self, granularity: str = "block") -> list[Layer]:
+        return self.family.layers(self.model, granularity)
+
+    def widths(self) -> list[Width]:
+        return self.family.widths(self.model)
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights that may be masked, by name."""
+        return {name: self.model.get_parameter(name) for name in self.family.weights(self.model)}
+
+    # What to score with.
+    def generator(self) -> Generator:
+        """A new generator: same seed, method and order of calls, same numbers."""
+        self._calls += 1
+        text = f"{self._method}/{self.seed}/{self._calls}"
+        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+        return Generator().manual_seed(number)
+
+    def draws(self, count: int, batch: int) -> list[Batch]:
+        """`count` seeded draws of (image, class, time, noise) in batches of at most `batch`."""
+        generator, device = self.generator(), next(self.model.parameters()).device
+        sizes = [batch] * (count // batch) + [count % batch] * bool(count % batch)
+        return [self.data.draw(size, generator, device) for size in sizes]
+
+    def at_time(self, batch: Batch, t: Tensor) -> Batch:
+        """The same images, classes and noise at another time (one number)."""
+        return self.data.noised(
+            batch.x0, batch.y, t.expand(len(batch.y)).to(batch.y.device), batch.noise
+        )
+
+    def predict(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What `model` predicts for a batch, without further outputs such as DiT's variance."""
+        return model(batch.noised, batch.network_time, batch.y)[:, : batch.target.shape[1]]
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The loss the model was trained with."""
+        return loop.own_loss(model, batch)
+
+    @contextmanager
+    def without(self, *layers: str) -> Iterator[nn.Module]:
+        """The model with layers bypassed; shares all weights with `model`."""
+        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
+        shell = copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
+        for name in layers:
+            self.family.remove_layer(shell, name)
+        yield shell
+
+    # What to return.
+    def plan_layers(self, order: Sequence[Layer], **notes: object) -> Plan:
+        """Remove layers in the given order until the target is met."""
+        return targets.plan_layers(self.model, order, self.sparsity, **notes)
+
+    def plan_widths(self, scores: Mapping[str, Tensor], **notes: object) -> Plan:
+        """Remove the lowest-scored channels of every width at one ratio that meets the target."""
+        return targets.plan_widths(self.model, self.widths(), scores, self.sparsity, **notes)
+
+    def plan_weights(self, scores: Mapping[str, Tensor], **notes: object) -> Plan:
+        """Mask the globally lowest-scored weights until the target is met."""
+        return targets.plan_weights(self.model, scores, self.sparsity, **notes)
+
+    # For methods that train.
+    def train(
+        self,
+        model: nn.Module,
+        images: int,
+        masks: Mapping[str, Tensor] | None = None,
+        loss: Loss = loop.own_loss,
+    ) -> list[float]:
+        """Train a copy of `model` in place; charged to the cell's budget.
+
+        Raises:
+            CellError: the budget does not allow it.
+        """
+        if self.trained_images + images > self.train_images:
+            raise CellError(
+                f"method {self._method} wants to train on {images} more images; "
+                f"{self.trained_images} of its budget of {self.train_images} are spent"
+            )
+        self.trained_images += images
+        names = self.family.weights(model)
+        seed = self.generator().initial_seed()
+        return loop.train(
+            model,
+            self.data,
+            self.settings,
+            images=images,
+            seed=seed,
+            muon_names=names,
+            masks=masks,
+            loss=loss,
+        )
+
+    def fresh(self, plan: Plan) -> nn.Module:
+        """A newly initialised model of the shape that `plan` leaves, metered."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.generator().initial_seed())
+            model = self.family.build(self.config)
+        return self._meter.watch(surgery.apply(model, plan, self.family))
+
+
+Select = Callable[..., Plan | tuple[Plan, nn.Module]]
+
+
+def select(
+    context: Context, function: Select, kind: str, parameters: Mapping
+) -> tuple[Plan, nn.Module]:
+    """Run a method and check what it returns.
+
+    Returns:
+        The plan and the pruned model: the method's own where it trained one, else the dense model
+        with the plan applied.
+
+    Raises:
+        CellError: the plan is of another kind than the method states, names units that do not
+            exist, or misses the target by more than one unit.
+    """
+    dense = copy.deepcopy(context.model)
+    _unhook(dense)
+    layers = [unit for g in ("block", "branch") for unit in context.layers(g)]
+    widths = context.widths() if kind == "widths" else []
+    result = _call(function, context, parameters)
+    plan, own = result if isinstance(result, tuple) else (result, None)
+    if not isinstance(plan, Plan):
+        raise CellError(f"select returned {type(plan).__name__}, not a Plan")
+    check_kind(plan, kind)
+    pruned = surgery.apply(copy.deepcopy(dense), plan, context.family)
+    check_target(
+        dense, pruned, plan, context.sparsity, targets.tolerance(dense, layers, widths, plan)
+    )
+    if own is None:
+        return plan, pruned
+    _unhook(own)
+    check_shapes(own, pruned)
+    return plan, own.eval()
+
+
+def _call(function: Select, context: Context, parameters: Mapping) -> object:
+    try:
+        return function(context, **parameters)
+    except CellError:
+        raise
+    except Exception as error:  # whatever a method raises is its own cells' failure, no one else's
+        raise CellError(f"{type(error).__name__}: {error}") from error
+
+
+def _unhook(model: nn.Module) -> None:
+    model._forward_hooks.clear()
+
+
+def check_kind(plan: Plan, kind: str) -> None:
+    """A plan removes what its method says it removes, and nothing else."""
+    present = {
+        "layers": bool(plan.layers),
+        "widths": bool(plan.kept),
+        "weights": bool(plan.masks),
+        "steps": plan.steps != 1.0,
+    }
+    removed = [name for name, is_present in present.items() if is_present]
+    expected = [] if kind == "none" else [kind]
+    if removed != expected:
+        raise CellError(
+            f"the method's KIND is '{kind}' but its plan removes {' and '.join(removed) or 'nothing'}"
+        )
+
+
+def check_target(
+    dense: nn.Module, pruned: nn.Module, plan: Plan, sparsity: float, tolerance: float
+) -> None:
+    """The target is met within one unit. An N:M pattern fixes its own; its groups are checked."""
+    if plan.steps != 1.0:
+        reached, tolerance = 1 - plan.steps, 1e-9
+    elif plan.pattern not in (None, "unstructured"):
+        targets.check_n_of_m(plan)
+        return
+    else:
+        reached = targets.reached(dense, pruned, plan)
+    if abs(reached - sparsity) > tolerance + 1e-9:
+        raise CellError(
+            f"the plan removes {reached:.4f} of the parameters; the target is {sparsity} "
+            f"and one unit is {tolerance:.4f}"
+        )
+
+
+def check_shapes(own: nn.Module, pruned: nn.Module) -> None:
+    """A model that a method trained has exactly the tensors that its plan leaves."""
+    shapes = [{n: t.shape for n, t in m.state_dict().items()} for m in (own, pruned)]
+    if shapes[0] != shapes[1]:
+        different = sorted(
+            n for n in {**shapes[0], **shapes[1]} if shapes[0].get(n) != shapes[1].get(n)
+        )
+        raise CellError(f"the returned model does not fit its plan: {different[0]} differs")

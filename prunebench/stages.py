@@ -1,0 +1,381 @@
+"""The stages: each reads artefacts, does one thing and writes one record. The CLI calls these.
+
+A record's status is "ok" or "failed". A cell fails where its method or its training breaks; the
+failure is recorded and passed on, so that it costs its own cells only. Anything else that goes
+wrong (disk, memory, corrupt files) stops the command and is tried again by the next run.
+"""
+
+import functools
+import logging
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from prunebench import artefacts, assets, methods, models, recovery, selection
+from prunebench.config import Cell, Layout, Paths, Track, as_dict
+from prunebench.diffusion.objectives import objective
+from prunebench.diffusion.sampling import Sampler
+from prunebench.errors import CellError
+from prunebench.evaluation import classifier, consistency, cost, features, latency, quality
+from prunebench.evaluation.grid import write_grid
+from prunebench.provenance import provenance
+from prunebench.pruning import surgery
+from prunebench.pruning.plan import Plan
+from prunebench.training import loop
+from prunebench.training.budget import BudgetMeter, unspent
+
+log = logging.getLogger(__name__)
+
+IMAGES, FEATURES, CLASSIFIER = "images.safetensors", "reference.safetensors", "model.safetensors"
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dataset(track: Track) -> assets.Dataset:
+    return assets.load_dataset(**track.content["dataset"])
+
+
+def training_data(track: Track, model: str) -> loop.Data:
+    images = dataset(track)
+    goal = objective(track.model(model)["objective"])
+    return loop.Data(images.train_images, images.train_labels, goal)
+
+
+def extractor(track: Track, layout: Layout) -> None:
+    """Train the domain classifier, or take a published extractor; features of the reference set."""
+    start, images = time.perf_counter(), dataset(track)
+    settings = track.content["extractor"]
+    folder = Path(layout.extractor).parent
+    report = {"name": settings["name"]}
+    if "training" in settings:
+        model = classifier.train_classifier(
+            images.train_images, images.train_labels, **settings["training"], log=log.info
+        )
+        report["accuracy"] = classifier.accuracy(
+            model, images.reference_images, images.reference_labels
+        )
+        log.info("accuracy on the reference set: %.4f", report["accuracy"])
+        weights = folder / CLASSIFIER
+        artefacts.write_tensors(weights, model.state_dict())
+    else:
+        weights = assets.locate(settings["asset"])
+    judge = features.load_extractor(settings["name"], weights)
+    batch = track.content["evaluation"]["batch"]
+    artefacts.write_tensors(folder / FEATURES, judge.extract(images.reference_images, batch))
+    report |= {"weights": str(weights), "sha256": artefacts.sha256(weights)}
+    payload = [folder / FEATURES, *([weights] if weights.parent == folder else [])]
+    _finish(layout.extractor, track, start, payload, extractor=report)
+
+
+def dense(track: Track, layout: Layout, model: str) -> None:
+    """Train the dense model from scratch."""
+    start, settings = time.perf_counter(), track.model(model)
+    family, data = models.family(settings["family"]), training_data(track, model)
+    torch.manual_seed(0)
+    network = family.build(settings["config"]).to(device())
+    meter = BudgetMeter()
+    options = dict(settings["training"])
+    images = options.pop("images")
+    with meter.clock():
+        losses = loop.train(
+            meter.watch(network),
+            data,
+            loop.Settings(**options),
+            images=images,
+            seed=0,
+            muon_names=family.weights(network),
+        )
+    record = layout.trained(model)
+    files = _save(record, network, Plan(), settings)
+    tail = losses[-max(1, len(losses) // 10) :]
+    _finish(record, track, start, files, budget=meter.report(), loss=sum(tail) / len(tail))
+
+
+def select(track: Track, cell: Cell, paths: Paths) -> None:
+    """Run a method on the dense model and save what its plan leaves."""
+    start, settings = time.perf_counter(), track.model(cell.model)
+    method = track.method(cell.method)
+    artefacts.read_record(paths.trained)
+    network, _ = surgery.load(Path(paths.trained).parent)
+    meter = BudgetMeter()
+    context = selection.Context(
+        network.to(device()),
+        models.family(settings["family"]),
+        settings["config"],
+        training_data(track, cell.model),
+        sparsity=cell.sparsity,
+        seed=cell.seed,
+        method=method.name,
+        meter=meter,
+        settings=loop.Settings(**settings["recovery"]),
+        train_images=track.budget(cell) if method.trains else 0,
+    )
+    with meter.clock():
+        plan, pruned = selection.select(
+            context, methods.load(method), method.kind, track.parameters(method.name)
+        )
+    files = _save(paths.select, pruned, plan, settings)
+    _finish(
+        paths.select,
+        track,
+        start,
+        files,
+        budget=meter.report(),
+        trained_images=context.trained_images,
+        size=_size(network, pruned, plan),
+    )
+
+
+def recover(track: Track, cell: Cell, paths: Paths) -> None:
+    """Train the pruned model on what selection has left of the cell's budget."""
+    start, settings = time.perf_counter(), track.model(cell.model)
+    chosen = _upstream(paths.select)
+    pruned, plan = surgery.load(Path(paths.select).parent)
+    teacher, _ = surgery.load(Path(paths.trained).parent)
+    meter = BudgetMeter()
+    pruned, teacher = pruned.to(device()), teacher.to(device())
+    family = models.family(settings["family"])
+    with meter.clock():
+        losses = loop.train(
+            meter.watch(pruned),
+            training_data(track, cell.model),
+            loop.Settings(**settings["recovery"]),
+            images=track.budget(cell) - chosen["trained_images"],
+            seed=cell.seed,
+            muon_names=family.weights(pruned),
+            masks=plan.masks,
+            loss=recovery.recovery(cell.recovery.rpartition("-")[0]).loss(
+                meter.watch(teacher, "teacher")
+            ),
+        )
+    files = _save(paths.recover, pruned, plan, settings)
+    _finish(
+        paths.recover,
+        track,
+        start,
+        files,
+        budget=meter.report(),
+        size=_size(teacher, pruned, plan),
+        loss={"first": losses[0], "last": losses[-1]},
+    )
+
+
+def sample(track: Track, cell: Cell, paths: Paths, batch: int | None = None) -> None:
+    """Draw the cell's images."""
+    start, settings = time.perf_counter(), track.content["sampling"]
+    _upstream(paths.checkpoint)
+    network, plan = surgery.load(Path(paths.checkpoint).parent)
+    sampler = _sampler(track, cell.model, network.to(device()), plan)
+    count, batch = settings["count"], batch or settings["batch"]
+    images = []
+    for part in sampler.images(cell.seed, 0, count, batch):
+        images.append(part)
+        log.info("%d of %d images", sum(map(len, images)), count)
+    file = Path(paths.sample).parent / IMAGES
+    labels = sampler.labels(range(count))
+    artefacts.write_tensors(file, {"images": torch.cat(images), "labels": labels})
+    report = {**sampler.settings, "steps": sampler.steps, "count": count}
+    _finish(paths.sample, track, start, [file], sampling=report)
+
+
+def measure(track: Track, cell: Cell, paths: Paths) -> None:
+    """Measure MACs, memory and latency of the pruned architecture beside the dense one."""
+    start = time.perf_counter()
+    chosen = _upstream(paths.select)
+    pruned, plan = surgery.load(Path(paths.select).parent)
+    whole, _ = surgery.load(Path(paths.trained).parent)
+    ours = _sampler(track, cell.model, pruned.to(device()), plan)
+    theirs = _sampler(track, cell.model, whole.to(device()), Plan())
+    settings = track.content["latency"]
+    one, many = (_forwards(ours, theirs, size) for size in (1, settings["batch"]))
+    timed = functools.partial(
+        latency.interleaved_latency,
+        rounds=settings["rounds"],
+        warmup=settings["warmup"],
+        device=device(),
+    )
+    images = settings["images"]
+    end_to_end = timed(*(_whole_sampling(sampler, images) for sampler in (ours, theirs)))
+    report = {
+        "forward_batch1": timed(*one),
+        "forward_batch": timed(*many),
+        "sampling": _per_image(end_to_end, images),
+        "batch": settings["batch"],
+        "peak_memory_mb": cost.peak_memory(many[0], pruned),
+        **latency.conditions(device()),
+    }
+    macs = cost.count_macs(pruned, *_inputs(ours, 1))
+    dense_macs = {f"dense_{k}": v for k, v in cost.count_macs(whole, *_inputs(theirs, 1)).items()}
+    size = {**chosen["size"], **macs, **dense_macs}
+    _finish(paths.cost, track, start, [], latency=report, size=size)
+
+
+def score(track: Track, cell: Cell, paths: Paths) -> None:
+    """Compare the cell's images with the reference and with dense's; gather everything known."""
+    start, settings = time.perf_counter(), track.content["evaluation"]
+    records = {
+        "select": _upstream(paths.select),
+        "sample": _upstream(paths.sample),
+        "cost": _upstream(paths.cost),
+    }
+    healed = _upstream(paths.recover) if cell.recovery != "none" else None
+    judge_record = _upstream(paths.extractor)["extractor"]
+    folder = Path(paths.extractor).parent
+    judge = features.load_extractor(judge_record["name"], Path(judge_record["weights"]))
+    drawn = artefacts.read_tensors(Path(paths.sample).parent / IMAGES)
+    undisturbed = artefacts.read_tensors(Path(paths.dense_sample).parent / IMAGES)
+    generated = judge.extract(drawn["images"], settings["batch"])
+    distance = consistency.perceptual_distance(
+        settings["lpips"], _lpips_weights(track, judge_record)
+    )
+    write_grid(Path(paths.metrics).parent / "grid.png", drawn["images"], drawn["labels"])
+    budget = {"selection": records["select"]["budget"]}
+    budget["recovery"] = healed["budget"] if healed else unspent()
+    size = {**records["cost"]["size"], **(healed["size"] if healed else {})}
+    _finish(
+        paths.metrics,
+        track,
+        start,
+        [],
+        schema=1,
+        cell=as_dict(cell),
+        failure=None,
+        labels=_labels(track, cell),
+        quality=quality.quality(
+            generated, artefacts.read_tensors(folder / FEATURES), drawn["labels"]
+        ),
+        consistency=consistency.consistency(drawn["images"], undisturbed["images"], distance),
+        size=size,
+        latency=records["cost"]["latency"],
+        budget=budget,
+        sampling=records["sample"]["sampling"],
+        extractor={k: v for k, v in judge_record.items() if k != "weights"},
+        plan=artefacts.read_json(Path(paths.select).parent / surgery.PLAN)["plan"],
+        stages=_history({**records, **({"recover": healed} if healed else {})}),
+    )
+
+
+def guarded(
+    stage: Callable,
+    track: Track,
+    cell: Cell,
+    paths: Paths,
+    record: str,
+    log_file: str | None,
+    **options: object,
+) -> bool:
+    """Run a stage of a cell; record a failure of the cell instead of raising it.
+
+    Returns:
+        True if the cell is well.
+    """
+    try:
+        stage(track, cell, paths, **options)
+        return True
+    except CellError as error:
+        traceback.print_exc()
+        own = {"stage": stage.__name__, "error": str(error), "log": log_file}
+        failure = error.inherited or own
+    log.error("cell failed in %s: %s", failure["stage"], failure["error"])
+    content = {"schema": 1, "status": "failed", "cell": as_dict(cell), "failure": failure}
+    content |= {"labels": _labels(track, cell), "provenance": provenance(dict(track.content))}
+    artefacts.write_record(Path(record), content)
+    return False
+
+
+def _upstream(record: str) -> dict:
+    """A verified input record; a failed one fails this stage with the same failure."""
+    content = artefacts.read_record(record)
+    if content["status"] == "failed":
+        raise CellError(content["failure"]["error"], inherited=content["failure"])
+    return content
+
+
+def _finish(record: str, track: Track, start: float, payload: list[Path], **content) -> None:
+    source = provenance(dict(track.content))
+    seconds = {"wall_s": time.perf_counter() - start, "provenance": source}
+    artefacts.write_record(Path(record), {"status": "ok", **content, **seconds}, payload)
+
+
+def _save(record: str, model: nn.Module, plan: Plan, settings: dict) -> list[Path]:
+    folder = Path(record).parent
+    return surgery.save(folder, model, plan, settings["family"], settings["config"])
+
+
+def _size(whole: nn.Module, pruned: nn.Module, plan: Plan) -> dict:
+    return {
+        "parameters": cost.count_parameters(pruned),
+        "nonzero_parameters": cost.count_nonzero(pruned),
+        "dense_parameters": cost.count_parameters(whole),
+        "sparsity_reached": selection.targets.reached(whole, pruned, plan),
+    }
+
+
+def _sampler(track: Track, model: str, network: nn.Module, plan: Plan) -> Sampler:
+    settings = track.model(model)
+    images = dataset(track)
+    shape = (images.channels, images.resolution, images.resolution)
+    return Sampler(
+        network,
+        objective(settings["objective"]),
+        shape,
+        images.num_classes,
+        {**settings["sampling"], "lanes": track.content["sampling"]["lanes"]},
+        plan.steps,
+    )
+
+
+def _inputs(sampler: Sampler, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise, the noisiest time and labels for `size` images, as the denoiser takes them."""
+    x = torch.randn(size, *sampler.shape, generator=torch.Generator().manual_seed(0))
+    time_ = sampler.objective.model_time(sampler.objective.grid(2)[-1:]).expand(size)
+    return tuple(v.to(sampler.device) for v in (x, time_, sampler.labels(range(size))))
+
+
+def _forwards(ours: Sampler, theirs: Sampler, size: int) -> list[Callable[[], Tensor]]:
+    inputs = _inputs(ours, size)
+    return [functools.partial(sampler.model, *inputs) for sampler in (ours, theirs)]
+
+
+def _whole_sampling(sampler: Sampler, size: int) -> Callable[[], Tensor]:
+    x, _, y = _inputs(sampler, size)
+    return functools.partial(sampler.denoise, x, y)
+
+
+def _per_image(timing: dict, images: int) -> dict:
+    return {k: v if k == "ratio" else v / images for k, v in timing.items()}
+
+
+def _lpips_weights(track: Track, judge: dict) -> Path:
+    name = track.content["evaluation"]["lpips"]
+    return Path(judge["weights"]) if name == "domain" else assets.locate(f"lpips-{name}")
+
+
+def _labels(track: Track, cell: Cell) -> dict:
+    method, settings = track.method(cell.method), track.model(cell.model)
+    names = ("kind", "control", "reconstruction", "title", "paper", "bibtex", "notes")
+    return {
+        "family": settings["family"],
+        "objective": settings["objective"]["name"],
+        **{name: getattr(method, name) for name in names},
+        "idea": method.idea,
+        "parameters": {**method.parameters, **track.parameters(cell.method)},
+    }
+
+
+def _history(records: dict[str, dict]) -> dict:
+    """When, with which code and how long each stage ran that a score rests on."""
+    return {
+        stage: {
+            "wall_s": record["wall_s"],
+            "date": record["provenance"]["date"],
+            "code": record["provenance"]["code"],
+        }
+        for stage, record in records.items()
+    }

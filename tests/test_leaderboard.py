@@ -1,0 +1,338 @@
+"""The leaderboard's arithmetic on known numbers, and its files as a pure function of the cells."""
+
+import io
+import json
+import math
+import statistics
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from prunebench.errors import UserError
+from prunebench.leaderboard import build, collect, plots, tables
+
+DENSE = {"kind": "none", "title": "Dense"}
+STEPS = {"kind": "steps", "title": "Fewer steps"}
+
+
+def make_metrics(cell: dict, *, fid=10.0, ms=8.0, dense_ms=10.0, title="A method", kind="layers",
+                 control=False, reconstruction=False, steps=10, macs=6e6, parameters=450_000,
+                 recovery_images=0, samples=2048, failed=None, bibtex="") -> dict:  # fmt: skip
+    """A metrics.json of schema 1; `failed` is (stage, error)."""
+    latency = {"ms": ms, "iqr_ms": 0.1, "dense_ms": dense_ms, "ratio": ms / dense_ms}
+    images = {"student_forward": 0, "student_backward": 0, "teacher_forward": 0, "wall_s": 1.5}
+    size = {"parameters": parameters, "nonzero_parameters": parameters, "sparsity_reached": 0.25,
+            "dense_parameters": 600_000, "macs": macs, "macs_without_attention_products": macs,
+            "dense_macs": 8e6, "dense_macs_without_attention_products": 8e6}  # fmt: skip
+    labels = {"family": "dit", "objective": "flow", "kind": kind, "control": control, "notes": "",
+              "reconstruction": reconstruction, "title": title, "paper": "",
+              "bibtex": bibtex}  # fmt: skip
+    common = {
+        "schema": 1, "status": "failed" if failed else "ok", "cell": cell, "labels": labels,
+        "failure": None,
+        "provenance": {
+            "commit": "0123456789abcdef", "dirty": False, "code": "c0de", "config": "c0ff",
+            "date": f"2026-01-0{1 + cell['seed'] % 9}", "cpu": "AMD EPYC", "cores": 2, "gpu": None,
+            "os": "Linux", "python": "3.11", "packages": {"torch": "2.15.0"},
+        },
+    }  # fmt: skip
+    if failed:
+        failure = {"stage": failed[0], "error": failed[1], "log": "runs/some/select.log"}
+        return common | {"failure": failure}
+    quality = {"fid": fid, "fid_cleanfid": fid, "kid": fid / 1e4, "precision": 0.7, "recall": 0.5,
+               "sfid": 2 * fid, "agreement": 0.9, "samples": samples,
+               "reference_samples": 10_000}  # fmt: skip
+    return common | {
+        "quality": quality,
+        "consistency": {"lpips": 0.1, "ssim": 0.8, "psnr": None if kind == "none" else 20.0},
+        "size": size,
+        "latency": {"forward_batch1": latency, "forward_batch": latency, "sampling": latency,
+                    "batch": 64, "threads": 1, "device": "cpu", "peak_memory_mb": 300.0,
+                    "load_average": 1.0},
+        "budget": {"selection": images,
+                   "recovery": images | {"student_forward": recovery_images}},
+        "sampling": {"steps": steps, "sampler": "ddim", "count": samples, "batch": 128},
+    }  # fmt: skip
+
+
+def write_cell(folder: Path, metrics: dict, grid: bytes | None = None) -> Path:
+    """Write metrics.json, and grid.png beside it, where a cell's outputs lie."""
+    file = folder / "/".join(str(part) for part in metrics["cell"].values()) / "metrics.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(json.dumps(metrics))
+    if grid:
+        file.with_name("grid.png").write_bytes(grid)
+    return file
+
+
+def a_grid(shade: int = 90) -> bytes:
+    buffer = io.BytesIO()
+    pixels = np.full((146, 146), shade, np.uint8)
+    pixels[::18] = 255
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def a_cell(method: str, seed: int = 0, recovery: str = "none", sparsity: float = 0.25) -> dict:
+    return {"track": "embedded", "model": "sit", "method": method, "sparsity": sparsity,
+            "recovery": recovery, "seed": seed}  # fmt: skip
+
+
+def seeds(method: str, fids: list[float], recovery: str = "none", **changes) -> list[dict]:
+    sparsity = 0.0 if changes.get("kind") in ("none", "steps") else 0.25
+    return [
+        make_metrics(a_cell(method, k, recovery, sparsity), fid=fid, **changes)
+        for k, fid in enumerate(fids)
+    ]
+
+
+def small_board(folder: Path) -> tuple[list[Path], list[dict]]:
+    """Two controls, two methods, dense with all and fewer steps; one failure, one absent cell."""
+    entry = "@article{good2025,\n  title={Good 100\\% pruning}\n}"
+    cells = [
+        *seeds("dense", [2.0, 2.1, 1.9], ms=10.0, macs=8e6, **DENSE),
+        *seeds("steps-5", [4.0, 4.2, 3.8], ms=5.0, steps=5, macs=8e6, **STEPS),
+        *seeds("good", [3.0, 3.1, 2.9], title="Good <b>50%_of</b> it", bibtex=entry),
+        *seeds("good", [2.5, 2.6, 2.4], "finetune-low", title="Good <b>50%_of</b> it",
+               bibtex=entry, recovery_images=12_800),
+        *seeds("random", [9.0, 12.0, 30.0], title="Random", control=True),
+        *seeds("mask", [5.0, 5.5], title="Mask", kind="weights", macs=8e6, reconstruction=True),
+        *seeds("broken", [0, 0, 0], title="Broken", failed=("select", "loss <NaN> at 50%_step")),
+    ]  # fmt: skip
+    files = [write_cell(folder, metrics, a_grid()) for metrics in cells]
+    return files, [metrics["cell"] for metrics in cells] + [a_cell("mask", 2), a_cell("late", 0)]
+
+
+@pytest.fixture(scope="module")
+def board(tmp_path_factory) -> tuple[Path, list[Path], list[dict]]:
+    folder = tmp_path_factory.mktemp("runs")
+    files, expected = small_board(folder)
+    out = tmp_path_factory.mktemp("board")
+    build(files, out, expected_cells=expected, title="Embedded <i>track</i>, 100%_real")
+    return out, files, expected
+
+
+def rows_of(*groups: list[dict], expected=None) -> pd.DataFrame:
+    metrics = [cell for group in groups for cell in group]
+    sources = [collect.Source(Path("metrics.json"), b"", one) for one in metrics]
+    return collect.aggregate(collect.cell_frame(sources, expected)).set_index("method")
+
+
+def text_of(row: pd.Series, name: str) -> str:
+    return next(column for column in tables.COLUMNS if column.name == name).text(row)
+
+
+def test_mean_and_sample_standard_deviation():
+    row = rows_of(seeds("a", [10.0, 13.0, 19.0])).loc["a"]
+    assert row.fid_mean == 14.0
+    assert row.fid_sd == pytest.approx(math.sqrt((16 + 1 + 25) / 2), rel=1e-15)
+    assert row.speedup_mean == pytest.approx(1.25)
+    assert text_of(row, "fid") == "14.00 ± 4.58"
+
+
+def test_budget_sums_selection_and_recovery():
+    metrics = make_metrics(a_cell("a"), recovery_images=12_800)
+    metrics["budget"]["selection"] |= {"student_forward": 200}
+    assert rows_of([metrics]).loc["a"].student_images_mean == 13_000
+
+
+def test_rank_counts_the_rows_welch_cannot_tell_apart():
+    # a against b: t = -1/sqrt(2/3) on 4 degrees of freedom, p = 0.29; c lies 20 away from both
+    rows = rows_of(
+        seeds("a", [1.0, 2.0, 3.0]), seeds("b", [2.0, 3.0, 4.0]), seeds("c", [22.0, 23.0, 24.0])
+    )
+    assert rows["rank"].tolist() == [1, 2, 3]
+    assert rows.ties.tolist() == [1, 1, 0]
+    assert [text_of(row, "rank") for _, row in rows.iterrows()] == ["1 (=1)", "2 (=1)", "3"]
+
+
+def test_one_seed_cannot_be_told_from_any_and_zero_spread_is_exact():
+    rows = rows_of(seeds("a", [1.0]), seeds("b", [5.0, 5.0]), seeds("c", [6.0, 6.0]))
+    assert rows.ties.to_dict() == {"a": 2, "b": 1, "c": 1}
+
+
+def test_ranks_stay_inside_model_sparsity_and_recovery():
+    other = [make_metrics(a_cell("d", 0, "none", 0.5), fid=9.0)]
+    rows = rows_of(seeds("a", [1.0]), seeds("b", [5.0]), seeds("c", [7.0], "finetune-low"), other)
+    assert rows["rank"].to_dict() == {"a": 1, "b": 2, "c": 1, "d": 1}
+
+
+def test_controls_are_ranked_and_references_are_not():
+    rows = rows_of(seeds("dense", [1.0], **DENSE), seeds("r", [3.0], control=True),
+                   seeds("a", [2.0]))  # fmt: skip
+    assert rows.index.tolist() == ["dense", "a", "r"]
+    assert rows["rank"].isna().tolist() == [True, False, False]
+    assert text_of(rows.loc["dense"], "rank") == "ref"
+    assert text_of(rows.loc["r"], "title") == "A method (control)"
+
+
+@pytest.mark.parametrize(
+    "ms, fid, steps, reached",
+    [(10.0, 2.0, 10, True), (9.9, 3.0, 8, True), (5.0, 4.0, 5, True), (4.9, 4.0, 5, False)],
+)
+def test_dense_at_equal_latency_has_the_most_steps_that_fit(ms, fid, steps, reached):
+    rows = rows_of(
+        seeds("dense", [2.0, 2.0], ms=10.0, **DENSE),
+        seeds("s8", [3.0, 3.0], ms=8.0, steps=8, **STEPS),
+        seeds("s5", [4.0, 4.0], ms=5.0, steps=5, **STEPS),
+        seeds("a", [2.5, 2.5], ms=ms),
+    )
+    row = rows.loc["a"]
+    found = (row.equal_latency_fid, row.equal_latency_steps, row.equal_latency_reached)
+    assert found == (fid, steps, reached)
+    assert row.equal_latency_verdict == ("worse" if fid == 2.0 else "better")
+    assert ("*" in text_of(row, "equal_latency")) is not reached
+
+
+def test_pareto_frontier_of_three_points():
+    cost, fid = np.array([3.0, 1.0, 2.0]), np.array([5.0, 7.0, 8.0])
+    assert plots.pareto_frontier(cost, fid).tolist() == [1, 0]  # (2, 8) is beaten by (1, 7)
+
+
+def test_masks_stand_at_the_dense_macs_and_fewer_steps_cost_less():
+    rows = rows_of(seeds("dense", [2.0], macs=8e6, **DENSE), seeds("m", [3.0], macs=8e6),
+                   seeds("s", [4.0], macs=8e6, steps=5, **STEPS))  # fmt: skip
+    cost = plots.cost_of(rows, plots.COSTS[0])
+    assert cost.to_dict() == pytest.approx({"dense": 8e7, "m": 8e7, "s": 4e7})
+
+
+def test_failed_and_missing_rows_are_last_show_dashes_and_are_listed(board):
+    out, *_ = board
+    rows = pd.read_csv(out / "leaderboard.csv")
+    group = rows[(rows.recovery == "none") & ~rows.kind.isin(["none", "steps"])]
+    assert group.method.tolist() == ["good", "mask", "random", "broken", "late"]
+    assert group["rank"].isna().tolist() == [False, False, False, True, True]
+    assert rows[rows.method == "broken"].fid_mean.isna().all()
+    text = (out / "leaderboard.md").read_text()
+    line = next(line for line in text.splitlines() if line.startswith("| — | Broken"))
+    assert "nan" not in line.lower() and "Broken (failed) | layers | 25% | — | — |" in line
+    assert "`sit/broken/0.25/none/seed2` failed in select: loss &lt;NaN> at 50%\\_step" in text
+    assert "- `sit/mask/0.25/none/seed2`" in text and "- `sit/late/0.25/none/seed0`" in text
+    assert "17 of 22 cells finished, 3 failed, 2 not finished" in text
+
+
+def test_incomplete_smoke_and_reconstruction_are_marked():
+    cells = seeds("a", [1.0, 2.0], reconstruction=True, samples=512)
+    row = rows_of(cells, expected=[a_cell("a", 2)]).loc["a"]
+    assert text_of(row, "title") == "A method† (smoke, 2/3 seeds)"
+    assert text_of(row, "seeds") == "2/3"
+
+
+def test_csv_keeps_full_precision(tmp_path):
+    fids = [1 / 3, 2 / 7, math.pi]
+    files = [write_cell(tmp_path, metrics) for metrics in seeds("a", fids)]
+    build(files, tmp_path / "out", expected_cells=None, title="t")
+    row = pd.read_csv(tmp_path / "out/leaderboard.csv", float_precision="round_trip").iloc[0]
+    assert row.fid_mean == pytest.approx(statistics.fmean(fids), rel=1e-15)
+    assert row.fid_sd == pytest.approx(statistics.stdev(fids), rel=1e-14)
+    assert row.parameters_mean == 450_000
+
+
+def test_rebuilding_gives_the_same_bytes_whatever_the_order(board, tmp_path):
+    out, files, expected = board
+    stale = tmp_path / "raw/sit/gone/0.25/none/seed0.json"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("{}")
+    title = "Embedded <i>track</i>, 100%_real"
+    build(files[::-1], tmp_path, expected_cells=expected[::-1], title=title)
+    first, second = ({f.relative_to(folder): f.read_bytes() for f in folder.rglob("*")
+                      if f.is_file()} for folder in (out, tmp_path))  # fmt: skip
+    assert first == second
+    names = {str(name) for name in first}
+    assert {"leaderboard.html", "leaderboard.bib", "samples_sit.png", "pareto_sit_macs.svg",
+            "pareto_sit_latency.png", "raw/sit/good/0.25/finetune-low/seed2.json",
+            } <= names  # fmt: skip
+
+
+def test_text_from_methods_is_escaped(board):
+    out, *_ = board
+    page, tex = (out / "leaderboard.html").read_text(), (out / "leaderboard.tex").read_text()
+    assert "<b>" not in page and "&lt;b&gt;50%_of&lt;/b&gt;" in page
+    assert "<i>track" not in page and "loss &lt;NaN&gt;" in page
+    assert (
+        r"Good \textless{}b\textgreater{}50\%\_of\textless{}/b\textgreater{} it~\cite{good2025}"
+        in tex
+    )
+    assert "&lt;b>50%\\_of&lt;/b>" in (out / "leaderboard.md").read_text()
+
+
+def test_caption_names_code_date_hardware_and_sampling(board):
+    text = (board[0] / "leaderboard.md").read_text()
+    for fact in ("- **Date:** 2026-01-03", "- **Commit:** 0123456789", "torch 2.15.0",
+                 "AMD EPYC, 2 cores, no GPU", "2,048 images", "sit: ddim, 10 steps"):  # fmt: skip
+        assert fact in text
+    assert "Warning" not in text
+
+
+def test_warnings_for_mixed_code_hardware_and_disagreeing_fid(tmp_path):
+    cells = seeds("a", [1.0, 2.0])
+    cells[1]["provenance"] |= {"code": "other", "cpu": "Intel", "dirty": True}
+    cells[0]["quality"]["fid_cleanfid"] = 1.0011
+    cells[1]["quality"]["fid_cleanfid"] = 2.0019
+    files = [write_cell(tmp_path, metrics) for metrics in cells]
+    build(files, tmp_path / "out", expected_cells=None, title="t")
+    text = (tmp_path / "out/leaderboard.md").read_text()
+    assert text.count("**Warning:**") == 3
+    assert "2 different versions of the code" in text and "different hardware" in text
+    assert "clean-fid disagrees with FID on sit/a/0.25/none/seed0: 1.0011 against 1.0000" in text
+    assert "0123456789, 0123456789-dirty" in text
+
+
+def test_a_board_of_failures_alone_is_still_a_board(tmp_path):
+    file = write_cell(tmp_path, seeds("a", [0], failed=("recover", "loss is NaN"))[0])
+    build([file], tmp_path / "out", expected_cells=None, title="t")
+    assert "0 of 1 cells finished, 1 failed" in (tmp_path / "out/leaderboard.html").read_text()
+
+
+def test_infinite_psnr_and_units():
+    rows = rows_of(seeds("dense", [1.0], **DENSE))
+    assert text_of(rows.loc["dense"], "psnr") == "∞"
+    assert text_of(rows.loc["dense"], "parameters") == "0.450"
+    assert text_of(rows.loc["dense"], "macs") == "6.00"
+    params = collect.METRICS["parameters"]
+    assert tables.number(params, 675e6) == "675" and tables.number(params, 11.9e9) == "11,900"
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda m: m.update(schema=2), "its schema is 2"),
+        (lambda m: m["quality"].pop("kid"), "quality.kid is missing"),
+        (lambda m: m["quality"].update(fid=None), "quality.fid is None"),
+        (lambda m: m["quality"].update(recall=math.nan), "quality.recall is nan"),
+        (lambda m: m["cell"].update(method="../x"), "cannot name a file"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path, change, reason):
+    metrics = make_metrics(a_cell("a"))
+    change(metrics)
+    file = tmp_path / "metrics.json"
+    file.write_text(json.dumps(metrics))
+    with pytest.raises(UserError, match=reason) as error:
+        collect.read_sources([file])
+    assert str(file) in str(error.value)
+
+
+def test_unreadable_duplicate_and_mixed_track_files_are_named(tmp_path):
+    (tmp_path / "half.json").write_text('{"schema": 1,')
+    with pytest.raises(UserError, match=r"half\.json"):
+        collect.read_sources([tmp_path / "half.json"])
+    with pytest.raises(UserError, match=r"cannot read .*absent\.json"):
+        collect.read_sources([tmp_path / "absent.json"])
+    file = write_cell(tmp_path, make_metrics(a_cell("a")))
+    with pytest.raises(UserError, match="same cell"):
+        collect.read_sources([file, file])
+    other = write_cell(tmp_path, make_metrics(a_cell("b") | {"track": "cifar"}))
+    with pytest.raises(UserError, match="one track"):
+        collect.read_sources([file, other])
+
+
+def test_methods_sharing_a_bibtex_key_with_different_entries_are_told():
+    entries = [seeds(name, [1.0], bibtex=f"@misc{{key, note={{{name}}}}}") for name in "ab"]
+    found, problems = tables.bibliography(rows_of(*entries))
+    assert list(found) == ["key"] and problems == [
+        "Two methods give the BibTeX key key different entries."
+    ]

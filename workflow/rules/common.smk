@@ -1,0 +1,84 @@
+# The track, its paths and the functions the rules share. Everything here is free of torch.
+import os
+from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from prunebench import config as tracks
+from prunebench import warm
+from prunebench.artefacts import read_json
+from prunebench.errors import UserError
+
+try:
+    TRACK = tracks.load(config.get("track", "embedded"))
+except UserError as error:
+    raise WorkflowError(str(error))
+
+ARGUMENT = config.get("track", "embedded")
+LAYOUT = tracks.Layout(TRACK.name)
+METRICS = [tracks.Paths(TRACK, cell).metrics for cell in TRACK.cells()]
+RESULTS = f"results/{TRACK.name}"
+LEADERBOARD = [f"{RESULTS}/leaderboard.{kind}" for kind in ("csv", "md", "tex", "html", "bib")]
+
+# What the short stage commands import; once for the whole run instead of once per command.
+PRELOAD = ["prunebench.stages"]
+
+
+def start_warm_server():
+    """On one machine stage commands fork from a process that has imported everything already."""
+    if workflow.local_exec:
+        socket = warm.start(os.getpid(), PRELOAD, "prunebench.cli:main")
+        if socket:
+            os.environ[warm.VARIABLE] = socket
+
+
+def report_failed_cells():
+    failed = [path for path in METRICS if Path(path).exists() and is_failed(path)]
+    if failed:
+        logger.warning(
+            f"{len(failed)} of {len(METRICS)} cells failed; "
+            f"{RESULTS}/leaderboard.md names the reasons and logs"
+        )
+
+
+def is_failed(record):
+    return read_json(record)["status"] == "failed"
+
+
+def paths(wildcards):
+    """The artefacts of the cell that a job's wildcards name."""
+    # Selection records name the budget they trained on in place of the recovery, if any.
+    budget = wildcards.get("selection", "selection").removeprefix("selection").lstrip("-")
+    cell = tracks.Cell(
+        TRACK.name,
+        wildcards.model,
+        wildcards.method,
+        float(wildcards.sparsity),
+        wildcards.get("recovery", budget or "none"),
+        int(wildcards.seed),
+    )
+    return tracks.Paths(TRACK, cell)
+
+
+def artefact(name):
+    """Input function: one artefact of the job's cell."""
+    return lambda wildcards: getattr(paths(wildcards), name)
+
+
+def recovery_of(wildcards):
+    return wildcards.selection.removeprefix("selection").lstrip("-") or "none"
+
+
+def fingerprint(stage):
+    """Params function: changes, and so reruns the stage, when settings it depends on change."""
+    return lambda wildcards: TRACK.fingerprint(
+        stage, wildcards.get("model", ""), wildcards.get("method", "")
+    )
+
+
+def method_file(wildcards):
+    return str(TRACK.method(wildcards.method).file)
+
+
+def finished_metrics(wildcards):
+    return [path for path in METRICS if Path(path).exists()]

@@ -1,0 +1,23 @@
+# Scoring: quality against the reference, consistency with dense, everything on one record.
+
+
+rule score:
+    input:
+        extractor=LAYOUT.extractor,
+        select=artefact("select"),
+        cost=artefact("cost"),
+        checkpoint=artefact("checkpoint"),
+        sample=artefact("sample"),
+        dense_sample=artefact("dense_sample"),
+    output:
+        LAYOUT.cell("metrics", "{model}", "{method}", "{sparsity}", "{recovery}", "{seed}"),
+    log:
+        LAYOUT.log("score", "{model}", "{method}", "{sparsity}", "{recovery}", "seed{seed}"),
+    params:
+        settings=fingerprint("score"),
+    conda:
+        "../../envs/prunebench.yaml"
+    shell:
+        "prunebench score --track {ARGUMENT} --model {wildcards.model} "
+        "--method {wildcards.method} --sparsity {wildcards.sparsity} "
+        "--recovery {wildcards.recovery} --seed {wildcards.seed} --log {log} &> {log}"

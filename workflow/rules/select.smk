@@ -1,0 +1,39 @@
+# Selection: a method decides what goes. Cost: what the pruned architecture costs beside dense.
+
+
+rule select:
+    input:
+        dense=LAYOUT.trained("{model}"),
+        method=method_file,
+    output:
+        LAYOUT.selection("select", "{model}", "{method}", "{sparsity}", "{seed}", "{selection}"),
+    log:
+        LAYOUT.log("select", "{model}", "{method}", "{sparsity}", "{selection}", "seed{seed}"),
+    params:
+        settings=fingerprint("select"),
+        recovery=recovery_of,
+    conda:
+        "../../envs/prunebench.yaml"
+    shell:
+        "prunebench select --track {ARGUMENT} --model {wildcards.model} "
+        "--method {wildcards.method} --sparsity {wildcards.sparsity} "
+        "--recovery {params.recovery} --seed {wildcards.seed} --log {log} &> {log}"
+
+
+rule cost:
+    input:
+        dense=LAYOUT.trained("{model}"),
+        select=rules.select.output,
+    output:
+        LAYOUT.selection("cost", "{model}", "{method}", "{sparsity}", "{seed}", "{selection}"),
+    log:
+        LAYOUT.log("cost", "{model}", "{method}", "{sparsity}", "{selection}", "seed{seed}"),
+    params:
+        settings=fingerprint("cost"),
+        recovery=recovery_of,
+    conda:
+        "../../envs/prunebench.yaml"
+    shell:
+        "prunebench cost --track {ARGUMENT} --model {wildcards.model} "
+        "--method {wildcards.method} --sparsity {wildcards.sparsity} "
+        "--recovery {params.recovery} --seed {wildcards.seed} --log {log} &> {log}"
