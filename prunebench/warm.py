@@ -62,8 +62,8 @@ def start(owner: int, preload: Iterable[str], main: str) -> str | None:
     # mkdtemp gives mode 0700. TMPDIR is not used: a socket's path holds 107 characters at most.
     folder = tempfile.mkdtemp(prefix="prunebench-", dir="/tmp")
     path = f"{folder}/socket"
-    # A thread pool would not survive the fork, so libraries must not start one while they load;
-    # the commands choose their own number of threads (torch.set_num_threads).
+    # Thread pools do not survive a fork, so none may start during the imports. Torch's number is
+    # the command's to choose; numpy's stays at one, which is what Snakemake gives a one-thread job.
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
     # Asking whether there is a GPU must not initialise CUDA, which does not survive it either.
     environment = os.environ | threads | {"PYTORCH_NVML_BASED_CUDA_CHECK": "1"}

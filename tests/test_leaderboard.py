@@ -14,8 +14,8 @@ from PIL import Image
 from prunebench.errors import UserError
 from prunebench.leaderboard import build, collect, plots, tables
 
-DENSE = {"kind": "none", "title": "Dense"}
-STEPS = {"kind": "steps", "title": "Fewer steps"}
+DENSE = {"kind": "none", "title": "Dense", "control": True}
+STEPS = {"kind": "steps", "title": "Fewer steps", "control": True}
 
 
 def make_metrics(cell: dict, *, fid=10.0, ms=8.0, dense_ms=10.0, title="A method", kind="layers",
@@ -103,7 +103,7 @@ def small_board(folder: Path) -> tuple[list[Path], list[dict]]:
         *seeds("broken", [0, 0, 0], title="Broken", failed=("select", "loss <NaN> at 50%_step")),
     ]  # fmt: skip
     files = [write_cell(folder, metrics, a_grid()) for metrics in cells]
-    return files, [metrics["cell"] for metrics in cells] + [a_cell("mask", 2), a_cell("late", 0)]
+    return files, [metrics["cell"] for metrics in cells] + [a_cell("mask", 2), a_cell("absent", 0)]
 
 
 @pytest.fixture(scope="module")
@@ -149,6 +149,21 @@ def test_rank_counts_the_rows_welch_cannot_tell_apart():
     assert [text_of(row, "rank") for _, row in rows.iterrows()] == ["1 (=1)", "2 (=1)", "3"]
 
 
+@pytest.mark.parametrize(
+    "fids, other, told",
+    [
+        # the critical t on 4 degrees of freedom is 2.776: a gap of 2.27 at these spreads
+        ([1.0, 2.0, 3.0], [3.2, 4.2, 5.2], False),
+        ([1.0, 2.0, 3.0], [3.3, 4.3, 5.3], True),
+        # t = 3.45: Student's 4 degrees of freedom give p = 0.03, Welch's 2.04 give 0.07
+        ([-0.1, 0.0, 0.1], [1.0, 2.0, 3.0], False),
+    ],
+)
+def test_welch_on_either_side_of_the_critical_value(fids, other, told):
+    rows = rows_of(seeds("a", fids), seeds("b", other))
+    assert collect.indistinguishable(rows.loc["a"], rows.loc["b"]) is not told
+
+
 def test_one_seed_cannot_be_told_from_any_and_zero_spread_is_exact():
     rows = rows_of(seeds("a", [1.0]), seeds("b", [5.0, 5.0]), seeds("c", [6.0, 6.0]))
     assert rows.ties.to_dict() == {"a": 2, "b": 1, "c": 1}
@@ -166,6 +181,7 @@ def test_controls_are_ranked_and_references_are_not():
     assert rows.index.tolist() == ["dense", "a", "r"]
     assert rows["rank"].isna().tolist() == [True, False, False]
     assert text_of(rows.loc["dense"], "rank") == "ref"
+    assert text_of(rows.loc["dense"], "title") == "Dense"
     assert text_of(rows.loc["r"], "title") == "A method (control)"
 
 
@@ -203,14 +219,14 @@ def test_failed_and_missing_rows_are_last_show_dashes_and_are_listed(board):
     out, *_ = board
     rows = pd.read_csv(out / "leaderboard.csv")
     group = rows[(rows.recovery == "none") & ~rows.kind.isin(["none", "steps"])]
-    assert group.method.tolist() == ["good", "mask", "random", "broken", "late"]
+    assert group.method.tolist() == ["good", "mask", "random", "broken", "absent"]
     assert group["rank"].isna().tolist() == [False, False, False, True, True]
     assert rows[rows.method == "broken"].fid_mean.isna().all()
     text = (out / "leaderboard.md").read_text()
     line = next(line for line in text.splitlines() if line.startswith("| — | Broken"))
     assert "nan" not in line.lower() and "Broken (failed) | layers | 25% | — | — |" in line
     assert "`sit/broken/0.25/none/seed2` failed in select: loss &lt;NaN> at 50%\\_step" in text
-    assert "- `sit/mask/0.25/none/seed2`" in text and "- `sit/late/0.25/none/seed0`" in text
+    assert "- `sit/mask/0.25/none/seed2`" in text and "- `sit/absent/0.25/none/seed0`" in text
     assert "17 of 22 cells finished, 3 failed, 2 not finished" in text
 
 
@@ -226,9 +242,9 @@ def test_csv_keeps_full_precision(tmp_path):
     files = [write_cell(tmp_path, metrics) for metrics in seeds("a", fids)]
     build(files, tmp_path / "out", expected_cells=None, title="t")
     row = pd.read_csv(tmp_path / "out/leaderboard.csv", float_precision="round_trip").iloc[0]
-    assert row.fid_mean == pytest.approx(statistics.fmean(fids), rel=1e-15)
-    assert row.fid_sd == pytest.approx(statistics.stdev(fids), rel=1e-14)
-    assert row.parameters_mean == 450_000
+    assert (row.fid_mean, row.fid_sd) == (statistics.mean(fids), statistics.stdev(fids))
+    assert (row.agreement_mean, row.agreement_sd) == (0.9, 0.0)
+    assert (row.parameters_mean, row.steps, row["rank"]) == (450_000, 10, 1)
 
 
 def test_rebuilding_gives_the_same_bytes_whatever_the_order(board, tmp_path):

@@ -71,7 +71,7 @@ def click(page: Page, name: str) -> str:
 
 
 PUBLISHED = ["dense none", "steps-5 none", "good none", "mask none", "random none", "broken none",
-             "late none", "good finetune-low"]  # fmt: skip
+             "absent none", "good finetune-low"]  # fmt: skip
 
 
 def test_every_row_is_there_and_every_image_loads(page):
@@ -85,12 +85,12 @@ def test_every_row_is_there_and_every_image_loads(page):
 def test_sorting_is_numeric_and_keeps_failures_last(page):
     rising = ["dense none", "good finetune-low", "good none", "steps-5 none", "mask none",
               "random none"]  # fmt: skip
-    last = ["broken none", "late none"]
+    last = ["broken none", "absent none"]
     assert click(page, "fid") == "ascending" and methods(page) == rising + last
     assert click(page, "fid") == "descending" and methods(page) == rising[::-1] + last
     assert click(page, "fid") == "none" and methods(page) == PUBLISHED
     assert click(page, "title") == "ascending"
-    assert methods(page)[-2:] == last and methods(page)[0] == "dense none"
+    assert methods(page)[-2:] == last[::-1] and methods(page)[0] == "dense none"
     assert page.locator("th[data-column=fid]").get_attribute("aria-sort") == "none"
 
 

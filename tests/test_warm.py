@@ -25,6 +25,7 @@ JOBS = '''
 import os, signal, sys, time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 
@@ -66,6 +67,11 @@ def polite(marker):
     time.sleep(60)
 
 
+def sleep(marker):
+    Path(marker).write_text(str(os.getpid()))
+    time.sleep(60)
+
+
 def meet(mine, other):
     Path(mine).touch()
     deadline = time.monotonic() + 20
@@ -73,6 +79,12 @@ def meet(mine, other):
         if time.monotonic() > deadline:
             return 1
         time.sleep(0.01)
+
+
+def blas():
+    matrix = np.ones((1000, 1000))
+    matrix @ matrix
+    print(len(os.listdir("/proc/self/task")))
 
 
 def compute():
@@ -186,6 +198,10 @@ def test_server_works_in_another_process_which_has_no_threads(shared):
     assert len(list(Path(f"/proc/{pid}/task").iterdir())) == 1  # or a fork would not be safe
 
 
+def test_numpy_has_the_one_thread_of_a_workflow_job(shared):
+    assert shared.run("blas").stdout == "1\n"
+
+
 def test_twenty_requests_are_quick(shared):
     shared.run("nothing")
     begin = time.monotonic()
@@ -256,13 +272,13 @@ def test_jobs_do_not_outlive_the_owner(own, tmp_path):
 
 
 def test_death_of_the_server_ends_job_and_client_and_leaves_a_harmless_socket(own, tmp_path):
-    pid = own.pid()
-    client = own.spawn("meet", tmp_path / "mine", tmp_path / "other")
-    until((tmp_path / "mine").exists)
-    os.kill(pid, signal.SIGKILL)
+    server, marker = own.pid(), tmp_path / "marker"
+    client = own.spawn("sleep", marker)
+    until(lambda: marker.exists() and marker.read_text())
+    os.kill(server, signal.SIGKILL)
     assert client.wait(20) == 1
+    until(lambda: not alive(server) and not alive(int(marker.read_text())))
     assert b"the warm server died" in client.stderr.read()
-    until(lambda: not alive(pid))
     assert Path(own.path).exists()
     later = own.run("status", 0)
     assert later.returncode == ALONE

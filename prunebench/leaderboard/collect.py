@@ -6,6 +6,7 @@
 import json
 import math
 import re
+import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -220,7 +221,8 @@ def _validate(metrics: Mapping) -> None:
 
 
 def _validate_numbers(metrics: Mapping) -> None:
-    for path in ("quality.samples", "sampling.steps", "sampling.sampler"):
+    needed = ("quality.samples", "quality.reference_samples", "sampling.steps", "sampling.sampler")
+    for path in needed:
         lookup(metrics, path)
     for path in {path for metric in METRICS.values() for path in metric.paths}:
         value = lookup(metrics, path)
@@ -260,10 +262,11 @@ def _cell(source: Source) -> dict:
 def aggregate(cells: pd.DataFrame) -> pd.DataFrame:
     """One line per row with `<metric>_mean` and `<metric>_sd` (ddof 1), ranked and ordered."""
     rows = pd.DataFrame([_row(key, group) for key, group in cells.groupby(ROW)])
+    rows = rows.astype({"samples": "Int64", "steps": "Int64"})
     rows["rank"] = _ranks(rows)
     rows["ties"] = [_ties(rows, row) for _, row in rows.iterrows()]
     rows = rows.join(pd.DataFrame([_equal_latency(rows, row) for _, row in rows.iterrows()]))
-    return _ordered(rows)
+    return _ordered(rows.astype({"equal_latency_steps": "Int64"}))
 
 
 def _row(key: tuple, cells: pd.DataFrame) -> dict:
@@ -276,8 +279,14 @@ def _row(key: tuple, cells: pd.DataFrame) -> dict:
     row |= {"samples": ok.samples.min(), "sampler": best.sampler, "steps": ok.steps.max()}
     row["smoke"] = bool((ok.samples < MINIMUM_SAMPLES).any())
     for name in METRICS:
-        row |= {f"{name}_mean": ok[name].mean(), f"{name}_sd": ok[name].std(ddof=1)}
+        row[f"{name}_mean"], row[f"{name}_sd"] = _spread(ok[name].dropna().tolist())
     return row
+
+
+def _spread(values: list[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation, correctly rounded: equal values have exactly none."""
+    mean = statistics.mean(values) if values else math.nan
+    return mean, statistics.stdev(values) if len(values) > 1 else math.nan
 
 
 def is_reference(rows: pd.DataFrame) -> pd.Series:
@@ -362,19 +371,24 @@ def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
 def caption(sources: list[Source], cells: pd.DataFrame) -> dict[str, str]:
     """What was measured, where and with which code, as label: text."""
     found = [source.metrics["provenance"] for source in sources]
-    commits = {f"{p['commit'][:10]}{'-dirty' if p['dirty'] else ''}" for p in found}
-    sampled = sorted({f"{int(n):,}" for n in cells.samples.dropna()})
+    commits = {(p["commit"] or "unknown")[:10] + "-dirty" * bool(p["dirty"]) for p in found}
     text = {
         "Track": sources[0].metrics["cell"]["track"],
         "Cells": _progress(cells),
-        "Date": max(p["date"] for p in found),
+        "Date": max(p["date"] for p in found)[:10],
         "Commit": ", ".join(sorted(commits)),
         "Hardware": "; ".join(hardware(sources)),
         "Software": ", ".join(sorted({f"torch {p['packages'].get('torch')}" for p in found})),
-        "Samples": " or ".join(sampled) + " images per cell",
+        "Samples": _counts(sources, "samples") + " images per cell",
+        "Reference": _counts(sources, "reference_samples") + " images",
         "Sampling": "; ".join(_sampling(cells)),
     }
     return {label: value for label, value in text.items() if value}
+
+
+def _counts(sources: list[Source], name: str) -> str:
+    found = {s.metrics["quality"][name] for s in sources if s.metrics["status"] == "ok"}
+    return " or ".join(f"{count:,}" for count in sorted(found)) or "no"
 
 
 def hardware(sources: list[Source]) -> list[str]:

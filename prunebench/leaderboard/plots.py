@@ -36,7 +36,7 @@ STYLE = {
     "axes.axisbelow": True, "legend.frameon": False, "legend.fontsize": 8,
 }  # fmt: skip
 LOG_FROM = 5.0  # an axis whose values span more than this factor is logarithmic
-TILE, GAP, ACROSS = 224, 20, 6  # pixels of a sample grid, between them, and how many in a line
+TILE, GAP, ACROSS = 300, 20, 6  # pixels of a sample grid, between them, and how many in a line
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _draw_references(axes: Axes, references: pd.DataFrame, x: pd.Series) -> None
                   ms=3.5, lw=1.1, elinewidth=0.8, zorder=4)  # fmt: skip
     for point in line.itertuples():
         axes.annotate(
-            str(int(point.steps)), (point.x, point.fid_mean), xytext=(0, -12), zorder=5,
+            str(int(point.steps)), (point.x, point.fid_mean), xytext=(-7, -10), zorder=5,
             textcoords="offset points", ha="center", fontsize=7.5, color="black",
         )  # fmt: skip
 

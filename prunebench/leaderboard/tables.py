@@ -30,8 +30,8 @@ LEGEND = (
     "that is measured to be as fast as the row; + the pruned row is better, − worse, ≈ can't be "
     "told. * no dense row is that fast, the fastest is shown.",
     "ref: the dense model, with all or fewer sampling steps; shown, not ranked.",
-    "control: a selection that knows nothing of the model's quality; ranked like a method.",
-    "† reconstruction from the paper; the authors published no code to check it against.",
+    "control: a baseline that a method ought to beat; ranked like a method.",
+    "† reconstruction: parts of the paper were not available and had to be filled in.",
     f"smoke: fewer than {MINIMUM_SAMPLES:,} samples, too few for a FID to be cited.",
     f"{NOTHING}: not measured; failed and unfinished rows come last in their group.",
 )
@@ -81,7 +81,10 @@ def marks(row: pd.Series) -> list[str]:
     found = []
     if row.kind == "steps" and row.status == "ok":
         found.append(f"{int(row.steps)} steps")
-    found += [name for name in ("control", "smoke") if row[name]]
+    if row.control and row.kind not in REFERENCE_KINDS:
+        found.append("control")
+    if row.smoke:
+        found.append("smoke")
     if row.status != "ok":
         found.append({"failed": "failed", "missing": "not finished"}[row.status])
     elif row.seeds_ok < row.seeds_expected:
@@ -325,7 +328,8 @@ def _latex_table(name: str, rows: pd.DataFrame, text: str) -> str:
     head = " & ".join(_latex_head(column.label) for column in PRINTED) + r" \\"
     return "\n".join([
         r"\begin{table*}[t]", r"\centering", rf"\caption{{{text}}}",
-        rf"\label{{tab:prunebench:{name}}}", r"\scriptsize", r"\setlength{\tabcolsep}{3pt}",
+        rf"\label{{tab:prunebench:{name}}}", r"\smallskip\scriptsize",
+        r"\setlength{\tabcolsep}{3pt}",
         rf"\begin{{tabular}}{{@{{}}{form}@{{}}}}", r"\toprule", head, r"\midrule",
         *_latex_rows(rows), r"\bottomrule", r"\end{tabular}", r"\end{table*}",
     ])  # fmt: skip

@@ -1,4 +1,5 @@
 # The track, its paths and the functions the rules share. Everything here is free of torch.
+import fcntl
 import os
 from pathlib import Path
 
@@ -19,6 +20,28 @@ LAYOUT = tracks.Layout(TRACK.name)
 METRICS = [tracks.Paths(TRACK, cell).metrics for cell in TRACK.cells()]
 RESULTS = f"results/{TRACK.name}"
 LEADERBOARD = [f"{RESULTS}/leaderboard.{kind}" for kind in ("csv", "md", "tex", "html", "bib")]
+
+
+def forget_killed_run():
+    """Remove the marks that a killed run left, so that the same command simply goes on.
+
+    The kernel gives up our own lock with the process that holds it: if we get it, no run is alive
+    and Snakemake's lock is stale. Its list of incomplete outputs is too, because records appear
+    complete or not at all: a job cut short has left none.
+    """
+    state = Path(".snakemake")
+    state.mkdir(exist_ok=True)
+    handle = (state / "prunebench.lock").open("w")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return None
+    for mark in (*state.glob("locks/*.lock"), *state.glob("incomplete/*")):
+        mark.unlink()
+    return handle
+
+
+RUN_LOCK = forget_killed_run() if workflow.is_main_process else None
 
 # What the short stage commands import; once for the whole run instead of once per command.
 PRELOAD = ["prunebench.stages"]
