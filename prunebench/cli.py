@@ -8,7 +8,7 @@ import logging
 import sys
 from pathlib import Path
 
-from prunebench import __version__, config, warm
+from prunebench import __version__, config
 from prunebench.errors import UserError
 
 CELL_STAGES = {
@@ -18,12 +18,6 @@ CELL_STAGES = {
     "cost": ("cost", "measure MACs, memory and latency"),
     "score": ("metrics", "compute quality and write metrics.json"),
 }
-
-
-def console() -> int:
-    """Entry point of the `prunebench` command: on the warm server if the workflow started one."""
-    status = warm.delegate(sys.argv[1:])
-    return main(sys.argv[1:]) if status is None else status
 
 
 def main(argv: list[str]) -> int:
@@ -146,6 +140,3 @@ def _methods(arguments: argparse.Namespace) -> None:
     for method in config.load(arguments.track).methods.values():
         sys.stdout.write(f"{method.name:24} {method.kind:8} {method.idea}\n")
 
-
-if __name__ == "__main__":
-    sys.exit(console())
