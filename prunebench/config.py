@@ -14,6 +14,7 @@ import jsonschema
 import yaml
 
 from prunebench import methods, models
+from prunebench import recovery as recoveries
 from prunebench.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -88,9 +89,7 @@ class Track:
         kind = self.method(method).kind
         if not (0 < sparsity < 1 or (kind == "none" and sparsity == 0)):
             raise UserError(f"sparsity {sparsity} is impossible for {method}: it must be in (0, 1)")
-        budgets = self.content["budgets"]
-        if recovery != "none" and recovery.rpartition("-")[2] not in budgets:
-            raise UserError(f"recovery '{recovery}' needs a budget of: {', '.join(budgets)}")
+        _check_recovery("--recovery", recovery, self.content["budgets"])
         return Cell(self.name, model, method, sparsity, recovery, seed)
 
     def cells(self) -> list[Cell]:
@@ -130,8 +129,9 @@ class Track:
     def fingerprint(self, stage: str, model: str = "", method: str = "") -> str:
         """Hash of the settings a stage depends on; a change of it recomputes the stage."""
         names = {"models": model, "methods": method}
+        trains = stage == "select" and method in self.methods and self.methods[method].trains
         parts = []
-        for dotted in DEPENDS[stage]:
+        for dotted in (*DEPENDS[stage], *(DEPENDS["recover"] if trains else ())):
             entry: object = self.content
             keys = dotted.split(".")
             for key in keys:
@@ -218,11 +218,19 @@ def _validate(file: Path, content: object) -> None:
             raise UserError(
                 f"{file}: models.{name}.family: unknown family '{model['family']}'; known: {known}"
             )
-    for recovery in content["recoveries"]:
-        budget = recovery.rpartition("-")[2]
-        if recovery != "none" and budget not in content["budgets"]:
-            known = ", ".join(content["budgets"])
-            raise UserError(f"{file}: recoveries: '{recovery}' needs a budget of: {known}")
+    for name in content["recoveries"]:
+        _check_recovery(f"{file}: recoveries", name, content["budgets"])
+
+
+def _check_recovery(where: str, name: str, budgets: Mapping) -> None:
+    module, _, budget = name.rpartition("-")
+    if name == "none":
+        return
+    if module not in recoveries.recovery_names():
+        known = ", ".join(recoveries.recovery_names())
+        raise UserError(f"{where}: unknown recovery '{module}' in '{name}'; known: {known}")
+    if budget not in budgets:
+        raise UserError(f"{where}: '{name}' needs a budget of: {', '.join(budgets)}")
 
 
 def _methods(file: Path, content: Mapping) -> dict[str, methods.Method]:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from prunebench import models
 from prunebench.errors import UserError
 
 KINDS = ("none", "layers", "widths", "weights", "steps")
@@ -124,6 +125,13 @@ def _constants(file: Path, tree: ast.Module) -> dict[str, object]:
             raise UserError(
                 f"{file}: {name.upper()} is '{values[name]}'; known: {', '.join(allowed)}"
             )
+    for family in values["families"]:
+        if family not in models.family_names():
+            known = ", ".join(models.family_names())
+            raise UserError(f"{file}: FAMILIES names '{family}'; known: {known}")
+    for sparsity in values["sparsities"]:
+        if not (isinstance(sparsity, float) and 0 < sparsity < 1):
+            raise UserError(f"{file}: SPARSITIES has {sparsity!r}; each must be in (0, 1)")
     return values
 
 

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import itertools
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -60,7 +61,8 @@ class Context:
         return self.family.layers(self.model, granularity)
 
     def widths(self) -> list[Width]:
-        return self.family.widths(self.model)
+        # Some families trace a forward pass to find them, which is no pass of the method's.
+        return self.family.widths(unmetered(self.model))
 
     def weights(self) -> dict[str, Tensor]:
         """The weights that may be masked, by name."""
@@ -129,7 +131,7 @@ class Context:
         Raises:
             CellError: the budget does not allow it.
         """
-        if self.trained_images + images > self.train_images:
+        if images < 0 or self.trained_images + images > self.train_images:
             raise CellError(
                 f"method {self._method} wants to train on {images} more images; "
                 f"{self.trained_images} of its budget of {self.train_images} are spent"
@@ -152,7 +154,7 @@ class Context:
         """A newly initialised model of the shape that `plan` leaves, metered."""
         with torch.random.fork_rng():
             torch.manual_seed(self.generator().initial_seed())
-            model = self.family.build(self.config)
+            model = self.family.build(self.config).to(next(self.model.parameters()).device)
         return self._meter.watch(surgery.apply(model, plan, self.family))
 
 
@@ -172,23 +174,21 @@ def select(
         CellError: the plan is of another kind than the method states, names units that do not
             exist, or misses the target by more than one unit.
     """
-    dense = copy.deepcopy(context.model)
-    _unhook(dense)
+    dense = unmetered(context.model)
     layers = [unit for g in ("block", "branch") for unit in context.layers(g)]
     widths = context.widths() if kind == "widths" else []
-    result = _call(function, context, parameters)
-    plan, own = result if isinstance(result, tuple) else (result, None)
-    if not isinstance(plan, Plan):
-        raise CellError(f"select returned {type(plan).__name__}, not a Plan")
+    plan, own = _parts(_call(function, context, parameters))
     check_kind(plan, kind)
+    check_record(plan)
     pruned = surgery.apply(copy.deepcopy(dense), plan, context.family)
     check_target(
         dense, pruned, plan, context.sparsity, targets.tolerance(dense, layers, widths, plan)
     )
     if own is None:
         return plan, pruned
-    _unhook(own)
+    own = unmetered(own)
     check_shapes(own, pruned)
+    check_masks(own, plan)
     return plan, own.eval()
 
 
@@ -201,8 +201,21 @@ def _call(function: Select, context: Context, parameters: Mapping) -> object:
         raise CellError(f"{type(error).__name__}: {error}") from error
 
 
-def _unhook(model: nn.Module) -> None:
+def _parts(result: object) -> tuple[Plan, nn.Module | None]:
+    """What a method returned, which is a plan or a plan and a model."""
+    parts = result if isinstance(result, tuple) else (result, None)
+    if not parts or not isinstance(parts[0], Plan):
+        raise CellError(f"select returned {type(result).__name__}, not a Plan")
+    if len(parts) != 2 or not isinstance(parts[1], nn.Module | None):
+        raise CellError("select returned a tuple that is not (Plan, model)")
+    return parts
+
+
+def unmetered(model: nn.Module) -> nn.Module:
+    """A copy that no meter watches."""
+    model = copy.deepcopy(model)
     model._forward_hooks.clear()
+    return model
 
 
 def check_kind(plan: Plan, kind: str) -> None:
@@ -219,6 +232,14 @@ def check_kind(plan: Plan, kind: str) -> None:
         raise CellError(
             f"the method's KIND is '{kind}' but its plan removes {' and '.join(removed) or 'nothing'}"
         )
+
+
+def check_record(plan: Plan) -> None:
+    """A plan is stored as JSON: its indices and notes must be plain, finite values."""
+    try:
+        json.dumps(plan.to_json(), allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise CellError(f"the plan cannot be stored as JSON: {error}") from error
 
 
 def check_target(
@@ -247,3 +268,11 @@ def check_shapes(own: nn.Module, pruned: nn.Module) -> None:
             n for n in {**shapes[0], **shapes[1]} if shapes[0].get(n) != shapes[1].get(n)
         )
         raise CellError(f"the returned model does not fit its plan: {different[0]} differs")
+
+
+def check_masks(own: nn.Module, plan: Plan) -> None:
+    """A model that a method trained is zero where its plan masks it."""
+    for name, mask in plan.masks.items():
+        weight = own.get_parameter(name)
+        if bool(weight[~mask.to(weight.device)].any()):
+            raise CellError(f"the returned model does not fit its plan: '{name}' is not masked")

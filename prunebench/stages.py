@@ -162,7 +162,7 @@ def recover(track: Track, cell: Cell, paths: Paths) -> None:
         files,
         budget=meter.report(),
         size=_size(teacher, pruned, plan),
-        loss={"first": losses[0], "last": losses[-1]},
+        loss={"first": losses[0], "last": losses[-1]} if losses else None,
     )
 
 

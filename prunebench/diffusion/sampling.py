@@ -116,9 +116,13 @@ class Sampler:
         """The model's prediction under classifier-free guidance (1 = none, one pass)."""
         guidance = self.settings.get("guidance", 1.0)
         if guidance == 1.0:
-            return self.model(x, t, y)
+            return self._forward(x, t, y)
         null = torch.full_like(y, self.model.null_class)
-        return torch.lerp(self.model(x, t, null), self.model(x, t, y), guidance)
+        return torch.lerp(self._forward(x, t, null), self._forward(x, t, y), guidance)
+
+    def _forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The model's prediction without further outputs such as DiT's variance."""
+        return self.model(x, t, y)[:, : x.shape[1]]
 
 
 def to_float(images: Tensor) -> Tensor:

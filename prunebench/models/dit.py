@@ -169,10 +169,11 @@ def layers(model: DiT, granularity: str) -> list[Layer]:
         if granularity == "block":
             units.append(Layer(f"blocks.{index}", parameter_count(block)))
             continue
-        modulation = parameter_count(block.adaLN_modulation) // 2
+        present = [branch for branch in BRANCHES if getattr(block, branch) is not None]
+        modulation = parameter_count(block.adaLN_modulation) // len(present)
         units += [
             Layer(f"blocks.{index}.{branch}", parameter_count(getattr(block, branch)) + modulation)
-            for branch in BRANCHES
+            for branch in present
         ]
     return units
 

@@ -31,7 +31,8 @@ def per_channel(
     layers = []
     for member in unit.members:
         if member.tensor in values:
-            slices = values[member.tensor].index_select(member.axis, member.index.flatten())
+            value = values[member.tensor]
+            slices = value.index_select(member.axis, member.index.flatten().to(value.device))
             layers.append(reduce(slices.movedim(member.axis, 0).reshape(unit.size, -1)))
     score = torch.stack(layers).mean(0)
     return score / score.mean().clamp_min(torch.finfo(score.dtype).tiny)

@@ -6,6 +6,7 @@ memory, bypasses the removed layers and takes every other shape from the stored 
 neither the method that made the plan nor a dependency graph.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -35,7 +36,8 @@ def apply(model: nn.Module, plan: Plan, family: ModuleType) -> nn.Module:
     for name in plan.layers:
         family.remove_layer(model, name)
     for name, mask in plan.masks.items():
-        model.get_parameter(name).data.mul_(mask)
+        weight = model.get_parameter(name).data
+        weight.mul_(mask.to(weight.device))
     family.refresh(model)
     return model
 
@@ -46,12 +48,19 @@ def check(model: nn.Module, plan: Plan, family: ModuleType) -> None:
         u.name for granularity in ("block", "branch") for u in family.layers(model, granularity)
     }
     _known("layer", plan.layers, layers)
+    _check_overlap(plan.layers)
     if plan.kept:
         units = {unit.name: unit for unit in family.widths(model)}
         _known("width", plan.kept, units)
         for name, kept in plan.kept.items():
             _check_kept(units[name], kept)
     _known("maskable weight", plan.masks, set(family.weights(model)))
+    named = re.fullmatch(r"unstructured|[1-9]\d*:[1-9]\d*", plan.pattern or "")
+    if bool(plan.masks) != bool(named):
+        raise CellError(
+            f"the plan has {len(plan.masks)} masks and the pattern {plan.pattern!r}; "
+            "masks come with 'unstructured' or 'N:M', and nothing else does"
+        )
     for name, mask in plan.masks.items():
         shape = model.get_parameter(name).shape
         if mask.shape != shape or mask.dtype != torch.bool:
@@ -68,6 +77,12 @@ def _known(what: str, names: object, known: object) -> None:
             f"the plan names a {what} that does not exist: {unknown[0]}; "
             f"the model has {', '.join(sorted(known)) or 'none'}"
         )
+
+
+def _check_overlap(layers: tuple[str, ...]) -> None:
+    for name in layers:
+        if layers.count(name) > 1 or any(other.startswith(f"{name}.") for other in layers):
+            raise CellError(f"the plan removes layer '{name}' and then again all or part of it")
 
 
 def _check_kept(unit: Width, kept: tuple[int, ...]) -> None:

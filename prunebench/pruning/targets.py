@@ -52,7 +52,9 @@ def plan_widths(
         closer = abs(sizes.removed(more) - target) < abs(sizes.removed(counts) - target)
         if closer and more[unit.name] < unit.size:
             counts = more
-    kept = {u.name: _highest(scores[u.name], u, counts[u.name]) for u in units if counts[u.name]}
+    kept = {
+        u.name: _highest(scores[u.name].cpu(), u, counts[u.name]) for u in units if counts[u.name]
+    }
     return Plan(kept=kept, notes=notes)
 
 
@@ -100,7 +102,7 @@ def plan_weights(
 ) -> Plan:
     """Mask the globally lowest weights until `sparsity` of all parameters are zero."""
     count = round(sparsity * parameter_count(model))
-    flat = torch.cat([score.flatten() for score in scores.values()])
+    flat = torch.cat([score.flatten().cpu() for score in scores.values()])
     if count > len(flat):
         raise CellError(
             f"sparsity {sparsity} needs {count} zeros but only {len(flat)} weights can be masked"
@@ -127,7 +129,7 @@ def plan_n_of_m(scores: Mapping[str, Tensor], n: int, m: int, **notes: object) -
 
 def n_of_m_mask(score: Tensor, n: int, m: int) -> Tensor:
     """True for the n highest of every m along dimension 1 of a matrix or a convolution weight."""
-    groups = score.movedim(1, -1).unflatten(-1, (-1, m))
+    groups = score.cpu().movedim(1, -1).unflatten(-1, (-1, m))
     kept = torch.zeros_like(groups, dtype=torch.bool)
     order = groups.argsort(dim=-1, descending=True, stable=True)
     kept.scatter_(-1, order[..., :n], True)
@@ -157,6 +159,6 @@ def check_n_of_m(plan: Plan) -> None:
     """Every group of an N:M plan keeps exactly N of its M weights."""
     n, m = map(int, plan.pattern.split(":"))
     for name, mask in plan.masks.items():
-        per_group = mask.movedim(1, -1).unflatten(-1, (-1, m)).sum(-1)
-        if not bool((per_group == n).all()):
+        fits = mask.shape[1] % m == 0
+        if not fits or bool((mask.movedim(1, -1).unflatten(-1, (-1, m)).sum(-1) != n).any()):
             raise CellError(f"the mask of '{name}' does not keep {n} of every {m} weights")

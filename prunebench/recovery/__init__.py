@@ -11,9 +11,12 @@ from types import ModuleType
 from prunebench.errors import UserError
 
 
+def recovery_names() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
 def recovery(name: str) -> ModuleType:
     """The module of a recovery; an unknown name is a UserError that lists the known ones."""
-    known = sorted(module.name for module in pkgutil.iter_modules(__path__))
-    if name not in known:
-        raise UserError(f"unknown recovery '{name}'; known: {', '.join(known)}")
+    if name not in recovery_names():
+        raise UserError(f"unknown recovery '{name}'; known: {', '.join(recovery_names())}")
     return importlib.import_module(f"{__name__}.{name}")

@@ -97,6 +97,7 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     optimizers = _optimizers(model, settings, muon_names)
     schedules = [torch.optim.lr_scheduler.LambdaLR(o, _cosine(steps, settings)) for o in optimizers]
+    masks = {name: mask.to(device) for name, mask in (masks or {}).items()}
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
     losses = []
     model.train()
@@ -163,6 +164,6 @@ def _drop_classes(batch: Batch, model: nn.Module, share: float, generator: Gener
 
 
 @torch.no_grad()
-def _mask(model: nn.Module, masks: Mapping[str, Tensor] | None) -> None:
-    for name, mask in (masks or {}).items():
+def _mask(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    for name, mask in masks.items():
         model.get_parameter(name).mul_(mask)

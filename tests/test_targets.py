@@ -1,0 +1,190 @@
+"""Targets: exact counts, exact patterns, deterministic ties, and targets that cannot be met."""
+
+import itertools
+
+import pytest
+import tiny
+import torch
+
+from prunebench.errors import CellError
+from prunebench.pruning import surgery, targets
+from prunebench.pruning.plan import Plan
+from prunebench.pruning.units import Layer, Member, Width, parameter_count
+from prunebench.selection import check_target
+
+SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
+
+
+def _checked(name: str, plan: Plan, sparsity: float) -> float:
+    """Applies a plan and checks its target as the select stage does; returns what was reached."""
+    whole, family = tiny.dense(name), tiny.INSTANCES[name].module
+    layers = [unit for g in ("block", "branch") for unit in family.layers(whole, g)]
+    widths = family.widths(whole) if plan.kept else []
+    pruned = surgery.apply(tiny.dense(name), plan, family)
+    check_target(whole, pruned, plan, sparsity, targets.tolerance(whole, layers, widths, plan))
+    return targets.reached(whole, pruned, plan)
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+@pytest.mark.parametrize("granularity", ["block", "branch"])
+def test_layers_meet_every_target_within_one(name, granularity, sparsity):
+    model, family = tiny.dense(name), tiny.INSTANCES[name].module
+    layers = family.layers(model, granularity)
+    order = torch.randperm(len(layers), generator=torch.Generator().manual_seed(4))
+    plan = targets.plan_layers(model, [layers[i] for i in order], sparsity)
+    reached = _checked(name, plan, sparsity) if plan.layers else 0.0
+    largest = max(layer.parameters for layer in layers) / parameter_count(model)
+    assert abs(reached - sparsity) <= largest / 2 + 1e-9  # stopping elsewhere would be farther
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_widths_meet_every_possible_target(name, sparsity):
+    model, family = tiny.dense(name), tiny.INSTANCES[name].module
+    units = family.widths(model)
+    sizes = targets.Sizes(model, units)
+    possible = sizes.removed({u.name: u.size - u.groups for u in units}) / sizes.total
+    plan = tiny.plan(name, "widths", sparsity)
+    unit = targets.tolerance(model, [], units, plan)
+    if possible + unit < sparsity:
+        with pytest.raises(CellError, match=f"the target is {sparsity} and one unit is"):
+            _checked(name, plan, sparsity)
+    else:
+        assert abs(_checked(name, plan, sparsity) - sparsity) <= unit
+
+
+def test_sizes_predict_what_surgery_removes(name):
+    """For plans in which axes shared by several widths shrink by different numbers."""
+    family, units = tiny.INSTANCES[name].module, tiny.INSTANCES[name].module.widths(tiny.dense(name))
+    generator = torch.Generator().manual_seed(5)
+    for _ in range(5):
+        counts, kept = {}, {}
+        for unit in units:
+            rounds = int(torch.randint(unit.size // unit.groups, (1,), generator=generator))
+            counts[unit.name] = rounds * unit.groups
+            scores = torch.rand(unit.size, generator=generator)
+            kept[unit.name] = targets._highest(scores, unit, counts[unit.name])
+        model = tiny.dense(name)
+        before, predicted = parameter_count(model), targets.Sizes(model, units).removed(counts)
+        surgery.apply(model, Plan(kept=kept), family)
+        assert before - parameter_count(model) == predicted > 0
+        assert tiny.output(model, name).isfinite().all()
+
+
+def test_width_plans_keep_normalisation_groups_balanced():
+    units = tiny.INSTANCES["unet"].module.widths(tiny.dense("unet"))
+    kept = tiny.plan("unet", "widths", 0.4).kept
+    normed = [unit for unit in units if unit.groups > 1 and unit.name in kept]
+    assert normed
+    for unit in normed:
+        block = unit.size // unit.groups
+        per_group = [sum(i // block == g for i in kept[unit.name]) for g in range(unit.groups)]
+        assert len(set(per_group)) == 1
+
+
+def test_width_plans_remove_the_lowest_of_each_group():
+    unit = Width("w", 6, (Member("weight", 0, torch.arange(6).unsqueeze(1)),), groups=2)
+    model = torch.nn.Linear(10, 6, bias=False)
+    scores = {"w": torch.tensor([3.0, 1.0, 2.0, 30.0, 20.0, 10.0])}
+    assert targets.plan_widths(model, [unit], scores, 1 / 3).kept == {"w": (0, 2, 3, 4)}
+    tied = {"w": torch.ones(6)}
+    assert targets.plan_widths(model, [unit], tied, 1 / 3).kept == {"w": (1, 2, 4, 5)}
+    assert targets.plan_widths(model, [unit], scores, 0.99).kept == {"w": (0, 3)}
+    assert targets.plan_widths(model, [unit], scores, 1e-6).kept == {}
+
+
+def test_widths_without_a_target_leave_the_network_alone(core):
+    plan = tiny.plan(core, "widths", 1e-9)
+    assert not plan.kept
+    model = surgery.apply(tiny.dense(core), plan, tiny.INSTANCES[core].module)
+    assert torch.equal(tiny.output(model, core), tiny.output(tiny.dense(core), core))
+
+
+def test_output_channels_survive_any_ratio():
+    family = tiny.INSTANCES["unet"].module
+    for sparsity in (0.2, 0.6, 0.85):
+        model = surgery.apply(tiny.dense("unet"), tiny.plan("unet", "widths", sparsity), family)
+        assert model.conv_out.out_channels == 1 and model.conv_in.in_channels == 1
+
+
+def test_layers_go_in_the_given_order_and_stop_closest_to_the_target():
+    model = torch.nn.Linear(100, 1, bias=False)
+    order = [Layer("a", 10), Layer("b", 30), Layer("c", 5)]
+    for sparsity, expected in ((0.1, "a"), (0.2, "a"), (0.3, "ab"), (0.4, "ab"), (0.45, "abc")):
+        assert targets.plan_layers(model, order, sparsity).layers == tuple(expected)
+    assert targets.plan_layers(model, order, 0.04).layers == ()
+    assert targets.plan_layers(model, order, 0.9, why="x").notes == {"why": "x"}
+
+
+@pytest.mark.parametrize("sparsity", SPARSITIES)
+def test_unstructured_masks_have_exactly_the_count(name, sparsity):
+    model, family = tiny.dense(name), tiny.INSTANCES[name].module
+    available = sum(model.get_parameter(weight).numel() for weight in family.weights(model))
+    count = round(sparsity * parameter_count(model))
+    if count > available:
+        with pytest.raises(CellError, match=f"needs {count} zeros but only {available} weights"):
+            tiny.plan(name, "unstructured", sparsity)
+        return
+    plan = tiny.plan(name, "unstructured", sparsity)
+    assert sum(int((~mask).sum()) for mask in plan.masks.values()) == count
+    _checked(name, plan, sparsity)
+
+
+def test_unstructured_masks_are_global_and_ties_go_in_order():
+    model = torch.nn.Linear(10, 1, bias=False)
+    scores = {"a": torch.tensor([[1.0, 1.0, 5.0]]), "b": torch.tensor([1.0, 0.0, 1.0, 1.0])}
+    masks = targets.plan_weights(model, scores, 0.3).masks
+    assert masks["a"].tolist() == [[False, False, True]]
+    assert masks["b"].tolist() == [True, False, True, True]
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (1, 2), (4, 8)])
+@pytest.mark.parametrize("shape", [(6, 16), (5, 8, 3, 3)], ids=["linear", "conv"])
+def test_n_of_m_masks_keep_the_n_highest_of_every_m(n, m, shape):
+    score = torch.rand(shape, generator=torch.Generator().manual_seed(6))
+    mask = targets.n_of_m_mask(score, n, m)
+    assert mask.shape == score.shape and mask.is_contiguous()
+    rows, columns = score.movedim(1, -1).reshape(-1, shape[1]), mask.movedim(1, -1)
+    for row, kept in zip(rows, columns.reshape(-1, shape[1]), strict=True):
+        for start in range(0, shape[1], m):
+            group, chosen = row[start : start + m], kept[start : start + m]
+            assert chosen.sum() == n
+            assert group[chosen].min() > group[~chosen].max()
+
+
+def test_n_of_m_ties_are_deterministic():
+    assert targets.n_of_m_mask(torch.ones(1, 8), 2, 4).tolist() == [[True, True, False, False] * 2]
+
+
+def test_n_of_m_leaves_unfitting_weights_dense(name):
+    plan = tiny.plan(name, "2:4")
+    scores = {"fits": torch.rand(3, 8), "odd": torch.rand(8, 6)}
+    mixed = targets.plan_n_of_m(scores, 2, 4)
+    assert set(mixed.masks) == {"fits"} and mixed.notes["stay_dense"] == ["odd"]
+    assert all(mask.float().mean() == 0.5 for mask in plan.masks.values())
+    targets.check_n_of_m(plan)
+
+
+def test_broken_n_of_m_masks_are_found():
+    three = torch.tensor([[True, True, True, False]])
+    for masks in ({"w": three}, {"w": torch.ones(1, 6, dtype=torch.bool)}):
+        with pytest.raises(CellError, match="'w' does not keep 2 of every 4"):
+            targets.check_n_of_m(Plan(masks=masks, pattern="2:4"))
+
+
+def test_reached_counts_removed_and_masked():
+    dense, pruned = torch.nn.Linear(10, 10, bias=False), torch.nn.Linear(10, 8, bias=False)
+    assert targets.reached(dense, pruned, Plan()) == pytest.approx(0.2)
+    mask = torch.arange(80).view(8, 10) >= 20
+    plan = Plan(masks={"weight": mask}, pattern="unstructured")
+    assert targets.reached(dense, pruned, plan) == pytest.approx(0.4)
+
+
+def test_a_target_missed_by_more_than_a_unit_is_an_error():
+    plan = tiny.plan("dit", "block", 0.5)
+    assert len(plan.layers) == 2
+    for sparsity, fine in itertools.product((0.5, 0.6), (True,)):
+        assert (_checked("dit", plan, sparsity) > 0) is fine
+    with pytest.raises(CellError, match=r"removes 0\.4314 .* target is 0\.8 and one unit is 0\.2157"):
+        _checked("dit", plan, 0.8)
+    with pytest.raises(CellError, match="the target is 0.3"):
+        _checked("dit", Plan(steps=0.5), 0.3)

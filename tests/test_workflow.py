@@ -1,0 +1,258 @@
+"""The real workflow on real data: the smoke track, killed, resumed, extended and abused."""
+
+import csv
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+PARTS = ("Snakefile", "workflow", "config", "methods", "environment.yml", "envs")
+BIN = Path(sys.executable).parent
+
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workflow")]
+
+
+class Project:
+    """A copy of the workflow in a folder of its own; the package is the checkout's."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        for part in PARTS:
+            source = ROOT / part
+            if source.is_dir():
+                shutil.copytree(source, folder / part, symlinks=True)
+            else:
+                shutil.copy(source, folder / part)
+
+    def start(self, *command: str, **options) -> subprocess.Popen:
+        environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            **options,
+        )
+
+    def run(self, *command: str, **options) -> tuple[int, str]:
+        process = self.start(*command, **options)
+        output, _ = process.communicate(timeout=400)
+        return process.returncode, output
+
+    def snakemake(self, *arguments: str, track: str = "smoke") -> tuple[int, str]:
+        return self.run("snakemake", "--cores", "2", *arguments, "--config", f"track={track}")
+
+    def records(self, track: str = "smoke") -> dict[Path, int]:
+        """Every finished record and when it was written."""
+        files = (self.folder / "runs" / track).rglob("*.json")
+        return {file: file.stat().st_mtime_ns for file in files if file.name != "plan.json"}
+
+    def metrics(self, track: str = "smoke") -> list[Path]:
+        return sorted((self.folder / "runs" / track).rglob("metrics.json"))
+
+    def rows(self, track: str = "smoke") -> list[dict]:
+        with (self.folder / "results" / track / "leaderboard.csv").open() as handle:
+            return list(csv.DictReader(handle))
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Project:
+    """The smoke track, killed with SIGKILL in the middle, then given the same command again."""
+    project = Project(tmp_path_factory.mktemp("project"))
+    process = project.start("snakemake", "--cores", "2", "--config", "track=smoke")
+    deadline = time.monotonic() + 200
+    while len(project.metrics()) < 20 and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    time.sleep(1)  # the warm server follows its owner, and takes its jobs with it
+    project.before = project.records()
+    project.status, project.output = project.snakemake()
+    return project
+
+
+def test_a_killed_run_goes_on_where_it_was(project):
+    assert 20 <= len([p for p in project.before if p.name == "metrics.json"]) < 120
+    assert project.status == 0, project.output[-3000:]
+    after = project.records()
+    assert {file: after[file] for file in project.before} == project.before
+    assert len(project.metrics()) == 120
+
+
+def test_the_leaderboard_is_complete(project):
+    rows = project.rows()
+    assert len(rows) == 60
+    assert {row["model"] for row in rows} == {"dit", "sit", "unet"}
+    assert all(float(row["fid_mean"]) > 0 and row["seeds_ok"] == "2" for row in rows)
+    out = project.folder / "results" / "smoke"
+    for name in ("leaderboard.md", "leaderboard.tex", "leaderboard.html", "leaderboard.bib"):
+        assert (out / name).stat().st_size > 0
+    raw = sorted((out / "raw").rglob("*.json"))
+    assert len(raw) == 120
+    provenance = json.loads(raw[0].read_text())["provenance"]
+    assert {"commit", "code", "config", "date", "cpu", "packages"} <= set(provenance)
+
+
+def test_a_second_call_has_nothing_to_do(project):
+    before = project.records()
+    status, output = project.snakemake()
+    assert status == 0
+    assert "Nothing to be done" in output
+    assert project.records() == before
+
+
+def test_quality_is_identical_when_computed_again(project):
+    cell = project.folder / "runs/smoke/sit/random_widths/0.25/finetune-low/seed1"
+    before = json.loads((cell / "metrics.json").read_text())
+    selection = cell.parents[1] / "selection/seed1/select.json"
+    selection.unlink()
+    status, output = project.snakemake()
+    assert status == 0, output[-3000:]
+    after = json.loads((cell / "metrics.json").read_text())
+    assert after["provenance"]["date"] > before["provenance"]["date"]
+    for part in ("quality", "consistency", "size", "plan"):
+        assert after[part] == before[part]
+
+
+def cell_command(project: Project, stage: str, *more: str, **options) -> tuple[int, str]:
+    cell = {
+        "track": "smoke",
+        "model": "dit",
+        "method": "entpruner",
+        "sparsity": "0.25",
+        "seed": "0",
+    }
+    arguments = [word for name, value in cell.items() for word in (f"--{name}", value)]
+    return project.run("prunebench", stage, *arguments, *more, **options)
+
+
+def test_sampling_batch_does_not_change_images(project):
+    record = project.folder / "runs/smoke/dit/entpruner/0.25/none/seed0/sample.json"
+    before = json.loads(record.read_text())["files"]
+    status, output = cell_command(project, "sample", "--batch", "7")
+    assert status == 0, output
+    assert json.loads(record.read_text())["files"] == before
+
+
+def test_a_corrupt_artefact_is_named(project):
+    images = project.folder / "runs/smoke/dit/entpruner/0.25/none/seed0/images.safetensors"
+    whole = images.read_bytes()
+    images.write_bytes(whole[: len(whole) // 2])
+    status, output = cell_command(project, "score")
+    images.write_bytes(whole)
+    assert status == 2
+    assert "entpruner/0.25/none/seed0/images.safetensors is corrupt" in output
+    assert "Traceback" not in output
+
+
+def test_a_full_disk_leaves_no_half_file(project):
+    folder = project.folder / "runs/smoke/dit/entpruner/0.25/none/seed0"
+    before = {file: file.read_bytes() for file in folder.iterdir()}
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # noqa: E731
+    status, output = cell_command(project, "sample", preexec_fn=limit)
+    assert status == 2, output
+    assert "cannot write" in output
+    assert "images.safetensors" in output
+    assert {file: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def documented_method() -> str:
+    text = (ROOT / "docs" / "add_a_method.md").read_text()
+    return re.search(r"```python\n(.*?)```", text, re.DOTALL).group(1)
+
+
+def test_adding_and_deleting_a_method_touches_only_its_cells(project):
+    before, mine = project.records(), project.folder / "methods" / "mine.py"
+    mine.write_text(documented_method())
+    status, output = project.snakemake()
+    assert status == 0, output[-3000:]
+    added = {file for file in project.records() if file not in before}
+    assert added
+    assert all("/mine/" in str(file) for file in added)
+    assert {file: project.records()[file] for file in before} == before
+    rows = [row for row in project.rows() if row["method"] == "mine"]
+    assert len(rows) == 6
+    assert len(project.rows()) == 66
+
+    mine.unlink()
+    status, output = project.snakemake()
+    assert status == 0, output[-3000:]
+    assert len(project.rows()) == 60
+    assert not list((project.folder / "results/smoke/raw").rglob("mine"))
+    assert {file: project.records()[file] for file in before} == before
+
+
+def test_a_method_that_raises_costs_its_own_cells_only(project):
+    before, broken = project.records(), project.folder / "methods" / "broken.py"
+    broken.write_text('"""Always fails."""\n\nKIND = "layers"\n\n\n'
+                      'def select(context):\n    raise ValueError("no such luck")\n')  # fmt: skip
+    status, output = project.snakemake()
+    broken.unlink()
+    assert status == 0, output[-3000:]
+    assert "12 of 132 cells failed" in output
+    assert {file: project.records()[file] for file in before} == before
+    rows = [row for row in project.rows() if row["method"] == "broken"]
+    assert len(rows) == 6
+    assert all(row["status"] == "failed" and not row["fid_mean"] for row in rows)
+    table = (project.folder / "results/smoke/leaderboard.md").read_text()
+    assert "ValueError: no such luck" in table
+    log = project.folder / re.search(r"runs/smoke/logs/select/dit/broken\S*?\.log", table).group()
+    assert "no such luck" in log.read_text()
+    status, _ = project.snakemake()
+    assert status == 0
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda track: track.update(speed=1), "speed"),
+        (lambda track: track["models"]["dit"].update(family="dti"), "unknown model family 'dti'"),
+        (lambda track: track["methods"].update(exclude=["random_layers"]), "can't be switched off"),
+        (lambda track: track.update(sparsities=[1.5]), "sparsities"),
+        (lambda track: track["methods"]["parameters"].update(entprune={}), "unknown method"),
+        (lambda track: track.update(recoveries=["finetune-huge"]), "finetune-huge"),
+    ],
+)
+def test_a_bad_track_is_refused_before_anything_runs(project, edit, message):
+    content = yaml.safe_load((project.folder / "config" / "smoke.yaml").read_text())
+    edit(content)
+    (project.folder / "bad.yaml").write_text(yaml.safe_dump(content))
+    status, output = project.snakemake(track="bad.yaml")
+    assert status != 0
+    assert message in output
+    assert "Traceback" not in output
+    assert not (project.folder / "runs" / "bad").exists()
+
+
+def test_a_syntax_error_in_a_method_names_file_and_line(project):
+    file = project.folder / "methods" / "typo.py"
+    file.write_text('"""Idea."""\n\nKIND = "layers"\n\n\ndef select(context:\n')
+    status, output = project.snakemake()
+    file.unlink()
+    assert status != 0
+    assert "methods/typo.py line 6" in output
+
+
+def test_partial_builds_the_leaderboard_of_what_is_finished(project):
+    gone = project.metrics()[0]
+    gone.unlink()
+    status, output = project.snakemake("partial", "--forcerun", "partial")
+    assert status == 0, output[-3000:]
+    assert (
+        "119 of 120 cells finished" in (project.folder / "results/smoke/leaderboard.md").read_text()
+    )
+    status, _ = project.snakemake()
+    assert status == 0
+    assert gone.exists()

@@ -1,0 +1,184 @@
+"""Tiny instances of every model family, which the tests of the core share.
+
+A new family needs an entry in INSTANCES; tests/test_contract.py fails with its name until it has.
+"""
+
+import copy
+import functools
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from prunebench import config, methods, models
+from prunebench.diffusion.objectives import objective
+from prunebench.pruning.plan import Plan
+from prunebench.pruning.targets import plan_layers, plan_n_of_m, plan_weights, plan_widths
+from prunebench.selection import Context
+from prunebench.training import loop
+from prunebench.training.budget import BudgetMeter
+
+ROOT = Path(__file__).parents[1]
+CLASSES = 10
+
+_DIT = {"resolution": 8, "channels": 1, "patch": 2, "width": 32, "depth": 4, "heads": 4}
+_UNET = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "layers_per_block": 1,
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "norm_num_groups": 4,
+    "classes": CLASSES,
+}
+
+
+@dataclass(frozen=True)
+class Instance:
+    """One small model of a family with the objective it is for."""
+
+    family: str
+    config: dict
+    objective: dict = field(default_factory=lambda: {"name": "noise"})
+
+    @property
+    def module(self) -> ModuleType:
+        return models.family(self.family)
+
+    @property
+    def channels(self) -> int:
+        return self.config.get("channels") or self.config["in_channels"]
+
+    @property
+    def resolution(self) -> int:
+        return self.config.get("resolution") or self.config["sample_size"]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.channels, self.resolution, self.resolution
+
+
+INSTANCES = {
+    "dit": Instance("dit", {**_DIT, "classes": CLASSES}),
+    "dit_sigma": Instance("dit", {**_DIT, "channels": 3, "classes": CLASSES, "learn_sigma": True}),
+    "sit": Instance("dit", {**_DIT, "classes": CLASSES}, {"name": "flow", "time_scale": 1000}),
+    "unet": Instance("unet", _UNET),
+    "unet_attention": Instance(
+        "unet",
+        {
+            **_UNET,
+            "block_out_channels": [8, 32],
+            "layers_per_block": 2,
+            "attention_head_dim": 8,
+            "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+            "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        },
+    ),
+}
+NAMES = tuple(INSTANCES)
+# One instance per family and objective, for the tests that a further variant adds nothing to.
+CORE = ("dit", "sit", "unet")
+SPARSITY = {"none": 0.0}  # of a plan kind; 0.25 for all others
+
+
+@functools.cache
+def _trained_looking(name: str) -> nn.Module:
+    """Built once; every parameter is moved off its initial value, as training would."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = INSTANCES[name].module.build(INSTANCES[name].config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return model.eval()
+
+
+def dense(name: str) -> nn.Module:
+    return copy.deepcopy(_trained_looking(name))
+
+
+def inputs(name: str, count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    goal = objective(INSTANCES[name].objective)
+    x = torch.randn(count, *INSTANCES[name].shape, generator=generator)
+    return x, goal.model_time(goal.grid(count)), torch.arange(count) % CLASSES
+
+
+@torch.no_grad()
+def output(model: nn.Module, name: str) -> Tensor:
+    return model(*inputs(name))
+
+
+def data(name: str, count: int = 64) -> loop.Data:
+    """Images with something to learn: the class sets the brightness, noise sits on top."""
+    generator = torch.Generator().manual_seed(2)
+    labels = torch.arange(count) % CLASSES
+    noise = torch.randint(0, 40, (count, *INSTANCES[name].shape), generator=generator)
+    images = (labels * 20).view(-1, 1, 1, 1) + noise
+    return loop.Data(images.to(torch.uint8), labels, objective(INSTANCES[name].objective))
+
+
+def settings(**changes) -> loop.Settings:
+    return loop.Settings(**{"batch": 8, "learning_rate": 2e-3, **changes})
+
+
+def context(name: str, model: nn.Module | None = None, **changes) -> Context:
+    options = {
+        "sparsity": 0.25,
+        "seed": 0,
+        "method": "test",
+        "meter": BudgetMeter(),
+        "settings": settings(),
+        **changes,
+    }
+    instance = INSTANCES[name]
+    whole = dense(name) if model is None else model
+    return Context(whole, instance.module, instance.config, data(name), **options)
+
+
+@functools.cache
+def found_methods() -> dict[str, methods.Method]:
+    return methods.discover([ROOT / "methods"])
+
+
+@functools.cache
+def smoke() -> config.Track:
+    """The smoke track, whose method parameters are small enough for tests too."""
+    return config.load(str(ROOT / "config" / "smoke.yaml"))
+
+
+def assert_same(left: dict, right: dict) -> None:
+    """Two state dicts or mask dicts are equal to the last bit."""
+    assert list(left) == list(right)
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype, name
+        assert torch.equal(tensor, right[name]), name
+
+
+PLAN_KINDS = ("none", "block", "branch", "widths", "unstructured", "2:4", "steps")
+
+
+def plan(name: str, kind: str, sparsity: float = 0.25) -> Plan:
+    """A plan of each kind for a tiny instance; scores are pseudo-random."""
+    model, family = dense(name), INSTANCES[name].module
+    generator = torch.Generator().manual_seed(3)
+    if kind in ("block", "branch"):
+        layers = family.layers(model, kind)
+        order = torch.randperm(len(layers), generator=generator)
+        return plan_layers(model, [layers[i] for i in order], sparsity)
+    if kind == "widths":
+        units = family.widths(model)
+        scores = {unit.name: torch.rand(unit.size, generator=generator) for unit in units}
+        return plan_widths(model, units, scores, sparsity)
+    scores = {n: model.get_parameter(n).detach().abs() for n in family.weights(model)}
+    plans = {
+        "none": Plan,
+        "unstructured": lambda: plan_weights(model, scores, sparsity),
+        "2:4": lambda: plan_n_of_m(scores, 2, 4),
+        "steps": lambda: Plan(steps=0.5),
+    }
+    return plans[kind]()
