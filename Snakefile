@@ -30,9 +30,9 @@ localrules:
 
 
 rule all:
+    default_target: True
     input:
         LEADERBOARD,
-    default_target: True
 
 
 include: "workflow/rules/dense.smk"

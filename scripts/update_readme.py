@@ -2,7 +2,7 @@
 
     python scripts/update_readme.py
 
-The numbers are those of results/embedded/leaderboard.csv; a test checks that the README is up to date.
+The numbers are those of results/embedded/leaderboard.csv; a test checks that they agree.
 """
 
 from pathlib import Path

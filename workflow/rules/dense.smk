@@ -6,12 +6,13 @@ rule extractor:
         LAYOUT.extractor,
     log:
         LAYOUT.log("extractor"),
-    params:
-        settings=fingerprint("extractor"),
     conda:
         "../../envs/prunebench.yaml"
+    params:
+        track=ARGUMENT,
+        settings=fingerprint("extractor"),
     shell:
-        "prunebench extractor --track {ARGUMENT} &> {log}"
+        "prunebench extractor --track {params.track} &> {log}"
 
 
 rule dense:
@@ -19,11 +20,12 @@ rule dense:
         LAYOUT.trained("{model}"),
     log:
         LAYOUT.log("dense", "{model}"),
-    params:
-        settings=fingerprint("dense"),
     # Long and needed by all: first in line.
     priority: 10
     conda:
         "../../envs/prunebench.yaml"
+    params:
+        track=ARGUMENT,
+        settings=fingerprint("dense"),
     shell:
-        "prunebench dense --track {ARGUMENT} --model {wildcards.model} &> {log}"
+        "prunebench dense --track {params.track} --model {wildcards.model} &> {log}"

@@ -10,8 +10,10 @@ rule leaderboard:
         LAYOUT.log("leaderboard"),
     conda:
         "../../envs/prunebench.yaml"
+    params:
+        track=ARGUMENT,
     shell:
-        "prunebench leaderboard --track {ARGUMENT} --out {RESULTS} &> {log}"
+        "prunebench leaderboard --track {params.track} &> {log}"
 
 
 rule partial:
@@ -23,5 +25,7 @@ rule partial:
         LAYOUT.log("partial"),
     conda:
         "../../envs/prunebench.yaml"
+    params:
+        track=ARGUMENT,
     shell:
-        "prunebench leaderboard --track {ARGUMENT} --out {RESULTS} --partial &> {log}"
+        "prunebench leaderboard --track {params.track} --partial &> {log}"

@@ -9,11 +9,12 @@ rule recover:
         LAYOUT.cell("recover", "{model}", "{method}", "{sparsity}", "{recovery}", "{seed}"),
     log:
         LAYOUT.log("recover", "{model}", "{method}", "{sparsity}", "{recovery}", "seed{seed}"),
-    params:
-        settings=fingerprint("recover"),
     conda:
         "../../envs/prunebench.yaml"
+    params:
+        track=ARGUMENT,
+        settings=fingerprint("recover"),
     shell:
-        "prunebench recover --track {ARGUMENT} --model {wildcards.model} "
+        "prunebench recover --track {params.track} --model {wildcards.model} "
         "--method {wildcards.method} --sparsity {wildcards.sparsity} "
         "--recovery {wildcards.recovery} --seed {wildcards.seed} --log {log} &> {log}"

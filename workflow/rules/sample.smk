@@ -8,11 +8,12 @@ rule sample:
         LAYOUT.cell("sample", "{model}", "{method}", "{sparsity}", "{recovery}", "{seed}"),
     log:
         LAYOUT.log("sample", "{model}", "{method}", "{sparsity}", "{recovery}", "seed{seed}"),
-    params:
-        settings=fingerprint("sample"),
     conda:
         "../../envs/prunebench.yaml"
+    params:
+        track=ARGUMENT,
+        settings=fingerprint("sample"),
     shell:
-        "prunebench sample --track {ARGUMENT} --model {wildcards.model} "
+        "prunebench sample --track {params.track} --model {wildcards.model} "
         "--method {wildcards.method} --sparsity {wildcards.sparsity} "
         "--recovery {wildcards.recovery} --seed {wildcards.seed} --log {log} &> {log}"

@@ -13,11 +13,12 @@ rule score:
         LAYOUT.cell("metrics", "{model}", "{method}", "{sparsity}", "{recovery}", "{seed}"),
     log:
         LAYOUT.log("score", "{model}", "{method}", "{sparsity}", "{recovery}", "seed{seed}"),
-    params:
-        settings=fingerprint("score"),
     conda:
         "../../envs/prunebench.yaml"
+    params:
+        track=ARGUMENT,
+        settings=fingerprint("score"),
     shell:
-        "prunebench score --track {ARGUMENT} --model {wildcards.model} "
+        "prunebench score --track {params.track} --model {wildcards.model} "
         "--method {wildcards.method} --sparsity {wildcards.sparsity} "
         "--recovery {wildcards.recovery} --seed {wildcards.seed} --log {log} &> {log}"

@@ -9,13 +9,14 @@ rule select:
         LAYOUT.selection("select", "{model}", "{method}", "{sparsity}", "{seed}", "{selection}"),
     log:
         LAYOUT.log("select", "{model}", "{method}", "{sparsity}", "{selection}", "seed{seed}"),
-    params:
-        settings=fingerprint("select"),
-        recovery=recovery_of,
     conda:
         "../../envs/prunebench.yaml"
+    params:
+        track=ARGUMENT,
+        settings=fingerprint("select"),
+        recovery=recovery_of,
     shell:
-        "prunebench select --track {ARGUMENT} --model {wildcards.model} "
+        "prunebench select --track {params.track} --model {wildcards.model} "
         "--method {wildcards.method} --sparsity {wildcards.sparsity} "
         "--recovery {params.recovery} --seed {wildcards.seed} --log {log} &> {log}"
 
@@ -28,12 +29,13 @@ rule cost:
         LAYOUT.selection("cost", "{model}", "{method}", "{sparsity}", "{seed}", "{selection}"),
     log:
         LAYOUT.log("cost", "{model}", "{method}", "{sparsity}", "{selection}", "seed{seed}"),
-    params:
-        settings=fingerprint("cost"),
-        recovery=recovery_of,
     conda:
         "../../envs/prunebench.yaml"
+    params:
+        track=ARGUMENT,
+        settings=fingerprint("cost"),
+        recovery=recovery_of,
     shell:
-        "prunebench cost --track {ARGUMENT} --model {wildcards.model} "
+        "prunebench cost --track {params.track} --model {wildcards.model} "
         "--method {wildcards.method} --sparsity {wildcards.sparsity} "
         "--recovery {params.recovery} --seed {wildcards.seed} --log {log} &> {log}"
