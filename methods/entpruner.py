@@ -1,8 +1,8 @@
-"""Removes the blocks whose absence moves the entropy of the output least (conditional entropy deviation).
+"""Removes the blocks whose absence moves the entropy of the output least: lowest CED first.
 
 C. Li et al., "Which Layer Causes Distribution Deviation? Entropy-Guided Adaptive Pruning for
-Diffusion and Flow Models", arXiv 2511.21122. CED_b = |H(X) - H(X | drop block b)| with the output
-taken as Gaussian, so that CED_b = |log sigma_b - log sigma|.
+Diffusion and Flow Models", arXiv 2511.21122. Conditional entropy deviation: CED_b = |H(X) - H(X |
+drop block b)| with the output taken as Gaussian, so that CED_b = |log sigma_b - log sigma|.
 
 Reconstruction: the paper's method section was not available. Pooled sigma, the number of draws and
 averaging CED over classes follow the sister paper Ent-Prog (arXiv 2511.21136) and reviews. This is

@@ -1,4 +1,4 @@
-"""The dense model with fewer sampling steps: what a pruned model of the same latency has to beat."""
+"""The dense model with fewer sampling steps: what a pruned model of its speed has to beat."""
 
 from prunebench.pruning.plan import Plan
 

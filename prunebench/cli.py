@@ -139,4 +139,3 @@ def _leaderboard(arguments: argparse.Namespace) -> None:
 def _methods(arguments: argparse.Namespace) -> None:
     for method in config.load(arguments.track).methods.values():
         sys.stdout.write(f"{method.name:24} {method.kind:8} {method.idea}\n")
-

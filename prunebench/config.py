@@ -105,11 +105,12 @@ class Track:
             for method in self.methods.values():
                 if method.families and settings["family"] not in method.families:
                     continue
-                for sparsity in self._sparsities(method):
+                for sparsity in self.sparsities(method):
                     for recovery in self._recoveries(method):
                         yield model, method.name, sparsity, recovery
 
-    def _sparsities(self, method: methods.Method) -> tuple[float, ...]:
+    def sparsities(self, method: methods.Method) -> tuple[float, ...]:
+        """The sparsities a method runs at; for steps, the fractions of the steps to leave out."""
         if method.kind == "none":
             return (0.0,)
         if method.kind == "steps":
@@ -153,7 +154,7 @@ class Layout:
     def selection(
         self, stage: str, model: str, method: str, sparsity: object, seed: object, kind: str
     ) -> str:
-        """Record of "select" or "cost"; `kind` is "selection", or names the budget it trained on."""
+        """Record of "select" or "cost"; `kind` is "selection", or names its training budget."""
         return f"{self.root}/{model}/{method}/{sparsity}/{kind}/seed{seed}/{stage}.json"
 
     def cell(

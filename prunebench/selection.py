@@ -229,9 +229,8 @@ def check_kind(plan: Plan, kind: str) -> None:
     removed = [name for name, is_present in present.items() if is_present]
     expected = [] if kind == "none" else [kind]
     if removed != expected:
-        raise CellError(
-            f"the method's KIND is '{kind}' but its plan removes {' and '.join(removed) or 'nothing'}"
-        )
+        found = " and ".join(removed) or "nothing"
+        raise CellError(f"the method's KIND is '{kind}' but its plan removes {found}")
 
 
 def check_record(plan: Plan) -> None:

@@ -19,11 +19,11 @@ from prunebench import artefacts, assets, methods, models, recovery, selection
 from prunebench.config import Cell, Layout, Paths, Track, as_dict
 from prunebench.diffusion.objectives import objective
 from prunebench.diffusion.sampling import Sampler
-from prunebench.errors import CellError
+from prunebench.errors import CellError, UserError
 from prunebench.evaluation import classifier, consistency, cost, features, latency, quality
 from prunebench.evaluation.grid import write_grid
 from prunebench.provenance import provenance
-from prunebench.pruning import surgery
+from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
 from prunebench.training import loop
 from prunebench.training.budget import BudgetMeter, unspent
@@ -79,6 +79,7 @@ def dense(track: Track, layout: Layout, model: str) -> None:
     family, data = models.family(settings["family"]), training_data(track, model)
     torch.manual_seed(0)
     network = family.build(settings["config"]).to(device())
+    _check_sparsities(track, model, network)
     meter = BudgetMeter()
     options = dict(settings["training"])
     images = options.pop("images")
@@ -95,6 +96,21 @@ def dense(track: Track, layout: Layout, model: str) -> None:
     files = _save(record, network, Plan(), settings)
     tail = losses[-max(1, len(losses) // 10) :]
     _finish(record, track, start, files, budget=meter.report(), loss=sum(tail) / len(tail))
+
+
+def _check_sparsities(track: Track, model: str, network: nn.Module) -> None:
+    """Refuse targets that no plan can reach, before anything is trained for them."""
+    family = models.family(track.model(model)["family"])
+    for kind in ("layers", "widths", "weights"):
+        most = targets.most(network, family, kind)
+        wanted = max(track.content["sparsities"])
+        if wanted > most and any(
+            m.kind == kind and not m.sparsities for m in track.methods.values()
+        ):
+            raise UserError(
+                f"sparsities: {wanted} is impossible for the {kind} of model '{model}'; "
+                f"they hold {most:.3f} of its parameters"
+            )
 
 
 def select(track: Track, cell: Cell, paths: Paths) -> None:
@@ -313,7 +329,7 @@ def _size(whole: nn.Module, pruned: nn.Module, plan: Plan) -> dict:
         "parameters": cost.count_parameters(pruned),
         "nonzero_parameters": cost.count_nonzero(pruned),
         "dense_parameters": cost.count_parameters(whole),
-        "sparsity_reached": selection.targets.reached(whole, pruned, plan),
+        "sparsity_reached": targets.reached(whole, pruned, plan),
     }
 
 

@@ -1,6 +1,5 @@
-"""One thread per test process: two xdist workers on two cores, and results that do not depend on it."""
+"""One thread per test process: two xdist workers on two cores, and results not depending on it."""
 
-import tiny
 import torch
 
 torch.set_num_threads(1)
@@ -8,6 +7,9 @@ torch.set_num_threads(1)
 
 def pytest_generate_tests(metafunc):
     """`name` runs over every tiny instance, `core` over one per family and objective."""
-    for argument, names in (("name", tiny.NAMES), ("core", tiny.CORE)):
-        if argument in metafunc.fixturenames:
-            metafunc.parametrize(argument, names)
+    if {"name", "core"} & set(metafunc.fixturenames):
+        import tiny  # slow to import, and needed by the tests of the core only
+
+        names = {"name": tiny.NAMES, "core": tiny.CORE}
+        for argument in names.keys() & set(metafunc.fixturenames):
+            metafunc.parametrize(argument, names[argument])

@@ -6,6 +6,7 @@ go first. A plan may miss its target by one unit: one layer, one channel per nor
 
 import math
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -153,6 +154,18 @@ def tolerance(
         sizes = Sizes(model, widths)
         return max(sizes.removed({unit.name: unit.groups}) for unit in widths) / total
     return 1 / total
+
+
+def most(model: nn.Module, family: ModuleType, kind: str) -> float:
+    """The largest fraction of the parameters that pruning units of a kind can remove."""
+    if kind == "layers":
+        removable = sum(unit.parameters for unit in family.layers(model, "block"))
+    elif kind == "widths":
+        units = family.widths(model)
+        removable = Sizes(model, units).removed({u.name: u.size - u.groups for u in units})
+    else:
+        removable = sum(model.get_parameter(name).numel() for name in family.weights(model))
+    return removable / parameter_count(model)
 
 
 def check_n_of_m(plan: Plan) -> None:

@@ -68,16 +68,20 @@ def is_failed(record):
     return read_json(record)["status"] == "failed"
 
 
+def recovery_of(wildcards):
+    """The cell's recovery; a selection names one only where its method trains."""
+    named = wildcards.get("recovery") or wildcards.selection.removeprefix("selection")
+    return named.lstrip("-") or "none"
+
+
 def paths(wildcards):
     """The artefacts of the cell that a job's wildcards name."""
-    # Selection records name the budget they trained on in place of the recovery, if any.
-    budget = wildcards.get("selection", "selection").removeprefix("selection").lstrip("-")
     cell = tracks.Cell(
         TRACK.name,
         wildcards.model,
         wildcards.method,
         float(wildcards.sparsity),
-        wildcards.get("recovery", budget or "none"),
+        recovery_of(wildcards),
         int(wildcards.seed),
     )
     return tracks.Paths(TRACK, cell)
@@ -86,10 +90,6 @@ def paths(wildcards):
 def artefact(name):
     """Input function: one artefact of the job's cell."""
     return lambda wildcards: getattr(paths(wildcards), name)
-
-
-def recovery_of(wildcards):
-    return wildcards.selection.removeprefix("selection").lstrip("-") or "none"
 
 
 def fingerprint(stage):
