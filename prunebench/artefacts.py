@@ -4,6 +4,7 @@ Every stage ends by writing one JSON *record*. The record carries the SHA-256 of
 beside it, so a record that exists vouches for a complete stage.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -33,7 +34,8 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
             "run the same command again, finished work is kept"
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it must not hide the error that is on its way
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: dict) -> None:

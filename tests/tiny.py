@@ -153,7 +153,7 @@ def smoke() -> config.Track:
 
 def assert_same(left: dict, right: dict) -> None:
     """Two state dicts or mask dicts are equal to the last bit."""
-    assert list(left) == list(right)
+    assert left.keys() == right.keys()
     for name, tensor in left.items():
         assert tensor.dtype == right[name].dtype, name
         assert torch.equal(tensor, right[name]), name

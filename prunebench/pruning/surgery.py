@@ -173,23 +173,26 @@ def load(folder: Path) -> tuple[nn.Module, Plan]:
     folder = Path(folder)
     content = artefacts.read_json(folder / PLAN)
     state = artefacts.read_tensors(folder / WEIGHTS)
-    masks = {}
-    if content["plan"]["pattern"]:
-        masks = _unpacked(artefacts.read_tensors(folder / MASKS), state)
-    plan = Plan.from_json(content["plan"], masks)
+    masked = content.get("plan", {}).get("pattern")
+    masks = artefacts.read_tensors(folder / MASKS) if masked else {}
+    try:
+        plan = Plan.from_json(content["plan"], _unpacked(masks, state))
+        return _rebuilt(content, plan, state), plan
+    except (KeyError, IndexError, AttributeError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"{folder / WEIGHTS} does not fit its plan: {error}; delete {folder}"
+        ) from error
+
+
+def _rebuilt(content: Mapping, plan: Plan, state: dict[str, Tensor]) -> nn.Module:
     family = models.family(content["family"])
     with init_empty_weights(include_buffers=False):
         model = family.build(content["config"])
         for name in plan.layers:
             family.remove_layer(model, name)
-    try:
-        for name, parameter in list(model.named_parameters()):
-            if parameter.shape != state[name].shape:
-                _set_parameter(model, name, state[name])
-        model.load_state_dict(state, strict=True, assign=True)
-    except (KeyError, RuntimeError) as error:
-        raise UserError(
-            f"{folder / WEIGHTS} does not fit its plan: {error}; delete {folder}"
-        ) from error
+    for name, parameter in list(model.named_parameters()):
+        if parameter.shape != state[name].shape:
+            _set_parameter(model, name, state[name])
+    model.load_state_dict(state, strict=True, assign=True)
     family.refresh(model)
-    return model.eval(), plan
+    return model.eval()
