@@ -43,8 +43,10 @@ def scheduler(name: str, objective: Objective, steps: int, options: dict) -> obj
     solver = SAMPLERS[name](**schedule, **options)
     if name == "euler":
         solver.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps))
-    else:
-        solver.set_timesteps(steps)
+        return solver
+    if name == "heun":
+        solver.sigma_min = 1 / steps  # diffusers' own last step would be from 0.001
+    solver.set_timesteps(steps)
     return solver
 
 

@@ -21,7 +21,7 @@ rule dense:
     log:
         LAYOUT.log("dense", "{model}"),
     # Long and needed by all: first in line.
-    priority: 10
+    priority: 100
     conda:
         "../../envs/prunebench.yaml"
     params:

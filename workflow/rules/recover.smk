@@ -9,6 +9,7 @@ rule recover:
         LAYOUT.cell("recover", "{model}", "{method}", "{sparsity}", "{recovery}", "{seed}"),
     log:
         LAYOUT.log("recover", "{model}", "{method}", "{sparsity}", "{recovery}", "seed{seed}"),
+    priority: 20
     conda:
         "../../envs/prunebench.yaml"
     params:

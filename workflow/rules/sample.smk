@@ -8,6 +8,7 @@ rule sample:
         LAYOUT.cell("sample", "{model}", "{method}", "{sparsity}", "{recovery}", "{seed}"),
     log:
         LAYOUT.log("sample", "{model}", "{method}", "{sparsity}", "{recovery}", "seed{seed}"),
+    priority: 30
     conda:
         "../../envs/prunebench.yaml"
     params:

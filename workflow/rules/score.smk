@@ -13,6 +13,9 @@ rule score:
         LAYOUT.cell("metrics", "{model}", "{method}", "{sparsity}", "{recovery}", "{seed}"),
     log:
         LAYOUT.log("score", "{model}", "{method}", "{sparsity}", "{recovery}", "seed{seed}"),
+    # Cells are finished one after the other, the furthest first: results come early and
+    # Snakemake's queue of ready jobs, which it walks at every step, stays short.
+    priority: 40
     conda:
         "../../envs/prunebench.yaml"
     params:

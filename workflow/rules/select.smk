@@ -29,6 +29,7 @@ rule cost:
         LAYOUT.selection("cost", "{model}", "{method}", "{sparsity}", "{seed}", "{selection}"),
     log:
         LAYOUT.log("cost", "{model}", "{method}", "{sparsity}", "{selection}", "seed{seed}"),
+    priority: 10
     conda:
         "../../envs/prunebench.yaml"
     params:

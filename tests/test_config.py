@@ -1,0 +1,311 @@
+"""Tracks: what loads, what is refused with which words, the cells, and what recomputes."""
+
+import copy
+import itertools
+import json
+
+import pytest
+import tiny
+import yaml
+from accelerate import init_empty_weights
+
+from prunebench import config, models
+from prunebench.diffusion.objectives import objective
+from prunebench.diffusion.sampling import scheduler
+from prunebench.errors import UserError
+from prunebench.training.loop import Settings
+
+SMOKE = tiny.ROOT / "config" / "smoke.yaml"
+TRACKS = sorted(path.stem for path in SMOKE.parent.glob("*.yaml"))
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(tiny.ROOT)
+
+
+@pytest.fixture
+def edited(tmp_path):
+    """Loads the smoke track with changes: {"a.b": value}, ... deletes."""
+
+    def load(changes: dict, methods: dict | None = None) -> config.Track:
+        # Through JSON, because entries that YAML anchors share would change together.
+        content = json.loads(json.dumps(yaml.safe_load(SMOKE.read_text())))
+        for dotted, value in changes.items():
+            *parents, last = dotted.split(".")
+            entry = content
+            for key in parents:
+                entry = entry.setdefault(key, {})
+            entry[last] = value
+            if value is ...:
+                del entry[last]
+        for name, text in (methods or {}).items():
+            (tmp_path / "more").mkdir(exist_ok=True)
+            (tmp_path / "more" / f"{name}.py").write_text(text)
+            content["methods"]["folders"] = ["methods", str(tmp_path / "more")]
+        file = tmp_path / "mine.yaml"
+        file.write_text(yaml.safe_dump(content, sort_keys=False))
+        return config.load(str(file))
+
+    return load
+
+
+@pytest.mark.parametrize("track", TRACKS)
+def test_committed_tracks_load(track):
+    loaded = config.load(track)
+    assert loaded.name == track and loaded.cells()
+    assert {"dense", "random_layers", "scratch", "fewer_steps"} <= set(loaded.methods)
+    assert config.load(f"config/{track}.yaml").content == loaded.content
+
+
+@pytest.mark.parametrize("track", TRACKS)
+def test_committed_tracks_fit_the_code(track):
+    """What the schema leaves open (architectures, objectives, solvers) is understood."""
+    for settings in config.load(track).content["models"].values():
+        with init_empty_weights():
+            model = models.family(settings["family"]).build(settings["config"])
+        assert models.family(settings["family"]).layers(model, "block")
+        goal = objective(settings["objective"])
+        Settings(**{k: v for k, v in settings["training"].items() if k != "images"})
+        Settings(**settings["recovery"])
+        sampling = settings["sampling"]
+        scheduler(sampling["sampler"], goal, sampling["steps"], sampling.get("options", {}))
+
+
+def test_unknown_tracks_list_the_known_ones():
+    with pytest.raises(UserError, match="unknown track 'embeded'.*known tracks: .*embedded.*smoke"):
+        config.load("embeded")
+    with pytest.raises(UserError, match=r"nowhere/x\.yaml does not exist"):
+        config.load("nowhere/x.yaml")
+
+
+def test_broken_yaml(tmp_path):
+    (tmp_path / "x.yaml").write_text("a: [1, 2")
+    with pytest.raises(UserError, match=r"x\.yaml is not valid YAML: "):
+        config.load(str(tmp_path / "x.yaml"))
+    (tmp_path / "x.yaml").write_text("")
+    with pytest.raises(UserError, match=r"x\.yaml: the file: None is not of type 'object'"):
+        config.load(str(tmp_path / "x.yaml"))
+
+
+REFUSED = {
+    "unknown key": ({"sparsity": [0.5]}, r"mine\.yaml: the file: .*'sparsity' was unexpected"),
+    "missing key": ({"seeds": ...}, "'seeds' is a required property"),
+    "unknown nested key": ({"sampling.lane": 1}, r"mine\.yaml: sampling: .*'lane' was unexpected"),
+    "unknown training key": ({"models.dit.training.lr": 1.0}, r"models\.dit\.training: .*'lr'"),
+    "training without images": ({"models.dit.training.images": ...}, "'images' is a required"),
+    "unknown family": (
+        {"models.dit.family": "dti"},
+        r"mine\.yaml: models\.dit\.family: unknown family 'dti'; known: dit, ",
+    ),
+    "unknown objective": ({"models.dit.objective.name": "score"}, r"models\.dit\.objective\.name"),
+    "unknown sampler": ({"models.dit.sampling.sampler": "ode"}, r"models\.dit\.sampling\.sampler"),
+    "model name": ({"models.DiT": {}}, "DiT"),
+    "unknown excluded": (
+        {"methods.exclude": ["magic"]},
+        r"mine\.yaml: methods: unknown method 'magic'; known: dense, ",
+    ),
+    "unknown only": ({"methods.only": ["magic"]}, "methods: unknown method 'magic'"),
+    "parameters of unknown": ({"methods.parameters.magic": {}}, "methods: unknown method 'magic'"),
+    "unknown parameter": (
+        {"methods.parameters.entpruner": {"draw": 5}},
+        r"methods\.parameters\.entpruner\.draw: .*it has: draws, ",
+    ),
+    "wrong parameter": (
+        {"methods.parameters.entpruner": {"draws": "many"}},
+        r"methods\.parameters\.entpruner\.draws is 'many'; it must be like its default 1000",
+    ),
+    "excluded control": (
+        {"methods.exclude": ["random_layers"]},
+        r"methods\.exclude: 'random_layers' is a control and can't be switched off",
+    ),
+    "unknown budget": (
+        {"recoveries": ["none", "finetune-medium"]},
+        "recoveries: 'finetune-medium' needs a budget of: low, high",
+    ),
+    "unknown recovery": (
+        {"recoveries": ["none", "finetuning-low"]},
+        "recoveries: unknown recovery 'finetuning' in 'finetuning-low'; known: .*finetune",
+    ),
+    "recovery without budget": ({"recoveries": ["finetune"]}, r"recoveries\.0: 'finetune'"),
+    "sparsity 0": ({"sparsities": [0.25, 0]}, r"sparsities\.1: 0 is less than or equal"),
+    "sparsity 1.5": ({"sparsities": [1.5]}, r"sparsities\.0: 1\.5 is greater than or equal"),
+    "sparsity as text": ({"sparsities": ["0.5"]}, r"sparsities\.0: '0\.5' is not of type 'number'"),
+    "all steps gone": ({"fewer_steps": [1.0]}, r"fewer_steps\.0"),
+    "no budget": ({"budgets.low": 0}, r"budgets\.low: 0 is less than the minimum"),
+    "negative seed": ({"seeds": [0, -1]}, r"seeds\.1: -1 is less than the minimum"),
+    "seed twice": ({"seeds": [1, 1]}, r"seeds: \[1, 1\] has non-unique elements"),
+    "no folder": ({"methods.folders": ["nowhere"]}, r"nowhere does not exist \(methods\.folders\)"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_the_name_of_the_key(edited, case):
+    changes, message = REFUSED[case]
+    with pytest.raises(UserError, match=message):
+        edited(changes)
+
+
+METHOD = '"""An idea."""\nKIND = "layers"\n{}\n\n\ndef select(context):\n    return None\n'
+
+
+def test_a_folder_from_outside_adds_rows(edited):
+    track = edited({"methods.only": ["mine"]}, {"mine": METHOD.format("")})
+    assert "mine" in track.methods and "entpruner" not in track.methods
+    assert all(m.control for name, m in track.methods.items() if name != "mine")
+
+
+def test_a_broken_method_stops_before_anything_runs(edited):
+    with pytest.raises(UserError, match=r"mine\.py line 3: the method file is not valid Python"):
+        edited({}, {"mine": METHOD.format("1 +")})
+
+
+# Cells.
+
+
+def _count(track: config.Track, **fields) -> int:
+    cells = [config.as_dict(cell) for cell in track.cells()]
+    return sum(all(cell[k] == v for k, v in fields.items()) for cell in cells)
+
+
+def test_the_cells_of_a_track(edited):
+    track = edited(
+        {"sparsities": [0.25, 0.5], "seeds": [0, 1, 2], "recoveries": ["none", "finetune-low"]}
+    )
+    for model in ("dit", "sit", "unet"):
+        assert _count(track, model=model, method="dense") == 3
+        assert _count(track, model=model, method="dense", sparsity=0.0, recovery="none") == 3
+        assert _count(track, model=model, method="random_layers") == 2 * 2 * 3
+        assert _count(track, model=model, method="scratch") == 2 * 3  # never untrained
+        assert _count(track, model=model, method="fewer_steps") == 2 * 3  # never trained
+        assert _count(track, model=model, method="magnitude_2_4") == 2 * 3
+        assert _count(track, model=model, method="magnitude_2_4", sparsity=0.5) == 2 * 3
+    cells = track.cells()
+    assert len(set(cells)) == len(cells)
+    assert {cell.track for cell in cells} == {"mine"}
+
+
+def test_cells_of_the_smoke_track_are_the_product():
+    track = config.load("smoke")
+    seeds, models = len(track.content["seeds"]), track.content["models"]
+    expected = 0
+    for model, method in itertools.product(models.values(), track.methods.values()):
+        if method.families and model["family"] not in method.families:
+            continue
+        sparsities = {"none": 1, "steps": len(track.content["fewer_steps"])}
+        levels = sparsities.get(method.kind, len(method.sparsities or track.content["sparsities"]))
+        healing = {"never": 1, "required": 1, "optional": 2}[method.recovery]
+        expected += levels * healing * seeds
+    assert len(track.cells()) == expected
+
+
+def test_methods_stay_out_of_families_they_do_not_claim(edited):
+    track = edited({}, {"mine": METHOD.format('FAMILIES = ("unet",)')})
+    assert _count(track, method="mine", model="unet") == 2 * 2
+    assert _count(track, method="mine") == 2 * 2
+
+
+def test_a_cell_given_by_hand():
+    track = config.load("smoke")
+    cell = track.cell("dit", "random_layers", 0.4, "finetune-high", 17)
+    assert cell == config.Cell("smoke", "dit", "random_layers", 0.4, "finetune-high", 17)
+    assert track.budget(cell) == 128
+    assert track.budget(track.cell("dit", "dense", 0.0, "none", 0)) == 0
+    for arguments, message in (
+        (("dti", "dense", 0.0, "none", 0), "unknown model 'dti' in track smoke; known: dit, sit, unet"),
+        (("dit", "magic", 0.5, "none", 0), "unknown method 'magic' in track smoke; known: dense, "),
+        (("dit", "random_layers", 0.0, "none", 0), r"sparsity 0\.0 is impossible for random_layers"),
+        (("dit", "random_layers", 1.5, "none", 0), r"sparsity 1\.5 is impossible"),
+        (("dit", "random_layers", 0.5, "finetune-max", 0), "'finetune-max' needs a budget of: low"),
+        (("dit", "random_layers", 0.5, "heal-low", 0), "unknown recovery 'heal' in 'heal-low'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            track.cell(*arguments)
+
+
+# What recomputes.
+
+
+def _fingerprints(track: config.Track) -> dict:
+    places = itertools.product(config.DEPENDS, ("dit", "unet"), ("entpruner", "dense", "mine"))
+    return {place: track.fingerprint(*place) for place in places}
+
+
+CHANGED = {
+    "title": ("title", "Other", set(), "", ""),
+    "seeds": ("seeds", [5], set(), "", ""),
+    "sparsities": ("sparsities", [0.3], set(), "", ""),
+    "data": ("dataset.limit_train", 999, {"extractor", "dense"}, "", ""),
+    "extractor": ("extractor.training.epochs", 2, {"extractor"}, "", ""),
+    "architecture": ("models.dit.config.depth", 5, {"dense"}, "dit", ""),
+    "objective": ("models.dit.objective.name", "flow", {"dense"}, "dit", ""),
+    "training": ("models.dit.training.images", 321, {"dense"}, "dit", ""),
+    "recovery": ("models.dit.recovery.batch", 17, {"recover"}, "dit", ""),
+    "steps": ("models.dit.sampling.steps", 5, {"select", "sample", "cost"}, "dit", ""),
+    "budget": ("budgets.low", 65, {"recover"}, "", ""),
+    "parameter": ("methods.parameters.entpruner.draws", 41, {"select"}, "", "entpruner"),
+    "count": ("sampling.count", 41, {"sample"}, "", ""),
+    "latency": ("latency.rounds", 3, {"cost"}, "", ""),
+    "evaluation": ("evaluation.batch", 51, {"score"}, "", ""),
+}
+
+
+@pytest.mark.parametrize("case", CHANGED)
+def test_only_the_stages_that_depend_on_an_entry_recompute(edited, case):
+    key, value, stages, model, method = CHANGED[case]
+    mine = {"mine": METHOD.format("TRAINS = True")}
+    before, after = _fingerprints(edited({}, mine)), _fingerprints(edited({key: value}, mine))
+    changed = {place for place in before if before[place] != after[place]}
+    expected = {
+        (stage, m, name)
+        for stage, m, name in before
+        if stage in stages and model in ("", m) and method in ("", name)
+    }
+    if "recover" in stages:  # a selection that trains depends on how and on how much
+        expected |= {("select", m, "mine") for m in ("dit", "unet") if model in ("", m)}
+    assert changed == expected
+
+
+def test_fingerprints_do_not_depend_on_order(edited):
+    track = edited({})
+    turned = copy.deepcopy(dict(track.content))
+    turned["models"] = dict(reversed(turned["models"].items()))
+    turned["models"]["dit"] = dict(reversed(turned["models"]["dit"].items()))
+    other = config.Track(track.name, dict(reversed(turned.items())), track.methods)
+    assert _fingerprints(other) == _fingerprints(track)
+
+
+# Where artefacts lie.
+
+
+def test_one_selection_serves_all_recoveries_unless_it_trains(edited):
+    track = edited({}, {"mine": METHOD.format("TRAINS = True")})
+    one_shot = [
+        config.Paths(track, track.cell("dit", "entpruner", 0.25, recovery, 0))
+        for recovery in ("none", "finetune-low", "finetune-high")
+    ]
+    assert {paths.select for paths in one_shot} == {
+        "runs/mine/dit/entpruner/0.25/selection/seed0/select.json"
+    }
+    assert len({paths.cost for paths in one_shot}) == 1
+    trained = config.Paths(track, track.cell("dit", "mine", 0.25, "finetune-low", 0))
+    assert trained.select == "runs/mine/dit/mine/0.25/selection-finetune-low/seed0/select.json"
+    untrained = config.Paths(track, track.cell("dit", "mine", 0.25, "none", 0))
+    assert untrained.select == "runs/mine/dit/mine/0.25/selection-none/seed0/select.json"
+
+
+def test_the_checkpoint_is_what_was_trained_last():
+    track = config.load("smoke")
+    healed = config.Paths(track, track.cell("dit", "dense", 0.0, "finetune-low", 1), runs="r")
+    bare = config.Paths(track, track.cell("dit", "dense", 0.0, "none", 1), runs="r")
+    assert healed.checkpoint == healed.recover == "r/smoke/dit/dense/0.0/finetune-low/seed1/recover.json"
+    assert bare.checkpoint == bare.select == "r/smoke/dit/dense/0.0/selection/seed1/select.json"
+    assert bare.dense_sample == bare.sample == healed.dense_sample
+    assert bare.trained == "r/smoke/dit/trained/dense.json"
+
+
+def test_cells_do_not_share_records():
+    track = config.load("smoke")
+    cells = track.cells()
+    paths = [config.Paths(track, cell) for cell in cells]
+    assert len({p.metrics for p in paths}) == len({p.sample for p in paths}) == len(cells)

@@ -1,0 +1,364 @@
+"""What a method is given, and what is said to a method that breaks the contract."""
+
+import copy
+
+import pytest
+import tiny
+import torch
+
+from prunebench import selection
+from prunebench.errors import CellError
+from prunebench.pruning.plan import Plan
+from prunebench.pruning.targets import plan_layers
+
+# The context.
+
+
+def test_the_model_is_a_private_copy_in_evaluation_mode():
+    dense = tiny.dense("dit").train()
+    context = tiny.context("dit", dense)
+    assert not context.model.training and dense.training
+    for parameter in context.model.parameters():
+        parameter.data.zero_()
+    tiny.assert_same(dense.state_dict(), tiny.dense("dit").state_dict())
+
+
+def test_numbers_depend_on_seed_method_and_order_only():
+    def numbers(**changes):
+        context = tiny.context("dit", **changes)
+        return [torch.rand(1, generator=context.generator()).item() for _ in range(3)]
+
+    first = numbers()
+    torch.manual_seed(99)
+    assert numbers() == first == numbers(sparsity=0.5)
+    assert len({*first, *numbers(seed=1), *numbers(method="other")}) == 9
+
+
+def test_draws_are_batched_and_repeatable(core):
+    batches = tiny.context(core).draws(10, 4)
+    assert [len(batch.y) for batch in batches] == [4, 4, 2]
+    assert [len(batch.y) for batch in tiny.context(core).draws(8, 4)] == [4, 4]
+    for one, two in zip(batches, tiny.context(core).draws(10, 4), strict=True):
+        assert torch.equal(one.noised, two.noised) and torch.equal(one.y, two.y)
+    assert all(batch.x0.abs().max() <= 1 for batch in batches)
+
+
+def test_at_time_keeps_images_and_noise(core):
+    context = tiny.context(core)
+    (batch,) = context.draws(4, 4)
+    t = context.data.objective.grid(5)[3]
+    moved = context.at_time(batch, t)
+    assert torch.equal(moved.x0, batch.x0) and torch.equal(moved.noise, batch.noise)
+    assert moved.t.tolist() == [t.item()] * 4
+    noised, target = context.data.objective.noised(batch.x0, batch.noise, t.expand(4))
+    assert torch.equal(moved.noised, noised) and torch.equal(moved.target, target)
+
+
+def test_predictions_leave_the_variance_out(name):
+    context = tiny.context(name)
+    (batch,) = context.draws(2, 2)
+    assert context.predict(context.model, batch).shape == batch.x0.shape
+
+
+def test_a_model_without_layers_shares_all_weights(name):
+    context = tiny.context(name)
+    intact = tiny.output(context.model, name)
+    own = {id(parameter) for parameter in context.model.parameters()}
+    first, second = (layer.name for layer in context.layers()[:2])
+    with context.without(first, second) as shell:
+        assert {id(parameter) for parameter in shell.parameters()} < own
+        removed = copy.deepcopy(context.model)
+        for layer in (first, second):
+            context.family.remove_layer(removed, layer)
+        assert torch.equal(tiny.output(shell, name), tiny.output(removed, name))
+        assert not torch.equal(tiny.output(shell, name), intact)
+    assert torch.equal(tiny.output(context.model, name), intact)
+    with context.without() as shell:
+        assert torch.equal(tiny.output(shell, name), intact)
+
+
+def test_what_can_be_pruned_costs_no_budget(name):
+    """UNets find their widths by tracing a forward pass; that is not the method's."""
+    context = tiny.context(name)
+    context.layers(), context.layers("branch"), context.widths(), context.weights()
+    scores = {unit.name: torch.rand(unit.size) for unit in context.widths()}
+    selection.select(context, lambda context: context.plan_widths(scores), "widths", {})
+    report = context._meter.report()
+    assert report == {**dict.fromkeys(report, 0), "wall_s": 0.0}
+
+
+def test_weights_are_those_of_the_model(core):
+    context = tiny.context(core)
+    for weight, value in context.weights().items():
+        assert value is context.model.get_parameter(weight)
+
+
+def test_training_is_charged_and_capped():
+    context = tiny.context("dit", train_images=64)
+    model = copy.deepcopy(context.model)
+    losses = context.train(model, 40)
+    assert len(losses) == 5 and context.trained_images == 40
+    assert context._meter.counts["student_backward"] == 40
+    tiny.assert_same(context.model.state_dict(), tiny.dense("dit").state_dict())
+    with pytest.raises(CellError, match="wants to train on 25 more images; 40 of its budget of 64"):
+        context.train(model, 25)
+    context.train(model, 24)
+    with pytest.raises(CellError, match="-8 more images"):
+        context.train(model, -8)
+    assert context.trained_images == 64
+
+
+def test_training_twice_uses_other_draws_and_is_repeatable():
+    runs = []
+    for _ in range(2):
+        context = tiny.context("dit", train_images=64)
+        model = copy.deepcopy(context.model)
+        runs.append([*context.train(model, 32), *context.train(model, 32)])
+    assert runs[0] == runs[1]
+    assert runs[0][:4] != runs[0][4:]
+
+
+def test_fresh_models_have_the_plans_shape_and_other_weights(core):
+    context = tiny.context(core)
+    plan = tiny.plan(core, "branch")
+    before = torch.random.get_rng_state()
+    fresh = context.fresh(plan)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    shapes = {n: p.shape for n, p in fresh.named_parameters()}
+    pruned = copy.deepcopy(context.model)
+    for layer in plan.layers:
+        context.family.remove_layer(pruned, layer)
+    assert shapes == {n: p.shape for n, p in pruned.named_parameters()}
+    matrix = next(n for n in context.family.weights(fresh))
+    assert not torch.equal(fresh.get_parameter(matrix), pruned.get_parameter(matrix))
+    tiny.assert_same(tiny.context(core).fresh(plan).state_dict(), fresh.state_dict())
+    fresh(*tiny.inputs(core, 4))
+    assert context._meter.counts["student_forward"] == 4
+
+
+# Right and wrong results.
+
+
+def _select(function, kind: str, name: str = "dit", **changes):
+    return selection.select(tiny.context(name, **changes), function, kind, {})
+
+
+def test_parameters_reach_the_method():
+    given = {}
+    selection.select(
+        tiny.context("dit", sparsity=0.0), lambda c, **k: given.update(k) or Plan(), "none", {"a": 1}
+    )
+    assert given == {"a": 1}
+
+
+def test_what_a_method_does_to_its_copy_does_not_count():
+    """Only the plan does: the pruned model has the dense weights."""
+
+    def vandal(context):
+        plan = context.plan_layers(context.layers())
+        for parameter in context.model.parameters():
+            parameter.data.fill_(7)
+        context.family.remove_layer(context.model, "blocks.3")
+        return plan
+
+    plan, pruned = _select(vandal, "layers")
+    assert plan.layers == ("blocks.0",)
+    dense = tiny.dense("dit").state_dict()
+    assert all(torch.equal(tensor, dense[n]) for n, tensor in pruned.state_dict().items())
+
+
+def test_a_trained_model_is_returned_unmetered():
+    def trains(context):
+        plan = context.plan_layers(context.layers())
+        with context.without(*plan.layers) as shell:
+            model = copy.deepcopy(shell)
+        context.train(model, 16)
+        return plan, model
+
+    context = tiny.context("dit", train_images=16)
+    plan, pruned = selection.select(context, trains, "layers", {})
+    assert context.trained_images == context._meter.counts["student_backward"] == 16
+    assert not pruned.training and plan.layers == ("blocks.0",)
+    tiny.output(pruned, "dit")
+    assert context._meter.counts["student_forward"] == 16
+    changed = pruned.state_dict()["blocks.1.mlp.fc1.weight"]
+    assert not torch.equal(changed, tiny.dense("dit").blocks[1].mlp.fc1.weight)
+
+
+def test_training_by_hand_is_metered():
+    """A loop of the method's own is seen on its row, though nothing stops it."""
+
+    def sly(context):
+        batch = context.draws(12, 12)[0]
+        for _ in range(3):
+            context.loss(copy.deepcopy(context.model), batch).backward()
+        return context.plan_layers(context.layers())
+
+    context = tiny.context("dit")
+    selection.select(context, sly, "layers", {})
+    assert context._meter.counts["student_backward"] == 36 and context.trained_images == 0
+
+
+def _heads(context, **kept):
+    return Plan(kept={"blocks.0.attn.heads": (0, 1, 2)})
+
+
+def _masks(value=True, pattern="unstructured"):
+    def select(context):
+        masks = {n: torch.full(w.shape, value) for n, w in context.weights().items()}
+        return Plan(masks=masks, pattern=pattern)
+
+    return select
+
+
+def _raises(context):
+    raise KeyError("blocks.7")
+
+
+def _unmasked(context):
+    """A plan of masks and a model that was never masked."""
+    plan = context.plan_weights({n: w.detach().abs() for n, w in context.weights().items()})
+    return plan, copy.deepcopy(context.model)
+
+
+def _overspends(context):
+    context.train(copy.deepcopy(context.model), context.train_images + 1)
+
+
+def _noted(value):
+    def select(context):
+        return context.plan_layers(context.layers(), note=value)
+
+    return select
+
+
+WRONG = {
+    "misses its target": (
+        lambda c: Plan(layers=("blocks.0", "blocks.1", "blocks.2")),
+        "layers",
+        r"plan removes 0\.6471 of the parameters; the target is 0\.25 and one unit is 0\.2157",
+    ),
+    "misses its target with widths": (_heads, "widths", r"plan removes 0\.0117 .* the target is 0\.25"),
+    "misses its target with masks": (_masks(False), "weights", r"removes 0\.5606 .* target is 0\.25"),
+    "takes other steps than asked": (
+        lambda c: Plan(steps=0.5),
+        "steps",
+        r"removes 0\.5000 of .*; the target is 0\.25",
+    ),
+    "removes nothing": (
+        lambda c: Plan(),
+        "layers",
+        "the method's KIND is 'layers' but its plan removes nothing",
+    ),
+    "removes although it should not": (
+        lambda c: Plan(layers=("blocks.0",)),
+        "none",
+        "KIND is 'none' but its plan removes layers",
+    ),
+    "another kind": (
+        lambda c: Plan(layers=("blocks.0",)),
+        "widths",
+        "KIND is 'widths' but its plan removes layers",
+    ),
+    "two kinds": (
+        lambda c: Plan(layers=("blocks.0",), kept={"blocks.1.attn.heads": (0,)}),
+        "layers",
+        "KIND is 'layers' but its plan removes layers and widths",
+    ),
+    "unknown layer": (
+        lambda c: Plan(layers=("block.0",)),
+        "layers",
+        r"names a layer that does not exist: block\.0; the model has blocks\.0, blocks\.0\.attn",
+    ),
+    "unknown width": (
+        lambda c: Plan(kept={"blocks.0.heads": (0,)}),
+        "widths",
+        r"names a width that does not exist: blocks\.0\.heads; the model has blocks\.0\.attn\.heads",
+    ),
+    "unknown weight": (
+        lambda c: Plan(masks={"pos_embed": torch.ones(1).bool()}, pattern="unstructured"),
+        "weights",
+        "names a maskable weight that does not exist: pos_embed; the model has blocks",
+    ),
+    "raises": (_raises, "layers", "KeyError: 'blocks.7'"),
+    "exits its loop with an assertion": (lambda c: [].pop(), "layers", "IndexError: pop from empty"),
+    "takes other arguments": (lambda: Plan(), "layers", "TypeError: .*takes 0 positional arguments"),
+    "returns nothing": (lambda c: None, "layers", "select returned NoneType, not a Plan"),
+    "returns names": (lambda c: ["blocks.0"], "layers", "select returned list, not a Plan"),
+    "returns an empty tuple": (lambda c: (), "layers", "select returned tuple, not a Plan"),
+    "returns three things": (
+        lambda c: (Plan(layers=("blocks.0",)), c.model, 1),
+        "layers",
+        r"a tuple that is not \(Plan, model\)",
+    ),
+    "returns weights for a model": (
+        lambda c: (Plan(layers=("blocks.0",)), c.model.state_dict()),
+        "layers",
+        r"a tuple that is not \(Plan, model\)",
+    ),
+    "returns a model of another shape": (
+        lambda c: (Plan(layers=("blocks.0",)), c.model),
+        "layers",
+        r"the returned model does not fit its plan: blocks\.0\.",
+    ),
+    "returns an unmasked model": (
+        _unmasked,
+        "weights",
+        r"the returned model does not fit its plan: 'blocks\.0\..*' is not masked",
+    ),
+    "trains without a budget": (
+        _overspends,
+        "layers",
+        "method test wants to train on 1 more images; 0 of its budget of 0 are spent",
+    ),
+    "has masks that are no N:M": (_masks(True, "2:4"), "weights", "does not keep 2 of every 4 weights"),
+    "has masks without a pattern": (_masks(True, None), "weights", "the pattern None"),
+    "notes a tensor": (_noted(torch.ones(1)), "layers", "cannot be stored as JSON: .*Tensor"),
+    "notes no number": (_noted(float("nan")), "layers", "cannot be stored as JSON: .*nan"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_method_fails_its_cell_with_the_reason(case):
+    function, kind, message = WRONG[case]
+    with pytest.raises(CellError, match=message):
+        _select(function, kind)
+
+
+def test_a_method_that_overspends_fails_its_cell():
+    with pytest.raises(CellError, match="train on 33 more images; 0 of its budget of 32 are spent"):
+        _select(_overspends, "layers", train_images=32)
+
+
+def test_the_cause_of_a_raising_method_is_kept():
+    with pytest.raises(CellError) as raised:
+        _select(_raises, "layers")
+    assert isinstance(raised.value.__cause__, KeyError)
+
+
+def test_interrupting_is_not_the_methods_failure():
+    def interrupted(context):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        _select(interrupted, "layers")
+
+
+def test_unbalanced_norm_groups_fail_the_cell():
+    def lopsided(context):
+        scores = {unit.name: torch.rand(unit.size) for unit in context.widths()}
+        kept = dict(context.plan_widths(scores).kept)
+        unit = next(u for u in context.widths() if u.groups > 1 and u.name in kept)
+        return Plan(kept={**kept, unit.name: kept[unit.name][1:]})
+
+    with pytest.raises(CellError, match="unequal numbers of channels in the 4 normalisation groups"):
+        _select(lopsided, "widths", "unet")
+
+
+def test_branches_and_blocks_both_count_as_units():
+    def branches(context):
+        return plan_layers(context.model, context.layers("branch"), context.sparsity)
+
+    plan, pruned = _select(branches, "layers", sparsity=0.15)
+    assert plan.layers in (("blocks.0.attn", "blocks.0.mlp"), ("blocks.0.attn",))
+    assert tiny.output(pruned, "dit").isfinite().all()

@@ -1,0 +1,213 @@
+"""The training loop and the budget meter."""
+
+import copy
+import math
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from prunebench.errors import CellError
+from prunebench.pruning import surgery
+from prunebench.training import loop
+from prunebench.training.budget import KEYS, BudgetMeter, unspent
+
+
+def _train(name: str, model: nn.Module, **options) -> list[float]:
+    settings = tiny.settings(**options.pop("settings", {}))
+    options = {"images": 64, "seed": 0, **options}
+    names = tiny.INSTANCES[name].module.weights(model)
+    return loop.train(model, tiny.data(name), settings, muon_names=names, **options)
+
+
+@pytest.mark.parametrize("muon", [0.0, 5e-3])
+def test_the_loss_falls(core, muon):
+    model = tiny.dense(core)
+    losses = _train(core, model, images=480, settings={"muon_learning_rate": muon})
+    assert len(losses) == 60
+    assert sum(losses[-15:]) < 0.8 * sum(losses[:15])
+    assert not model.training
+
+
+def test_the_loss_is_the_objectives(name):
+    """own_loss is the mean squared error to the target, without DiT's learned variance."""
+    data, model = tiny.data(name), tiny.dense(name)
+    batch = data.draw(4, torch.Generator().manual_seed(0), torch.device("cpu"))
+    noised, target = data.objective.noised(batch.x0, batch.noise, batch.t)
+    assert torch.equal(batch.noised, noised) and torch.equal(batch.target, target)
+    with torch.no_grad():
+        output = model(noised, data.objective.model_time(batch.t), batch.y)
+        expected = (output[:, : tiny.INSTANCES[name].channels] - target).square().mean()
+        assert loop.own_loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_the_same_seed_gives_the_same_weights(core, ema):
+    states = []
+    for seed in (0, 0, 1):
+        model = tiny.dense(core)
+        torch.manual_seed(len(states))  # global randomness takes no part
+        _train(core, model, seed=seed, settings={"ema": ema, "class_dropout": 0.2})
+        states.append(model.state_dict())
+    tiny.assert_same(states[0], states[1])
+    assert any(not torch.equal(states[0][n], states[2][n]) for n in states[0])
+
+
+@pytest.mark.parametrize("muon", [0.0, 5e-3])
+@pytest.mark.parametrize("kind", ["unstructured", "2:4"])
+def test_masked_entries_stay_exactly_zero(core, kind, muon):
+    """In the averaged weights too, under weight decay and both optimisers."""
+    plan = tiny.plan(core, kind)
+    model = surgery.apply(tiny.dense(core), plan, tiny.INSTANCES[core].module)
+    before = copy.deepcopy(model.state_dict())
+    settings = {"ema": 0.7, "weight_decay": 0.01, "muon_learning_rate": muon}
+    _train(core, model, masks=plan.masks, settings=settings)
+    for weight, mask in plan.masks.items():
+        value = model.get_parameter(weight)
+        assert not value[~mask].any()
+        assert (value[mask] != before[weight][mask]).float().mean() > 0.9
+
+
+def test_an_average_of_zero_leaves_the_last_weights():
+    last, averaged, seen = tiny.dense("dit"), tiny.dense("dit"), []
+
+    def watched(model, batch):
+        seen.append({n: p.detach().clone() for n, p in model.named_parameters()})
+        return loop.own_loss(model, batch)
+
+    _train("dit", last, settings={"ema": 0.0})
+    _train("dit", averaged, settings={"ema": 0.9}, loss=watched)
+    final = dict(last.named_parameters())
+    # The average of what followed each step, by hand; the first update takes the weights as is.
+    trail = [step["blocks.0.mlp.fc1.weight"] for step in seen[1:]]
+    trail.append(final["blocks.0.mlp.fc1.weight"].detach())
+    expected = trail[0]
+    for weight in trail[1:]:
+        expected = 0.9 * expected + 0.1 * weight
+    torch.testing.assert_close(averaged.blocks[0].mlp.fc1.weight.detach(), expected)
+    assert not torch.equal(expected, trail[-1])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_loss_that_is_no_number_fails_the_cell(value):
+    calls = []
+
+    def broken(model, batch):
+        calls.append(1)
+        return loop.own_loss(model, batch) * (value if len(calls) == 3 else 1)
+
+    with pytest.raises(CellError, match=f"the training loss is {value} at step 2 of 8"):
+        _train("dit", tiny.dense("dit"), loss=broken)
+    assert len(calls) == 3
+
+
+@pytest.mark.parametrize(("images", "steps"), [(0, 0), (7, 0), (8, 1), (63, 7), (64, 8)])
+def test_no_more_images_than_allowed(images, steps):
+    model, meter = tiny.dense("dit"), BudgetMeter()
+    losses = _train("dit", meter.watch(model), images=images)
+    assert len(losses) == steps
+    assert meter.counts["student_forward"] == meter.counts["student_backward"] == 8 * steps
+    if not steps:
+        tiny.assert_same(model.state_dict(), tiny.dense("dit").state_dict())
+
+
+def test_the_learning_rate_rises_then_falls_to_zero():
+    factor = loop._cosine(100, tiny.settings(warmup=0.1))
+    assert [factor(step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
+    assert factor(55) == pytest.approx(0.5)
+    assert 0 < factor(99) < 0.001
+    assert loop._cosine(100, tiny.settings())(0) == 1.0
+
+
+def test_muon_takes_the_prunable_matrices_only():
+    model, family = tiny.dense("unet"), tiny.INSTANCES["unet"].module
+    adam, muon = loop._optimizers(
+        model, tiny.settings(muon_learning_rate=0.1), family.weights(model)
+    )
+    names = {parameter: n for n, parameter in model.named_parameters()}
+    chosen = {names[p] for group in muon.param_groups for p in group["params"]}
+    assert chosen == {n for n in family.weights(model) if model.get_parameter(n).dim() == 2}
+    rest = {names[p] for group in adam.param_groups for p in group["params"]}
+    assert rest == set(names.values()) - chosen
+    assert len(loop._optimizers(model, tiny.settings(), family.weights(model))) == 1
+
+
+def test_dropped_classes_become_no_class():
+    data, model = tiny.data("dit"), tiny.dense("dit")
+    generator = torch.Generator().manual_seed(0)
+    batch = data.draw(2000, generator, torch.device("cpu"))
+    dropped = loop._drop_classes(batch, model, 0.25, generator)
+    share = (dropped.y == model.null_class).float().mean().item()
+    assert share == pytest.approx(0.25, abs=0.03)
+    kept = dropped.y != model.null_class
+    assert torch.equal(dropped.y[kept], batch.y[kept])
+    assert torch.equal(dropped.noised, batch.noised)
+    assert loop._drop_classes(batch, model, 0.0, generator) is batch
+
+
+# The meter against counts taken independently (conftest.counted).
+
+
+def _spent(meter: BudgetMeter) -> dict:
+    return {key.removeprefix("student_"): meter.counts[key] for key in KEYS[:2]}
+
+
+def test_the_meter_counts_what_passes(core, counted):
+    meter, model = BudgetMeter(), tiny.dense(core)
+    counts = counted(model)
+    meter.watch(model)
+    x, t, y = tiny.inputs(core, 5)
+    with torch.no_grad():
+        model(x, t, y)
+    assert _spent(meter) == {"forward": 5, "backward": 0}
+    model(x, t, y).sum()  # a graph that nobody follows back
+    model(x[:2], t[:2], y[:2]).sum().backward()
+    torch.autograd.grad(model(x, t, y).sum(), list(model.parameters())[:1])
+    output = model(x[:3], t[:3], y[:3])
+    (output.sum() + output.square().sum()).backward()
+    assert _spent(meter) == {"forward": 20, "backward": 10}
+    assert _spent(meter) == {"forward": counts["forward"], "backward": counts["backward"]}
+
+
+def test_the_meter_counts_training(core, counted):
+    meter, model = BudgetMeter(), tiny.dense(core)
+    counts = counted(model)
+    _train(core, meter.watch(model), settings={"ema": 0.5})
+    assert _spent(meter) == {"forward": 64, "backward": 64} == dict(counts)
+
+
+def test_copies_and_bypassed_models_are_metered(core, counted):
+    context = tiny.context(core)
+    counts, inputs = counted(context.model), tiny.inputs(core, 4)
+    copy.deepcopy(context.model)(*inputs).sum().backward()
+    copy.deepcopy(copy.deepcopy(context.model))(*inputs)
+    first = context.layers()[0].name
+    with context.without(first) as shell:
+        shell(*inputs).sum().backward()
+        with torch.no_grad():
+            copy.deepcopy(shell)(*inputs)
+    assert _spent(context._meter) == {"forward": 16, "backward": 8} == dict(counts)
+
+
+def test_teacher_passes_are_counted_apart():
+    meter = BudgetMeter()
+    teacher, student = meter.watch(tiny.dense("dit"), "teacher"), meter.watch(tiny.dense("dit"))
+    inputs = tiny.inputs("dit", 4)
+    (student(*inputs) - teacher(*inputs)).square().sum().backward()
+    with meter.clock():
+        pass
+    report = meter.report()
+    assert {key: report[key] for key in KEYS} == dict.fromkeys(KEYS, 4)
+    assert report.keys() == {*KEYS, "wall_s"} and report["wall_s"] > 0
+
+
+def test_an_unspent_budget_is_all_zero():
+    assert unspent() == {**dict.fromkeys(KEYS, 0), "wall_s": 0.0}
+
+
+def test_the_clock_counts_what_fails_too():
+    meter = BudgetMeter()
+    with pytest.raises(RuntimeError), meter.clock():
+        raise RuntimeError
+    assert meter.wall_s > 0
