@@ -79,6 +79,33 @@ _REGISTRY = (
         "t10k-labels-idx1-ubyte",
         "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
     ),
+    Asset(
+        name="inception_pool3",
+        description="FID Inception (2015-12-05) up to pool3, in torch-fidelity's layout; no logits",
+        file="weights-inception-2015-12-05-pool3-only.pth",
+        sha256="1e331cc8ca5035d08672fc191e0942925f4f9e20e45b44e1ebf6f84a5c89444a",
+        licence="Apache-2.0",
+        sources=("https://github.com/toshas/torch-fidelity/releases (with logits)",),
+        needed_by="extractor inception-v3-compat",
+    ),
+    Asset(
+        name="lpips-alex",
+        description="AlexNet convolutions in torchvision's layout, the backbone of LPIPS (alex)",
+        file="alexnet-features.pth",
+        sha256="32f45cf71e6147af08382a6a04e5f8255c3da364697454151048598d3031dc08",
+        licence="BSD-3-Clause",
+        sources=("https://github.com/pytorch/vision (AlexNet_Weights.IMAGENET1K_V1)",),
+        needed_by="evaluation.lpips alex",
+    ),
+    Asset(
+        name="lpips-vgg",
+        description="VGG-16 convolutions in torchvision's layout, the backbone of LPIPS (vgg)",
+        file="vgg16-features.pth",
+        sha256="4e3df3e0774d91f6bb067efcd39c17f1c57314f84370963b86bae02b2d187dc6",
+        licence="CC BY 4.0 (VGG, University of Oxford)",
+        sources=("https://github.com/pytorch/vision (VGG16_Weights.IMAGENET1K_V1)",),
+        needed_by="evaluation.lpips vgg",
+    ),
 )
 ASSETS = {asset.name: asset for asset in _REGISTRY}
 

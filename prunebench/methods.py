@@ -1,7 +1,7 @@
 """Discovery of method files. Metadata are literals and are read without running the file.
 
 A method file holds a docstring, whose first line is the idea, literal constants and
-`select(context, ...)`. Reading it as syntax only lets the workflow plan without importing torch, and
+`select(context, ...)`. Reading it as syntax only lets the workflow plan without importing torch and
 finds a broken file before anything runs. `docs/add_a_method.md` explains the contract.
 """
 

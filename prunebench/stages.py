@@ -234,47 +234,51 @@ def measure(track: Track, cell: Cell, paths: Paths) -> None:
 
 def score(track: Track, cell: Cell, paths: Paths) -> None:
     """Compare the cell's images with the reference and with dense's; gather everything known."""
-    start, settings = time.perf_counter(), track.content["evaluation"]
-    records = {
-        "select": _upstream(paths.select),
-        "sample": _upstream(paths.sample),
-        "cost": _upstream(paths.cost),
-    }
-    healed = _upstream(paths.recover) if cell.recovery != "none" else None
-    judge_record = _upstream(paths.extractor)["extractor"]
-    folder = Path(paths.extractor).parent
-    judge = features.load_extractor(judge_record["name"], Path(judge_record["weights"]))
+    start = time.perf_counter()
+    names = ["select", "cost", "sample", *(["recover"] if cell.recovery != "none" else [])]
+    records = {name: _upstream(getattr(paths, name)) for name in names}
+    _upstream(paths.dense_sample)
     drawn = artefacts.read_tensors(Path(paths.sample).parent / IMAGES)
+    judge = _upstream(paths.extractor)["extractor"]
+    healed = records.get("recover", {"budget": unspent(), "size": {}})
+    grid = Path(paths.metrics).parent / "grid.png"
+    write_grid(grid, drawn["images"], drawn["labels"])
+    content = {
+        "schema": 1,
+        "cell": as_dict(cell),
+        "failure": None,
+        "labels": _labels(track, cell),
+        **_judged(track, paths, judge, drawn),
+        "size": {**records["cost"]["size"], **healed["size"]},
+        "latency": records["cost"]["latency"],
+        "budget": {"selection": records["select"]["budget"], "recovery": healed["budget"]},
+        "sampling": records["sample"]["sampling"],
+        "extractor": {k: v for k, v in judge.items() if k != "weights"},
+        "plan": artefacts.read_json(Path(paths.select).parent / surgery.PLAN)["plan"],
+        "stages": _history(records),
+    }
+    _finish(paths.metrics, track, start, [grid], **content)
+
+
+def _judged(track: Track, paths: Paths, judge: dict, drawn: dict[str, Tensor]) -> dict:
+    """Quality against the reference set, and consistency with the dense model's images."""
+    settings, weights = track.content["evaluation"], Path(judge["weights"])
+    eye = features.load_extractor(judge["name"], weights)
+    generated = eye.extract(drawn["images"], settings["batch"])
+    reference = artefacts.read_tensors(Path(paths.extractor).parent / FEATURES)
     undisturbed = artefacts.read_tensors(Path(paths.dense_sample).parent / IMAGES)
-    generated = judge.extract(drawn["images"], settings["batch"])
-    distance = consistency.perceptual_distance(
-        settings["lpips"], _lpips_weights(track, judge_record)
-    )
-    write_grid(Path(paths.metrics).parent / "grid.png", drawn["images"], drawn["labels"])
-    budget = {"selection": records["select"]["budget"]}
-    budget["recovery"] = healed["budget"] if healed else unspent()
-    size = {**records["cost"]["size"], **(healed["size"] if healed else {})}
-    _finish(
-        paths.metrics,
-        track,
-        start,
-        [],
-        schema=1,
-        cell=as_dict(cell),
-        failure=None,
-        labels=_labels(track, cell),
-        quality=quality.quality(
-            generated, artefacts.read_tensors(folder / FEATURES), drawn["labels"]
-        ),
-        consistency=consistency.consistency(drawn["images"], undisturbed["images"], distance),
-        size=size,
-        latency=records["cost"]["latency"],
-        budget=budget,
-        sampling=records["sample"]["sampling"],
-        extractor={k: v for k, v in judge_record.items() if k != "weights"},
-        plan=artefacts.read_json(Path(paths.select).parent / surgery.PLAN)["plan"],
-        stages=_history({**records, **({"recover": healed} if healed else {})}),
-    )
+    distance = _distance(settings["lpips"], weights)
+    return {
+        "quality": quality.quality(generated, reference, drawn["labels"]),
+        "consistency": consistency.consistency(drawn["images"], undisturbed["images"], distance),
+    }
+
+
+def _distance(name: str, judge: Path) -> consistency.Distance | None:
+    if name == "none":
+        return None
+    weights = judge if name == "domain" else assets.locate(f"lpips-{name}")
+    return consistency.perceptual_distance(name, weights)
 
 
 def guarded(
@@ -366,11 +370,6 @@ def _whole_sampling(sampler: Sampler, size: int) -> Callable[[], Tensor]:
 
 def _per_image(timing: dict, images: int) -> dict:
     return {k: v if k == "ratio" else v / images for k, v in timing.items()}
-
-
-def _lpips_weights(track: Track, judge: dict) -> Path:
-    name = track.content["evaluation"]["lpips"]
-    return Path(judge["weights"]) if name == "domain" else assets.locate(f"lpips-{name}")
 
 
 def _labels(track: Track, cell: Cell) -> dict:

@@ -10,11 +10,11 @@ torch.set_num_threads(1)
 
 
 def pytest_generate_tests(metafunc):
-    """`name` runs over every tiny instance, `core` over one per family and objective."""
+    """`name` runs over every tiny architecture, `core` over one per family and objective."""
     if {"name", "core"} & set(metafunc.fixturenames):
         import tiny  # slow to import, and needed by the tests of the core only
 
-        names = {"name": tiny.NAMES, "core": tiny.CORE}
+        names = {"name": tiny.SHAPES, "core": tiny.CORE}
         for argument in names.keys() & set(metafunc.fixturenames):
             metafunc.parametrize(argument, names[argument])
 

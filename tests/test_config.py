@@ -73,7 +73,7 @@ def test_committed_tracks_fit_the_code(track):
 
 
 def test_unknown_tracks_list_the_known_ones():
-    with pytest.raises(UserError, match="unknown track 'embeded'.*known tracks: .*embedded.*smoke"):
+    with pytest.raises(UserError, match=r"'embeded'.*known tracks: .*embedded.*smoke"):
         config.load("embeded")
     with pytest.raises(UserError, match=r"nowhere/x\.yaml does not exist"):
         config.load("nowhere/x.yaml")
@@ -212,9 +212,15 @@ def test_a_cell_given_by_hand():
     assert track.budget(cell) == 128
     assert track.budget(track.cell("dit", "dense", 0.0, "none", 0)) == 0
     for arguments, message in (
-        (("dti", "dense", 0.0, "none", 0), "unknown model 'dti' in track smoke; known: dit, sit, unet"),
+        (
+            ("dti", "dense", 0.0, "none", 0),
+            "unknown model 'dti' in track smoke; known: dit, sit, unet",
+        ),
         (("dit", "magic", 0.5, "none", 0), "unknown method 'magic' in track smoke; known: dense, "),
-        (("dit", "random_layers", 0.0, "none", 0), r"sparsity 0\.0 is impossible for random_layers"),
+        (
+            ("dit", "random_layers", 0.0, "none", 0),
+            r"sparsity 0\.0 is impossible for random_layers",
+        ),
         (("dit", "random_layers", 1.5, "none", 0), r"sparsity 1\.5 is impossible"),
         (("dit", "random_layers", 0.5, "finetune-max", 0), "'finetune-max' needs a budget of: low"),
         (("dit", "random_layers", 0.5, "heal-low", 0), "unknown recovery 'heal' in 'heal-low'"),
@@ -298,7 +304,11 @@ def test_the_checkpoint_is_what_was_trained_last():
     track = config.load("smoke")
     healed = config.Paths(track, track.cell("dit", "dense", 0.0, "finetune-low", 1), runs="r")
     bare = config.Paths(track, track.cell("dit", "dense", 0.0, "none", 1), runs="r")
-    assert healed.checkpoint == healed.recover == "r/smoke/dit/dense/0.0/finetune-low/seed1/recover.json"
+    assert (
+        healed.checkpoint
+        == healed.recover
+        == "r/smoke/dit/dense/0.0/finetune-low/seed1/recover.json"
+    )
     assert bare.checkpoint == bare.select == "r/smoke/dit/dense/0.0/selection/seed1/select.json"
     assert bare.dense_sample == bare.sample == healed.dense_sample
     assert bare.trained == "r/smoke/dit/trained/dense.json"

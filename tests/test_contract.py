@@ -1,4 +1,4 @@
-"""Every method that is discovered, on every family it claims. A new file is tested without an edit."""
+"""Every method that is discovered, on every family it claims; a new file needs no edit here."""
 
 from collections import Counter
 
@@ -9,6 +9,7 @@ import torch
 from prunebench import methods, models, selection
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
+from prunebench.pruning.units import Width
 from prunebench.training.budget import BudgetMeter
 
 CASES = [
@@ -72,6 +73,10 @@ def test_a_method_keeps_its_contract(method, instance, tmp_path, counted, monkey
     tiny.assert_same(dense.state_dict(), tiny.dense(instance).state_dict())
     assert not pruned.training and not pruned._forward_hooks
     _assert_target(method, instance, plan, pruned)
+    found = tiny.found_methods()[method]
+    if not found.trains and found.recovery != "required":  # one-shot: what stays is the dense model
+        kept = surgery.apply(tiny.dense(instance), plan, tiny.INSTANCES[instance].module)
+        tiny.assert_same(pruned.state_dict(), kept.state_dict())
     surgery.save(
         tmp_path, pruned, plan, tiny.INSTANCES[instance].family, tiny.INSTANCES[instance].config
     )
@@ -96,7 +101,7 @@ def _leave_out_tracing(monkeypatch, family, counts: Counter) -> None:
     monkeypatch.setattr(family, "widths", widths)
 
 
-@every_method
+@pytest.mark.parametrize(("method", "instance"), [c for c in CASES if c[1] in tiny.CORE])
 def test_the_same_seed_gives_the_same_plan(method, instance):
     (first, one), (second, two) = (_select(method, instance) for _ in range(2))
     assert first.to_json() == second.to_json()
@@ -106,7 +111,7 @@ def test_the_same_seed_gives_the_same_plan(method, instance):
 
 @pytest.mark.parametrize("method", ["random_layers", "random_widths", "scratch"])
 def test_random_controls_differ_between_seeds(method, core):
-    plans = [_select(method, core, seed)[0] for seed in range(5)]
+    plans = [_select(method, core, seed)[0] for seed in range(4)]
     assert len({str(plan.to_json()) for plan in plans}) > 1
 
 
@@ -115,16 +120,6 @@ def test_scratch_has_nothing_of_the_dense_model(core):
     kept = surgery.apply(tiny.dense(core), plan, tiny.INSTANCES[core].module)
     for weight in tiny.INSTANCES[core].module.weights(pruned):
         assert not torch.equal(pruned.get_parameter(weight), kept.get_parameter(weight))
-
-
-def test_one_shot_methods_keep_the_dense_weights(core):
-    for method, found in tiny.found_methods().items():
-        applies = not found.families or tiny.INSTANCES[core].family in found.families
-        if found.trains or found.recovery == "required" or not applies:
-            continue
-        plan, pruned = _select(method, core)
-        kept = surgery.apply(tiny.dense(core), plan, tiny.INSTANCES[core].module)
-        tiny.assert_same(pruned.state_dict(), kept.state_dict())
 
 
 def _assert_target(method: str, instance: str, plan: Plan, pruned: torch.nn.Module) -> None:
@@ -138,14 +133,20 @@ def _assert_target(method: str, instance: str, plan: Plan, pruned: torch.nn.Modu
         targets.check_n_of_m(plan)
         assert gone == 0
         return
-    unit = {
-        "none": 0,
-        "steps": 0,
-        "weights": 1,
-        "layers": max(layer.parameters for layer in family.layers(whole, "block")),
-        "widths": targets.tolerance(whole, [], family.widths(whole), plan) * before,
-    }[found.kind]
+    units = {
+        "none": lambda: [0],
+        "steps": lambda: [0],
+        "weights": lambda: [1],
+        "layers": lambda: [layer.parameters for layer in family.layers(whole, "block")],
+        "widths": lambda: [_one_round(whole, unit) for unit in family.widths(whole)],
+    }
     expected = 0 if found.kind == "steps" else _sparsity(found) * before
-    assert abs(gone + masked - expected) <= unit + 1e-6
+    assert abs(gone + masked - expected) <= max(units[found.kind]()) + 1e-6
     if found.kind == "steps":
         assert plan.steps == pytest.approx(1 - _sparsity(found))
+
+
+def _one_round(model: torch.nn.Module, unit: Width) -> int:
+    """Parameters that one channel of every normalisation group takes with it."""
+    shapes = [(m, model.get_parameter(m.tensor).shape) for m in unit.members]
+    return sum(unit.groups * m.index.shape[1] * s.numel() // s[m.axis] for m, s in shapes)

@@ -37,8 +37,17 @@ def _written(folder, content: str, name: str = "first.py"):
 
 def test_a_minimal_method(tmp_path):
     method = methods.read(_written(tmp_path, GOOD))
-    assert (method.name, method.title, method.idea) == ("first", "first", "Removes the first layers.")
-    assert (method.kind, method.recovery, method.paper, method.notes) == ("layers", "optional", "", "")
+    assert (method.name, method.title, method.idea) == (
+        "first",
+        "first",
+        "Removes the first layers.",
+    )
+    assert (method.kind, method.recovery, method.paper, method.notes) == (
+        "layers",
+        "optional",
+        "",
+        "",
+    )
     assert not (method.control or method.reconstruction or method.trains)
     assert method.families == method.sparsities == ()
     assert dict(method.parameters) == {"share": 0.5, "steps": 3, "name": "x"}
@@ -134,7 +143,9 @@ def test_a_broken_file(tmp_path, case):
 @pytest.mark.parametrize("name_", ["First.py", "2nd.py", "my-method.py", "a b.py", "_hidden.py"])
 def test_a_file_name_that_is_no_name(tmp_path, name_):
     file = _written(tmp_path, GOOD, name_)
-    with pytest.raises(UserError, match="file name is its name everywhere; use a-z, 0-9 and _ only"):
+    with pytest.raises(
+        UserError, match="file name is its name everywhere; use a-z, 0-9 and _ only"
+    ):
         methods.read(file)
 
 
@@ -153,7 +164,9 @@ def test_one_name_in_two_folders(tmp_path):
 
 
 def test_a_missing_folder(tmp_path):
-    with pytest.raises(UserError, match=r"methods folder .*nowhere does not exist \(methods\.folders\)"):
+    with pytest.raises(
+        UserError, match=r"methods folder .*nowhere does not exist \(methods\.folders\)"
+    ):
         methods.discover([tmp_path / "nowhere"])
 
 
@@ -190,7 +203,10 @@ def test_parameters_of_the_right_type_pass(tmp_path):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"shares": 1}, r"parameters\.first\.shares: .*no such parameter; it has: share, steps, name"),
+        (
+            {"shares": 1},
+            r"parameters\.first\.shares: .*no such parameter; it has: share, steps, name",
+        ),
         ({"steps": 3.5}, r"parameters\.first\.steps is 3\.5; it must be like its default 3"),
         ({"steps": "3"}, r"first\.steps is '3'; it must be like its default 3"),
         ({"steps": True}, r"first\.steps is True; it must be like its default 3"),
@@ -215,13 +231,16 @@ def test_a_method_without_parameters_says_so(tmp_path):
 
 
 class Toy:
-    """A context whose "network" multiplies z by one factor per block; without a block, by the rest."""
+    """A context whose "network" multiplies z by one factor per block that is present."""
 
     def __init__(self, factors: dict[str, float], dimensions: int = 1, classes: int = 1):
         generator = torch.Generator().manual_seed(0)
         z = torch.randn(200, dimensions, generator=generator)
         y = torch.arange(200) % classes
-        self._batches = [SimpleNamespace(z=z[:120], y=y[:120]), SimpleNamespace(z=z[120:], y=y[120:])]
+        self._batches = [
+            SimpleNamespace(z=z[:120], y=y[:120]),
+            SimpleNamespace(z=z[120:], y=y[120:]),
+        ]
         self.factors, self.model = factors, self._network(factors)
         self.log = SimpleNamespace(info=lambda *_: None)
 
@@ -325,7 +344,9 @@ def test_gradients_add_up_to_the_gate_and_without_the_step_that_closes_it():
     abar = context.data.objective.scheduler.alphas_cumprod.double()
     assert _accumulate(context, 0.1) == 248
     root = (1 - abar[:248]).sqrt()
-    assert context.parameter.grad.item() == pytest.approx((2 * (root - 1) * root).sum().item(), 1e-4)
+    assert context.parameter.grad.item() == pytest.approx(
+        (2 * (root - 1) * root).sum().item(), 1e-4
+    )
 
 
 @pytest.mark.parametrize("method", ["diff_pruning", "magnitude_widths"])

@@ -73,7 +73,7 @@ def test_training_times():
     assert set(times.tolist()) == set(range(10))
     uniform = FlowMatching("uniform").sample_times(20_000, _generator())
     normal = FlowMatching().sample_times(20_000, _generator())
-    assert 0 <= uniform.min() and uniform.max() < 1
+    assert uniform.min() >= 0 and uniform.max() < 1
     assert uniform.mean().item() == pytest.approx(0.5, abs=0.01)
     assert uniform.var().item() == pytest.approx(1 / 12, abs=0.002)
     assert normal.logit().mean().item() == pytest.approx(0, abs=0.02)
@@ -93,7 +93,9 @@ def test_objectives_are_built_from_a_tracks_entry():
     goal = objective({"name": "flow", "times": "uniform", "time_scale": 7})
     assert (goal.times, goal.time_scale) == ("uniform", 7)
     assert objective({"name": "noise", "train_steps": 5}).train_steps == 5
-    with pytest.raises(UserError, match=r"objective\.times is 'beta'; known: logit_normal, uniform"):
+    with pytest.raises(
+        UserError, match=r"objective\.times is 'beta'; known: logit_normal, uniform"
+    ):
         objective({"name": "flow", "times": "beta"})
 
 
@@ -194,7 +196,9 @@ def test_ddim_by_hand():
     sampler = _sampler(model, goal, "ddim", 2, options={"clip_sample": False})
     arrived = sampler.denoise(torch.ones(1, 1, 2, 2), torch.zeros(1, dtype=torch.long))
     assert [t.item() for t, _ in model.calls] == [999, 499]
-    expected = goal.scheduler.alphas_cumprod[999] ** -0.5  # x / sqrt(abar) stays the same throughout
+    expected = (
+        goal.scheduler.alphas_cumprod[999] ** -0.5
+    )  # x / sqrt(abar) stays the same throughout
     torch.testing.assert_close(arrived, torch.full_like(arrived, expected.item()))
 
 
@@ -269,7 +273,9 @@ def test_images_do_not_depend_on_batch_or_shard(name_, sampler):
         assert torch.equal(torch.cat(list(draw(5, start, stop, 7))), images[start:stop])
 
 
-@pytest.mark.parametrize(("name_", "sampler"), [("dit", "ddpm"), ("sit", "euler"), ("unet", "ddim")])
+@pytest.mark.parametrize(
+    ("name_", "sampler"), [("dit", "ddpm"), ("sit", "euler"), ("unet", "ddim")]
+)
 def test_other_seeds_are_other_images_and_calls_do_not_leave_traces(name_, sampler):
     images = _whole(name_, sampler)
     ours = _instance_sampler(name_, sampler)
@@ -284,7 +290,9 @@ def test_guided_images_do_not_depend_on_batch():
     draw = _instance_sampler("dit", "ddim", guidance=2.0).images
     whole = torch.cat(list(draw(0, 0, 20, 20)))
     assert torch.equal(torch.cat(list(draw(0, 0, 20, 7))), whole)
-    assert not torch.equal(whole, torch.cat(list(_instance_sampler("dit", "ddim").images(0, 0, 20, 20))))
+    assert not torch.equal(
+        whole, torch.cat(list(_instance_sampler("dit", "ddim").images(0, 0, 20, 20)))
+    )
 
 
 def test_labels_follow_the_index():

@@ -44,7 +44,7 @@ def test_a_loaded_model_trains_and_saves_again(tmp_path, core, kind):
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.grad is not None:
-                parameter -= 0.1 * parameter.grad
+                parameter.sub_(0.1 * parameter.grad)
     instance = tiny.INSTANCES[core]
     surgery.save(tmp_path / "second", model, plan, instance.family, instance.config)
     again, _ = surgery.load(tmp_path / "second")

@@ -189,5 +189,18 @@ def test_a_target_missed_by_more_than_a_unit_is_an_error():
         CellError, match=r"removes 0\.4314 .* target is 0\.8 and one unit is 0\.2157"
     ):
         _checked("dit", plan, 0.8)
-    with pytest.raises(CellError, match="the target is 0.3"):
+    with pytest.raises(CellError, match=r"the target is 0\.3"):
         _checked("dit", Plan(steps=0.5), 0.3)
+
+
+@pytest.mark.parametrize("kind", ["block", "widths", "unstructured"])
+def test_most_is_what_can_go_and_no_more(name, kind):
+    """The track's own check of its sparsities: just below it is a plan, just above it is none."""
+    family, model = tiny.INSTANCES[name].module, tiny.dense(name)
+    most = targets.most(model, family, {"block": "layers", "widths": "widths"}.get(kind, "weights"))
+    plan = tiny.plan(name, kind, most - 1e-6)
+    pruned = surgery.apply(model, plan, family)
+    assert targets.reached(tiny.dense(name), pruned, plan) == pytest.approx(most, abs=2e-5)
+    if kind == "unstructured":
+        with pytest.raises(CellError, match="weights can be masked"):
+            tiny.plan(name, kind, most + 1e-4)

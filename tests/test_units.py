@@ -54,7 +54,7 @@ def test_widths_state_what_their_removal_removes(name):
             shape = model.get_parameter(member.tensor).shape
             assert member.index.shape[0] == unit.size
             assert member.index.unique().numel() == member.index.numel()
-            assert 0 <= member.index.min() and member.index.max() < shape[member.axis]
+            assert member.index.min() >= 0 and member.index.max() < shape[member.axis]
             per_index = shape.numel() // shape[member.axis]
             expected += unit.groups * member.index.shape[1] * per_index
         shrink(model, [(unit, _balanced(unit, unit.size // unit.groups - 1))])

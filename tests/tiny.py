@@ -80,6 +80,9 @@ INSTANCES = {
     ),
 }
 NAMES = tuple(INSTANCES)
+# One instance per architecture, for what does not depend on the objective.
+_BY_SHAPE = {str((i.family, i.config)): name for name, i in reversed(INSTANCES.items())}
+SHAPES = tuple(_BY_SHAPE.values())
 # One instance per family and objective, for the tests that a further variant adds nothing to.
 CORE = ("dit", "sit", "unet")
 SPARSITY = {"none": 0.0}  # of a plan kind; 0.25 for all others

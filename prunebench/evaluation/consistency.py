@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 from prunebench.artefacts import read_tensors
+from prunebench.diffusion.sampling import to_float
 from prunebench.errors import UserError
 from prunebench.evaluation.classifier import DomainClassifier
 
@@ -20,16 +21,16 @@ BACKBONES = ("alex", "vgg")
 
 @torch.no_grad()
 def consistency(
-    images: Tensor, dense_images: Tensor, distance: Distance, batch: int = 64
+    images: Tensor, dense_images: Tensor, distance: Distance | None, batch: int = 64
 ) -> dict[str, float | None]:
     """Compare uint8 images [N, C, H, W] pairwise with those dense makes of the same noise.
 
     Args:
-        distance: as `perceptual_distance` returns it.
+        distance: as `perceptual_distance` returns it; None leaves lpips out.
         batch: images held as floats at a time.
 
     Returns:
-        lpips: mean perceptual distance, 0 for equal images.
+        lpips: mean perceptual distance, 0 for equal images; None without a distance.
         ssim: mean structural similarity (Wang et al. 2004: 11x11 Gaussian window of sigma 1.5,
             borders reflected, which needs no more than 6 pixels a side), 1 for equal images.
         psnr: in dB, of the squared error pooled over all images, so that one unchanged image does
@@ -43,10 +44,11 @@ def consistency(
     for ours, dense in zip(images.split(batch), dense_images.split(batch), strict=True):
         similarity.update(ours.float() / 255, dense.float() / 255)
         ratio.update(ours.float() / 255, dense.float() / 255)
-        total += distance(ours.float() / 127.5 - 1, dense.float() / 127.5 - 1).double().sum().item()
+        if distance:
+            total += distance(to_float(ours), to_float(dense)).double().sum().item()
     decibels = ratio.compute().item()
     return {
-        "lpips": total / len(images),
+        "lpips": total / len(images) if distance else None,
         "ssim": similarity.compute().item(),
         "psnr": decibels if math.isfinite(decibels) else None,
     }
