@@ -9,6 +9,8 @@ averaging CED over classes follow the sister paper Ent-Prog (arXiv 2511.21136) a
 the ranking only; the paper's progressive pruning during fine-tuning is not part of it.
 """
 
+import math
+
 import torch
 
 TITLE = "EntPruner (CED ranking)"
@@ -37,6 +39,8 @@ def select(context, draws=1000, batch=100, per_dimension=False):
         with context.without(layer.name) as model:
             dropped = entropy(context, model, batches, per_dimension)
         scores[layer.name] = (dropped - intact).abs().mean().item()
+        if not math.isfinite(scores[layer.name]):
+            raise ValueError(f"the entropy without {layer.name} is not finite: constant outputs")
         context.log.info("CED of %s: %.5f", layer.name, scores[layer.name])
     order = sorted(context.layers(), key=lambda layer: scores[layer.name])
     return context.plan_layers(order, ced=scores)

@@ -34,7 +34,7 @@ DEPENDS = {
     ),
     "select": ("models.*.sampling", "methods.parameters.*"),
     "recover": ("budgets", "models.*.recovery"),
-    "sample": ("models.*.sampling", "sampling"),
+    "sample": ("models.*.sampling", "sampling.count", "sampling.lanes"),
     "cost": ("models.*.sampling", "latency"),
     "score": ("evaluation",),
 }

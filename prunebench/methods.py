@@ -112,9 +112,8 @@ def read(file: Path) -> Method:
 def _constants(file: Path, tree: ast.Module) -> dict[str, object]:
     values = {name.lower(): default for name, (_, default) in CONSTANTS.items()}
     for node in tree.body:
-        if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
-            continue
-        name = node.targets[0].id
+        target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+        name = getattr(target, "id", None)
         if name in CONSTANTS:
             values[name.lower()] = _literal(file, name, node)
     missing = [name for name, (_, default) in CONSTANTS.items() if values[name.lower()] is ...]
