@@ -6,6 +6,8 @@ rule extractor:
         LAYOUT.extractor,
     log:
         LAYOUT.log("extractor"),
+    # Every cell waits for these two: first in line.
+    priority: 100
     conda:
         "../../envs/prunebench.yaml"
     params:
@@ -20,7 +22,6 @@ rule dense:
         LAYOUT.trained("{model}"),
     log:
         LAYOUT.log("dense", "{model}"),
-    # Long and needed by all: first in line.
     priority: 100
     conda:
         "../../envs/prunebench.yaml"
