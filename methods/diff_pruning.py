@@ -11,7 +11,10 @@ from prunebench.pruning.scores import matrices, per_channel
 
 TITLE = "Diff-Pruning"
 KIND = "widths"
-NOTES = "Same parameter target as every row; the paper fixes the channel ratio instead."
+NOTES = (
+    "Parameter target of the table instead of the paper's channel ratio. The paper is about noise "
+    "prediction in UNets; a velocity loss does not fall below the gate: flow models use all times."
+)
 PAPER = "arXiv 2305.10924"
 BIBTEX = """@inproceedings{fang2023structural,
   title = {Structural Pruning for Diffusion Models},

@@ -16,7 +16,10 @@ import torch
 TITLE = "EntPruner (CED ranking)"
 KIND = "layers"
 RECONSTRUCTION = True
-NOTES = "One-shot CED ranking; the progressive NTK/ZiCo stages are not implemented yet."
+NOTES = (
+    "One-shot CED ranking; the progressive NTK/ZiCo stages are not implemented yet. The paper is "
+    "about transformers; on UNets the units are ResNet blocks and attention layers."
+)
 PAPER = "arXiv 2511.21122"
 BIBTEX = """@article{li2025entpruner,
   title = {Which Layer Causes Distribution Deviation? Entropy-Guided Adaptive Pruning for

@@ -10,6 +10,9 @@ TITLE = "Scratch"
 KIND = "layers"
 CONTROL = True
 RECOVERY = "required"
+NOTES = (
+    "A random layer mask of its own; trained with the recovery's settings, not dense training's."
+)
 PAPER = "arXiv 1810.05270"
 BIBTEX = """@inproceedings{liu2019rethinking,
   title = {Rethinking the Value of Network Pruning},

@@ -6,6 +6,7 @@ Free of torch, because the Snakefile imports it every time it is parsed.
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from prunebench.errors import UserError
 ROOT = Path(__file__).parents[1]
 SCHEMA = ROOT / "workflow" / "schemas" / "track.schema.yaml"
 RUNS = Path("runs")
+FLOW_SAMPLERS = ("euler", "heun")
 
 # What of a track each stage depends on, besides its input files: editing one of these entries
 # recomputes the stage, editing anything else does not. "*" stands for the cell's model or method.
@@ -195,12 +197,39 @@ def load(name: str) -> Track:
     if not file.exists():
         known = ", ".join(sorted(path.stem for path in Path("config").glob("*.yaml")))
         raise UserError(f"unknown track '{name}': {file} does not exist; known tracks: {known}")
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", file.stem, re.ASCII):
+        raise UserError(f"{file}: a track's file name is its folder; use letters, digits, _ . -")
     try:
         content = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not valid YAML: {error}") from None
     _validate(file, content)
     return Track(file.stem, content, _methods(file, content))
+
+
+def _check_model(file: Path, name: str, model: Mapping, content: Mapping) -> None:
+    """What of a model's settings must fit together, which a schema cannot say."""
+    where, sampling = f"{file}: models.{name}", model["sampling"]
+    flow = model["objective"]["name"] == "flow"
+    if (sampling["sampler"] in FLOW_SAMPLERS) != flow:
+        raise UserError(
+            f"{where}.sampling.sampler: '{sampling['sampler']}' does not sample objective "
+            f"'{model['objective']['name']}'; {' and '.join(FLOW_SAMPLERS)} are for flow"
+        )
+    for fraction in content["fewer_steps"]:
+        left = round(sampling["steps"] * (1 - fraction))
+        if not 0 < left < sampling["steps"]:
+            raise UserError(
+                f"{where}.sampling.steps: {fraction} fewer of {sampling['steps']} steps is {left}; "
+                "change steps or fewer_steps"
+            )
+    if "images" in model["recovery"]:
+        raise UserError(f"{where}.recovery.images: budgets say how long recovery trains")
+    for budget, images in content["budgets"].items():
+        if images < model["recovery"]["batch"]:
+            raise UserError(f"{file}: budgets.{budget}: less than one batch of model '{name}'")
+    if model["training"]["images"] < model["training"]["batch"]:
+        raise UserError(f"{where}.training.images: less than one batch")
 
 
 @functools.cache
@@ -219,6 +248,16 @@ def _validate(file: Path, content: object) -> None:
             raise UserError(
                 f"{file}: models.{name}.family: unknown family '{model['family']}'; known: {known}"
             )
+        _check_model(file, name, model, content)
+    extractor, lpips = content["extractor"], content["evaluation"]["lpips"]
+    needed = "training" if extractor["name"] == "domain" else "asset"
+    if needed not in extractor:
+        raise UserError(f"{file}: extractor: '{extractor['name']}' needs the key '{needed}'")
+    if lpips == "domain" != extractor["name"]:
+        raise UserError(
+            f"{file}: evaluation.lpips: 'domain' compares maps of the domain classifier and needs "
+            f"extractor.name 'domain', not '{extractor['name']}'; or use none, alex or vgg"
+        )
     for name in content["recoveries"]:
         _check_recovery(f"{file}: recoveries", name, content["budgets"])
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prunebench import models
-from prunebench.errors import UserError
+from prunebench.errors import CellError, UserError
 
 KINDS = ("none", "layers", "widths", "weights", "steps")
 RECOVERY = ("optional", "never", "required")
@@ -177,8 +177,17 @@ def check_parameters(method: Method, given: Mapping[str, object]) -> None:
 
 
 def load(method: Method) -> Callable:
-    """Import the file and return its `select`."""
+    """Import the file and return its `select`.
+
+    Raises:
+        CellError: the file raises while it is imported.
+    """
     spec = importlib.util.spec_from_file_location(f"prunebench_method_{method.name}", method.file)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # a missing package, a misspelt name: this method's cells only
+        raise CellError(
+            f"{method.file} fails at import: {type(error).__name__}: {error}"
+        ) from error
     return module.select

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Generator, Tensor, nn
 
-from prunebench.errors import CellError
+from prunebench.errors import CellError, UserError
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.units import Layer, Width
@@ -195,8 +195,8 @@ def select(
 def _call(function: Select, context: Context, parameters: Mapping) -> object:
     try:
         return function(context, **parameters)
-    except CellError:
-        raise
+    except (CellError, UserError, MemoryError, torch.OutOfMemoryError):
+        raise  # the machine's faults are not the method's
     except Exception as error:  # whatever a method raises is its own cells' failure, no one else's
         raise CellError(f"{type(error).__name__}: {error}") from error
 

@@ -78,24 +78,35 @@ def dense(track: Track, layout: Layout, model: str) -> None:
     start, settings = time.perf_counter(), track.model(model)
     family, data = models.family(settings["family"]), training_data(track, model)
     torch.manual_seed(0)
-    network = family.build(settings["config"]).to(device())
+    network = _built(track, model).to(device())
     _check_sparsities(track, model, network)
     meter = BudgetMeter()
     options = dict(settings["training"])
     images = options.pop("images")
-    with meter.clock():
-        losses = loop.train(
-            meter.watch(network),
-            data,
-            loop.Settings(**options),
-            images=images,
-            seed=0,
-            muon_names=family.weights(network),
-        )
+    try:
+        with meter.clock():
+            losses = loop.train(
+                meter.watch(network),
+                data,
+                loop.Settings(**options),
+                images=images,
+                seed=0,
+                muon_names=family.weights(network),
+            )
+    except CellError as error:
+        raise UserError(f"dense model '{model}': {error}; see models.{model}.training") from error
     record = layout.trained(model)
     files = _save(record, network, Plan(), settings)
     tail = losses[-max(1, len(losses) // 10) :]
     _finish(record, track, start, files, budget=meter.report(), loss=sum(tail) / len(tail))
+
+
+def _built(track: Track, model: str) -> nn.Module:
+    settings = track.model(model)
+    try:
+        return models.family(settings["family"]).build(settings["config"])
+    except (TypeError, ValueError) as error:
+        raise UserError(f"models.{model}.config: {error}") from error
 
 
 def _check_sparsities(track: Track, model: str, network: nn.Module) -> None:
@@ -254,6 +265,7 @@ def score(track: Track, cell: Cell, paths: Paths) -> None:
         "budget": {"selection": records["select"]["budget"], "recovery": healed["budget"]},
         "sampling": records["sample"]["sampling"],
         "extractor": {k: v for k, v in judge.items() if k != "weights"},
+        "settings": _settings(track, cell),
         "plan": artefacts.read_json(Path(paths.select).parent / surgery.PLAN)["plan"],
         "stages": _history(records),
     }
@@ -298,10 +310,12 @@ def guarded(
     try:
         stage(track, cell, paths, **options)
         return True
-    except CellError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (CellError, RuntimeError) as error:  # RuntimeError: the pruned model does not run
         traceback.print_exc()
         own = {"stage": stage.__name__, "error": str(error), "log": log_file}
-        failure = error.inherited or own
+        failure = getattr(error, "inherited", None) or own
     log.error("cell failed in %s: %s", failure["stage"], failure["error"])
     content = {"schema": 1, "status": "failed", "cell": as_dict(cell), "failure": failure}
     content |= {"labels": _labels(track, cell), "provenance": provenance(dict(track.content))}
@@ -380,7 +394,17 @@ def _labels(track: Track, cell: Cell) -> dict:
         "objective": settings["objective"]["name"],
         **{name: getattr(method, name) for name in names},
         "idea": method.idea,
-        "parameters": {**method.parameters, **track.parameters(cell.method)},
+    }
+
+
+def _settings(track: Track, cell: Cell) -> dict:
+    """What of the track made this cell, so that its record alone says how."""
+    common = ("dataset", "extractor", "budgets", "sampling", "latency", "evaluation")
+    return {
+        "model": track.model(cell.model),
+        "parameters": {**track.method(cell.method).parameters, **track.parameters(cell.method)},
+        "method_sha256": artefacts.sha256(track.method(cell.method).file),
+        **{name: track.content[name] for name in common},
     }
 
 

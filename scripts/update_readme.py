@@ -24,7 +24,8 @@ def table(rows: pd.DataFrame) -> str:
     lines.append("|---|---|" + "---|" * len(models))
     keys = ["title", "kind", "sparsity", "control", "reconstruction"]
     for (title, kind, sparsity, control, reconstruction), group in rows.groupby(keys, sort=False):
-        what = "—" if kind == "none" else f"{sparsity:.0%} {kind}"
+        share = group.sparsity_reached_mean.mean() if kind != "steps" else sparsity
+        what = "—" if kind == "none" else f"{share:.0%} {kind}"
         name = f"{title}{'†' if reconstruction else ''}{' *' if control else ''}"
         cells = [_cell(group[group.model == model]) for model in models]
         lines.append(f"| {name} | {what} | " + " | ".join(cells) + " |")

@@ -244,7 +244,7 @@ CHANGED = {
     "data": ("dataset.limit_train", 999, {"extractor", "dense"}, "", ""),
     "extractor": ("extractor.training.epochs", 2, {"extractor"}, "", ""),
     "architecture": ("models.dit.config.depth", 5, {"dense"}, "dit", ""),
-    "objective": ("models.dit.objective.name", "flow", {"dense"}, "dit", ""),
+    "objective": ("models.dit.objective.beta_end", 0.03, {"dense"}, "dit", ""),
     "training": ("models.dit.training.images", 321, {"dense"}, "dit", ""),
     "recovery": ("models.dit.recovery.batch", 17, {"recover"}, "dit", ""),
     "steps": ("models.dit.sampling.steps", 5, {"select", "sample", "cost"}, "dit", ""),
@@ -319,3 +319,22 @@ def test_cells_do_not_share_records():
     cells = track.cells()
     paths = [config.Paths(track, cell) for cell in cells]
     assert len({p.metrics for p in paths}) == len({p.sample for p in paths}) == len(cells)
+
+
+@pytest.mark.parametrize(
+    ("dotted", "value", "message"),
+    [
+        ("models.sit.sampling.sampler", "ddim", "does not sample objective 'flow'"),
+        ("models.dit.sampling.steps", 1, "change steps or fewer_steps"),
+        ("models.dit.recovery.images", 100, "budgets say how long"),
+        ("models.dit.training.images", 1, "less than one batch"),
+        ("budgets.low", 1, "budgets.low: less than one batch"),
+        ("models.dit.objective.times", "uniform", "times"),
+        ("extractor", {"name": "domain"}, "needs the key 'training'"),
+        ("extractor", {"name": "inception-v3-compat", "asset": "x"}, "evaluation.lpips: 'domain'"),
+        ("extractor.training.epoch", 3, "epoch"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(edited, dotted, value, message):
+    with pytest.raises(UserError, match=message):
+        edited({dotted: value})

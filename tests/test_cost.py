@@ -87,3 +87,13 @@ def test_peak_memory_is_model_plus_allocations_alive_together():
     megabytes = peak_memory(run, model)
     assert megabytes == pytest.approx(2 + 400 / 1e6, abs=1e-3)
     assert peak_memory(run, model) == megabytes
+
+
+def test_peak_memory_counts_no_gradients():
+    """A chain of layers needs two activations at a time, not all of them."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(64, 64, bias=False) for _ in range(16)))
+    x = torch.zeros(4096, 64)
+    parameters = 16 * 64 * 64 * 4 / 1e6
+    activation = 4096 * 64 * 4 / 1e6
+    peak = peak_memory(lambda: model(x), model) - parameters
+    assert peak <= 2 * activation + 0.01

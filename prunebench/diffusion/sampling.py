@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prunebench.diffusion.objectives import FlowMatching, Objective
+from prunebench.errors import CellError
 
 SAMPLERS = {
     "ddim": functools.partial(diffusers.DDIMScheduler, timestep_spacing="trailing"),
@@ -96,6 +97,8 @@ class Sampler:
         randomness = generators(seed, indices)
         noise = torch.stack([torch.randn(self.shape, generator=g) for g in randomness])
         x = self.denoise(noise.to(self.device), self.labels(indices).to(self.device), randomness)
+        if not x.isfinite().all():
+            raise CellError("the model draws images that are not finite numbers")
         return to_uint8(x).cpu()
 
     def denoise(self, x: Tensor, y: Tensor, randomness: list | None = None) -> Tensor:

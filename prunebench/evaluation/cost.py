@@ -67,7 +67,8 @@ def peak_memory(run: Callable[[], object], model: nn.Module) -> float:
     """
     tensors = [*model.parameters(), *model.buffers()]
     device = tensors[0].device
-    allocated = _cuda_peak(run, device) if device.type == "cuda" else _cpu_peak(run)
+    with torch.inference_mode():  # gradients would keep every activation
+        allocated = _cuda_peak(run, device) if device.type == "cuda" else _cpu_peak(run)
     own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     return (own + allocated) / 1e6
 

@@ -89,7 +89,7 @@ METRICS = {
         ("size.nonzero_parameters",), "Non-zero", "Parameters that are not zero: the size of a "
         "masked model", "lower", "M", 1e-6, "sig"),
     "sparsity_reached": Metric(
-        ("size.sparsity_reached",), "Reached", "Fraction of the prunable parameters that was "
+        ("size.sparsity_reached",), "Reached", "Fraction of the denoiser's parameters that was "
         "removed or zeroed", "", "%", 1e2, ".1f"),
     "macs": Metric(
         ("size.macs",), "MACs", "Multiply-accumulates of one denoiser forward of one image; masks "
@@ -109,14 +109,24 @@ METRICS = {
         "steps", "lower", "ms/image", format="sig"),
     "speedup": Metric(
         ("latency.sampling.ratio",), "Speed-up", "Sampling time of the dense model over this "
-        "row's, measured in turns", "higher", "×", format=".2f", power=-1),
+        "row's, measured in turns", "higher", "×", format=".2f", spread=True, power=-1),
+    "dense_sampling_ms": Metric(
+        ("latency.sampling.dense_ms",), "Dense latency", "The same of the dense model, measured in "
+        "turns with this row", "lower", "ms/image", format="sig"),
     "peak_memory_mb": Metric(
-        ("latency.peak_memory_mb",), "Peak memory", "Peak memory while sampling", "lower", "MB",
+        ("latency.peak_memory_mb",), "Peak memory", "Peak memory of one denoiser forward of a full "
+        "batch: the model and its activations", "lower", "MB",
         format="sig"),
     "student_images": Metric(
         ("budget.selection.student_forward", "budget.recovery.student_forward"), "Budget",
-        "Images sent through the pruned model in selection and recovery together", "lower",
-        "k images", 1e-3, "sig"),
+        "Images sent forward through the model, dense or pruned, in selection and recovery "
+        "together; the teacher's apart", "lower", "k images", 1e-3, "sig"),
+    "selection_images": Metric(
+        ("budget.selection.student_forward",), "Selection images", "Images sent forward through "
+        "the model to choose what goes", "lower", "k images", 1e-3, "sig"),
+    "selection_gradients": Metric(
+        ("budget.selection.student_backward",), "Selection gradients", "Images whose gradient was "
+        "taken to choose what goes", "lower", "k images", 1e-3, "sig"),
     "recovery_images": Metric(
         ("budget.recovery.student_forward",), "Recovery images", "Images sent through the pruned "
         "model in recovery", "lower", "k images", 1e-3, "sig"),
@@ -302,7 +312,9 @@ def worse_by(metric: str, value: float, other: float) -> float:
 def _ranks(rows: pd.DataFrame) -> pd.Series:
     ranked = rows[(rows.status == "ok") & ~is_reference(rows)]
     cost = worse_by("fid", ranked.fid_mean, 0.0)
-    return cost.groupby([ranked[name] for name in GROUP]).rank(method="min").astype("Int64")
+    groups = cost.groupby([ranked[name] for name in GROUP])
+    ranks = groups.rank(method="min").astype("Int64")
+    return ranks.where(groups.transform("size") > 1)  # alone in its group, a row is not first
 
 
 def indistinguishable(row: pd.Series, other: pd.Series) -> bool:

@@ -25,7 +25,8 @@ VERDICTS = {"better": "+", "worse": "−", "same": "≈", "": ""}
 LEGEND = (
     f"Rank: by mean FID inside one model, sparsity and recovery; “2 (=3)” is second, and Welch's "
     f"t-test (p ≥ {SIGNIFICANCE}, uncorrected) can't tell it from 3 others of its group. A row "
-    "with one seed can't be told from any.",
+    "with one seed can't be told from any. Seeds vary calibration, recovery, sampling noise and "
+    "random masks; there is one dense model, so nothing is said of other trainings.",
     "Dense at equal latency: FID of the dense model with the most sampling steps (in parentheses) "
     "that is measured to be as fast as the row; + the pruned row is better, − worse, ≈ can't be "
     "told. * no dense row is that fast, the fastest is shown.",
@@ -160,7 +161,7 @@ def _columns() -> list[Column]:
         "seeds", "Seeds", "Finished of planned seeds", lambda row: row.seeds_ok,
         lambda row: f"{row.seeds_ok}/{row.seeds_expected}",
     )  # fmt: skip
-    key = ("fid", "kid", "lpips", "parameters", "macs", "sampling_ms", "speedup", "student_images")
+    key = ("fid", "kid", "lpips", "sparsity_reached", "macs", "speedup", "student_images")
     metrics = [_metric_column(name, name in key) for name in METRICS]
     place = list(METRICS).index("speedup") + 1
     return [*identity, *metrics[:place], equal, *metrics[place:], seeds]
@@ -313,7 +314,7 @@ def _latex_rows(rows: pd.DataFrame) -> list[str]:
     for _, row in rows.iterrows():
         group = "references" if row.kind in REFERENCE_KINDS else row.sparsity
         if group != previous:
-            text = escape_latex(f"{percent(row.sparsity)} of the parameters removed")
+            text = escape_latex(f"sparsity {percent(row.sparsity)}")
             lines += [
                 r"\midrule",
                 rf"\multicolumn{{{len(PRINTED)}}}{{@{{}}l}}{{\emph{{{text}}}}} \\",

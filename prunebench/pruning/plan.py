@@ -6,8 +6,6 @@ from types import MappingProxyType
 
 from torch import Tensor
 
-KINDS = ("none", "layers", "widths", "weights", "steps")
-
 
 @dataclass(frozen=True)
 class Plan:

@@ -17,14 +17,13 @@ from prunebench.pruning.units import Layer, Width, parameter_count
 
 
 def plan_layers(model: nn.Module, order: Sequence[Layer], sparsity: float, **notes: object) -> Plan:
-    """Remove layers in the given order until the removed fraction is as close as it gets."""
+    """Remove layers in the given order, passing over those that would lead away from the target."""
     target = sparsity * parameter_count(model)
     removed: list[Layer] = []
     for layer in order:
         before = sum(unit.parameters for unit in removed)
-        if abs(before + layer.parameters - target) >= abs(before - target):
-            break
-        removed.append(layer)
+        if abs(before + layer.parameters - target) < abs(before - target):
+            removed.append(layer)
     return Plan(layers=tuple(sorted(unit.name for unit in removed)), notes=notes)
 
 

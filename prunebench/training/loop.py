@@ -117,6 +117,8 @@ def train(
         average.update_parameters(model)
     if steps and settings.ema:
         model.load_state_dict(average.module.state_dict())
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise CellError(f"training left weights that are not finite numbers after {steps} steps")
     model.eval()
     return losses
 
