@@ -15,7 +15,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from prunebench import config
+
 ROOT = Path(__file__).parents[1]
+CELLS = len(config.load(str(ROOT / "config" / "smoke.yaml")).cells())
+SEEDS = 2
+ROWS = CELLS // SEEDS
+NEW_ROWS = 6  # of a method: three models, two recoveries
 PARTS = ("Snakefile", "workflow", "config", "methods", "environment.yml", "envs")
 BIN = Path(sys.executable).parent
 
@@ -84,23 +90,23 @@ def project(tmp_path_factory) -> Project:
 
 
 def test_a_killed_run_goes_on_where_it_was(project):
-    assert 20 <= len([p for p in project.before if p.name == "metrics.json"]) < 120
+    assert 20 <= len([p for p in project.before if p.name == "metrics.json"]) < CELLS
     assert project.status == 0, project.output[-3000:]
     after = project.records()
     assert {file: after[file] for file in project.before} == project.before
-    assert len(project.metrics()) == 120
+    assert len(project.metrics()) == CELLS
 
 
 def test_the_leaderboard_is_complete(project):
     rows = project.rows()
-    assert len(rows) == 60
+    assert len(rows) == ROWS
     assert {row["model"] for row in rows} == {"dit", "sit", "unet"}
-    assert all(float(row["fid_mean"]) > 0 and row["seeds_ok"] == "2" for row in rows)
+    assert all(float(row["fid_mean"]) > 0 and row["seeds_ok"] == str(SEEDS) for row in rows)
     out = project.folder / "results" / "smoke"
     for name in ("leaderboard.md", "leaderboard.tex", "leaderboard.html", "leaderboard.bib"):
         assert (out / name).stat().st_size > 0
     raw = sorted((out / "raw").rglob("*.json"))
-    assert len(raw) == 120
+    assert len(raw) == CELLS
     provenance = json.loads(raw[0].read_text())["provenance"]
     assert {"commit", "code", "config", "date", "cpu", "packages"} <= set(provenance)
 
@@ -183,13 +189,13 @@ def test_adding_and_deleting_a_method_touches_only_its_cells(project):
     assert all("/mine/" in str(file) for file in added)
     assert {file: project.records()[file] for file in before} == before
     rows = [row for row in project.rows() if row["method"] == "mine"]
-    assert len(rows) == 6
-    assert len(project.rows()) == 66
+    assert len(rows) == NEW_ROWS
+    assert len(project.rows()) == ROWS + NEW_ROWS
 
     mine.unlink()
     status, output = project.snakemake()
     assert status == 0, output[-3000:]
-    assert len(project.rows()) == 60
+    assert len(project.rows()) == ROWS
     assert not list((project.folder / "results/smoke/raw").rglob("mine"))
     assert {file: project.records()[file] for file in before} == before
 
@@ -201,10 +207,10 @@ def test_a_method_that_raises_costs_its_own_cells_only(project):
     status, output = project.snakemake()
     broken.unlink()
     assert status == 0, output[-3000:]
-    assert "12 of 132 cells failed" in output
+    assert f"{NEW_ROWS * SEEDS} of {CELLS + NEW_ROWS * SEEDS} cells failed" in output
     assert {file: project.records()[file] for file in before} == before
     rows = [row for row in project.rows() if row["method"] == "broken"]
-    assert len(rows) == 6
+    assert len(rows) == NEW_ROWS
     assert all(row["status"] == "failed" and not row["fid_mean"] for row in rows)
     table = (project.folder / "results/smoke/leaderboard.md").read_text()
     assert "ValueError: no such luck" in table
@@ -250,9 +256,8 @@ def test_partial_builds_the_leaderboard_of_what_is_finished(project):
     gone.unlink()
     status, output = project.snakemake("partial", "--forcerun", "partial")
     assert status == 0, output[-3000:]
-    assert (
-        "119 of 120 cells finished" in (project.folder / "results/smoke/leaderboard.md").read_text()
-    )
+    table = (project.folder / "results/smoke/leaderboard.md").read_text()
+    assert f"{CELLS - 1} of {CELLS} cells finished" in table
     status, _ = project.snakemake()
     assert status == 0
     assert gone.exists()
