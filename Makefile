@@ -22,6 +22,8 @@ lint: environment
 environment: .venv/installed
 
 .venv/installed: pyproject.toml requirements.lock Makefile
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; install Python 3.11 or name" \
+	    "it: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
 	test -x $(BIN)/uv || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	$(BIN)/uv pip sync --python $(BIN)/python --require-hashes requirements.lock
