@@ -177,7 +177,8 @@ def test_the_cells_of_a_track(edited):
         assert _count(track, model=model, method="dense", sparsity=0.0, recovery="none") == 3
         assert _count(track, model=model, method="random_layers") == 2 * 2 * 3
         assert _count(track, model=model, method="scratch") == 2 * 3  # never untrained
-        assert _count(track, model=model, method="fewer_steps") == len(track.content["fewer_steps"]) * 3  # never trained
+        steps = track.content["fewer_steps"]
+        assert _count(track, model=model, method="fewer_steps") == len(steps) * 3  # never trained
         assert _count(track, model=model, method="magnitude_2_4") == 2 * 3
         assert _count(track, model=model, method="magnitude_2_4", sparsity=0.5) == 2 * 3
     cells = track.cells()
