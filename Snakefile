@@ -32,6 +32,7 @@ localrules:
 rule all:
     default_target: True
     input:
+        METRICS,  # targets of their own: a deleted record is made again
         LEADERBOARD,
 
 
