@@ -31,6 +31,7 @@ CONSTANTS: dict[str, tuple[type, object]] = {
     "RECOVERY": (str, "optional"),
     "FAMILIES": (tuple, ()),
     "SPARSITIES": (tuple, ()),
+    "PUBLISHED": (dict, None),
 }
 
 
@@ -47,6 +48,9 @@ class Method:
             mean nothing untrained.
         families: families it applies to; empty means all.
         sparsities: sparsities it runs at whatever the track asks, because a pattern fixes them.
+        published: the paper's own recipe for the as-published division, None without one:
+            "recovery" (a module of prunebench/recovery), "parameters" of `select` and "sparsities"
+            that differ from the matched division's.
         parameters: keyword parameters of `select` with their defaults.
     """
 
@@ -64,6 +68,7 @@ class Method:
     recovery: str
     families: tuple[str, ...]
     sparsities: tuple[float, ...]
+    published: Mapping[str, object] | None
     parameters: Mapping[str, object]
 
 

@@ -18,7 +18,7 @@ from prunebench.pruning.plan import Plan
 from prunebench.pruning.units import Layer, Width
 from prunebench.training import loop
 from prunebench.training.budget import BudgetMeter
-from prunebench.training.loop import Batch, Data, Loss
+from prunebench.training.loop import Adjust, Batch, Data, Loss
 
 
 class Context:
@@ -50,6 +50,7 @@ class Context:
         train_images: int = 0,
     ):
         self.model = meter.watch(copy.deepcopy(dense).eval())
+        self._dense = dense
         self.family, self.config, self.data = family, dict(config), data
         self.sparsity, self.seed = sparsity, seed
         self.settings, self.train_images, self.trained_images = settings, train_images, 0
@@ -114,6 +115,10 @@ class Context:
         """Remove the lowest-scored channels of every width at one ratio that meets the target."""
         return targets.plan_widths(self.model, self.widths(), scores, self.sparsity, **notes)
 
+    def plan_uniform(self, scores: Mapping[str, Tensor], **notes: object) -> Plan:
+        """Remove the lowest-scored channels of every width, the target being each width's share."""
+        return targets.plan_uniform(self.widths(), scores, self.sparsity, **notes)
+
     def plan_weights(self, scores: Mapping[str, Tensor], **notes: object) -> Plan:
         """Mask the globally lowest-scored weights until the target is met."""
         return targets.plan_weights(self.model, scores, self.sparsity, **notes)
@@ -125,8 +130,11 @@ class Context:
         images: int,
         masks: Mapping[str, Tensor] | None = None,
         loss: Loss = loop.own_loss,
+        adjust: Adjust | None = None,
     ) -> list[float]:
-        """Train a copy of `model` in place; charged to the cell's budget.
+        """Train `model`, a copy of `self.model`, in place; charged to the cell's budget.
+
+        `adjust` may change the gradients after each backward pass. Weights may be parametrized.
 
         Raises:
             CellError: the budget does not allow it.
@@ -137,7 +145,7 @@ class Context:
                 f"{self.trained_images} of its budget of {self.train_images} are spent"
             )
         self.trained_images += images
-        names = self.family.weights(model)
+        names = [_parameter_name(model, name) for name in self.family.weights(self.model)]
         seed = self.generator().initial_seed()
         return loop.train(
             model,
@@ -148,7 +156,13 @@ class Context:
             muon_names=names,
             masks=masks,
             loss=loss,
+            adjust=adjust,
         )
+
+    def teacher(self) -> nn.Module:
+        """The dense model, frozen; what passes through it is metered as a teacher's."""
+        model = unmetered(self._dense).requires_grad_(False)
+        return self._meter.watch(model, "teacher")
 
     def fresh(self, plan: Plan) -> nn.Module:
         """A newly initialised model of the shape that `plan` leaves, metered."""
@@ -181,9 +195,8 @@ def select(
     check_kind(plan, kind)
     check_record(plan)
     pruned = surgery.apply(copy.deepcopy(dense), plan, context.family)
-    check_target(
-        dense, pruned, plan, context.sparsity, targets.tolerance(dense, layers, widths, plan)
-    )
+    unit = targets.tolerance(dense, layers, widths, plan)
+    check_target(dense, pruned, plan, context.sparsity, unit, widths)
     if own is None:
         return plan, pruned
     own = unmetered(own)
@@ -218,6 +231,13 @@ def unmetered(model: nn.Module) -> nn.Module:
     return model
 
 
+def _parameter_name(model: nn.Module, name: str) -> str:
+    """The trainable tensor behind a weight, which torch moves aside when it is parametrized."""
+    path, _, leaf = name.rpartition(".")
+    moved = f"{path}.parametrizations.{leaf}.original"
+    return moved if moved in dict(model.named_parameters()) else name
+
+
 def check_kind(plan: Plan, kind: str) -> None:
     """A plan removes what its method says it removes, and nothing else."""
     present = {
@@ -242,11 +262,19 @@ def check_record(plan: Plan) -> None:
 
 
 def check_target(
-    dense: nn.Module, pruned: nn.Module, plan: Plan, sparsity: float, tolerance: float
+    dense: nn.Module,
+    pruned: nn.Module,
+    plan: Plan,
+    sparsity: float,
+    tolerance: float,
+    widths: Sequence[Width] = (),
 ) -> None:
-    """The target is met within one unit. An N:M pattern fixes its own; its groups are checked."""
+    """The target is met within one unit. N:M and uniform plans fix their own; these are checked."""
     if plan.steps != 1.0:
         reached, tolerance = 1 - plan.steps, 1e-9
+    elif plan.pattern == targets.UNIFORM:
+        targets.check_uniform(plan, widths, sparsity)
+        return
     elif plan.pattern not in (None, "unstructured"):
         targets.check_n_of_m(plan)
         return

@@ -15,7 +15,8 @@ class Plan:
         layers: names of bypassed layers.
         kept: for each width that shrinks, the channel, head or neuron indices that stay.
         masks: for each masked weight, a boolean tensor of its shape, True where a weight stays.
-        pattern: how the masks came about: "unstructured" or "N:M", e.g. "2:4" (N of M stay).
+        pattern: how masks came about: "unstructured" or "N:M", e.g. "2:4" (N of M stay); or
+            "uniform" where every width lost the same share of its channels.
         steps: fraction of the sampling steps that stays.
         notes: what the method wants on record (scores, votes, the timestep it stopped at).
     """

@@ -17,6 +17,21 @@ def matrices(model: nn.Module) -> dict[str, nn.Parameter]:
     }
 
 
+def slices(unit: Width, values: Mapping[str, Tensor]) -> dict[tuple[str, int], Tensor]:
+    """What each channel of a width holds in every tensor of `values`: (tensor, axis) -> [size, k].
+
+    Args:
+        values: one tensor per parameter name (of its shape), for the parameters that take part.
+    """
+    found = {}
+    for member in unit.members:
+        if member.tensor in values:
+            value = values[member.tensor]
+            rows = value.index_select(member.axis, member.index.flatten().to(value.device))
+            found[member.tensor, member.axis] = rows.movedim(member.axis, 0).reshape(unit.size, -1)
+    return found
+
+
 def per_channel(
     unit: Width, values: Mapping[str, Tensor], reduce: Callable[[Tensor], Tensor]
 ) -> Tensor:
@@ -28,11 +43,5 @@ def per_channel(
 
     Divided by its mean over the channels, so that groups compare (torch-pruning's normalisation).
     """
-    layers = []
-    for member in unit.members:
-        if member.tensor in values:
-            value = values[member.tensor]
-            slices = value.index_select(member.axis, member.index.flatten().to(value.device))
-            layers.append(reduce(slices.movedim(member.axis, 0).reshape(unit.size, -1)))
-    score = torch.stack(layers).mean(0)
+    score = torch.stack([reduce(rows) for rows in slices(unit, values).values()]).mean(0)
     return score / score.mean().clamp_min(torch.finfo(score.dtype).tiny)

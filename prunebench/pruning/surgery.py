@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from prunebench import artefacts, models
 from prunebench.errors import CellError, UserError
 from prunebench.pruning.plan import Plan
+from prunebench.pruning.targets import UNIFORM
 from prunebench.pruning.units import Width
 
 PLAN, WEIGHTS, MASKS = "plan.json", "model.safetensors", "masks.safetensors"
@@ -56,10 +57,10 @@ def check(model: nn.Module, plan: Plan, family: ModuleType) -> None:
             _check_kept(units[name], kept)
     _known("maskable weight", plan.masks, set(family.weights(model)))
     named = re.fullmatch(r"unstructured|[1-9]\d*:[1-9]\d*", plan.pattern or "")
-    if bool(plan.masks) != bool(named):
+    if bool(plan.masks) != bool(named) and not (plan.pattern == UNIFORM and plan.kept):
         raise CellError(
             f"the plan has {len(plan.masks)} masks and the pattern {plan.pattern!r}; "
-            "masks come with 'unstructured' or 'N:M', and nothing else does"
+            "masks come with 'unstructured' or 'N:M', kept widths with 'uniform' or none"
         )
     for name, mask in plan.masks.items():
         shape = model.get_parameter(name).shape
@@ -173,7 +174,7 @@ def load(folder: Path) -> tuple[nn.Module, Plan]:
     folder = Path(folder)
     content = artefacts.read_json(folder / PLAN)
     state = artefacts.read_tensors(folder / WEIGHTS)
-    masked = content.get("plan", {}).get("pattern")
+    masked = content.get("plan", {}).get("pattern") not in (None, UNIFORM)
     masks = artefacts.read_tensors(folder / MASKS) if masked else {}
     try:
         plan = Plan.from_json(content["plan"], _unpacked(masks, state))

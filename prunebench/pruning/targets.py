@@ -15,6 +15,8 @@ from prunebench.errors import CellError
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.units import Layer, Width, parameter_count
 
+UNIFORM = "uniform"  # a plan's pattern where every width loses the same share of its channels
+
 
 def plan_layers(model: nn.Module, order: Sequence[Layer], sparsity: float, **notes: object) -> Plan:
     """Remove layers in the given order, passing over those that would lead away from the target."""
@@ -72,6 +74,41 @@ def _highest(scores: Tensor, unit: Width, removed: int) -> tuple[int, ...]:
     offset = torch.arange(unit.groups).unsqueeze(1) * (unit.size // unit.groups)
     stays = (order + offset)[:, removed // unit.groups :]
     return tuple(sorted(stays.flatten().tolist()))
+
+
+def plan_uniform(
+    units: Sequence[Width], scores: Mapping[str, Tensor], ratio: float, **notes
+) -> Plan:
+    """Remove the lowest channels of every width at `ratio` of its own channels.
+
+    The rule of torch-pruning's local pruning (Diff-Pruning, sheet section 1): a width of C channels
+    loses n = C - int(C (1 - ratio)), with a normalisation floor(n / groups) from each of its groups
+    (128 -> 96 at 0.3 under GroupNorm(32)). How many parameters go follows from it.
+    """
+    kept = {}
+    for unit in units:
+        if count := uniform_count(unit, ratio):
+            kept[unit.name] = _highest(scores[unit.name].cpu(), unit, count)
+    return Plan(kept=kept, pattern=UNIFORM, notes=notes)
+
+
+def uniform_count(unit: Width, ratio: float) -> int:
+    """Channels that a uniform ratio removes from a width; at least one stays in each norm group."""
+    count = unit.size - int(unit.size * (1 - ratio))
+    rounds = min(count // unit.groups, unit.size // unit.groups - 1)
+    return rounds * unit.groups
+
+
+def check_uniform(plan: Plan, units: Sequence[Width], ratio: float) -> None:
+    """Every width of a uniform plan lost exactly what its ratio says."""
+    for unit in units:
+        left = len(plan.kept.get(unit.name, range(unit.size)))
+        right = unit.size - uniform_count(unit, ratio)
+        if left != right:
+            raise CellError(
+                f"the plan keeps {left} of {unit.size} channels of width '{unit.name}'; "
+                f"a uniform ratio of {ratio} keeps {right}"
+            )
 
 
 class Sizes:

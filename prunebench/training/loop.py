@@ -29,6 +29,7 @@ class Settings:
     warmup: float = 0.0  # share of the steps with rising learning rate; cosine to 0 after it
     clip_norm: float = 1.0
     class_dropout: float = 0.0  # share of labels replaced by "no class"
+    precision: str = "fp32"  # or "bf16": autocast forward and loss; weights stay fp32
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class Data:
 
 
 Loss = Callable[[nn.Module, Batch], Tensor]
+Adjust = Callable[[nn.Module], None]
 
 
 def own_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -84,10 +86,12 @@ def train(
     muon_names: list[str],
     masks: Mapping[str, Tensor] | None = None,
     loss: Loss = own_loss,
+    adjust: Adjust | None = None,
 ) -> list[float]:
     """Train `model` in place on `images` images and leave it with its averaged weights.
 
-    Masked entries are zeroed again after every step. Returns the loss of every step.
+    Masked entries are zeroed again after every step. `adjust` may change the gradients after each
+    backward pass, before they are clipped. Returns the loss of every step.
 
     Raises:
         CellError: the loss is no longer a finite number.
@@ -103,11 +107,15 @@ def train(
     model.train()
     for step in progress(steps, "train"):
         batch = data.draw(settings.batch, generator, device)
-        value = loss(model, _drop_classes(batch, model, settings.class_dropout, generator))
+        batch = _drop_classes(batch, model, settings.class_dropout, generator)
+        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
+            value = loss(model, batch)
         losses.append(value.item())
         if not math.isfinite(losses[-1]):
             raise CellError(f"the training loss is {losses[-1]} at step {step} of {steps}")
         value.backward()
+        if adjust:
+            adjust(model)
         nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
