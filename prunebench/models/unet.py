@@ -122,12 +122,11 @@ def _heads(name: str, attention: Attention) -> Width:
 
 
 def weights(model: UNet) -> list[str]:
-    """Convolutions and matrices of the blocks; both ends and the embeddings stay dense."""
+    """Every convolution and matrix, as SparseDM masks UNets; norms and embeddings stay dense."""
     return [
         f"{name}.weight"
         for name, module in model.named_modules()
-        if name.startswith(("down_blocks.", "mid_block.", "up_blocks."))
-        and isinstance(module, nn.Conv2d | nn.Linear)
+        if isinstance(module, nn.Conv2d | nn.Linear)
     ]
 
 
