@@ -1,6 +1,9 @@
-# snakemake --cores all                           the embedded track, on this machine
+# snakemake --cores all                           the embedded track's first division (matched)
+# snakemake --cores all published recovery        other divisions of the track
+# snakemake --cores all oracle                    every layer mask of one sparsity
+# snakemake --cores all everything                all divisions and the oracle
 # snakemake --cores all --config track=smoke      another track: config/<track>.yaml, or a YAML file
-# snakemake --cores all partial                   the leaderboard of what is finished so far
+# snakemake --cores all partial                   the leaderboards of what is finished so far
 
 
 include: "workflow/rules/common.smk"
@@ -13,6 +16,7 @@ wildcard_constraints:
     recovery="none|[a-z][a-z0-9_]*-[a-z0-9]+",
     selection="selection(-[a-z0-9_-]+)?",
     seed="[0-9]+",
+    mask="[0-9]+",
 
 
 onstart:
@@ -25,15 +29,38 @@ onsuccess:
 
 localrules:
     all,
-    leaderboard,
+    everything,
+    oracle,
     partial,
 
 
 rule all:
     default_target: True
     input:
-        METRICS,  # targets of their own: a deleted record is made again
-        LEADERBOARD,
+        METRICS[TRACK.default_division],  # targets of their own: a deleted record is made again
+        LEADERBOARD[TRACK.default_division],
+
+
+rule everything:
+    input:
+        METRICS.values(),
+        LEADERBOARD.values(),
+        f"{LAYOUT.root}/oracle/done" if ORACLE else [],
+
+
+rule partial:
+    input:
+        [f"{LAYOUT.root}/partial_{name}.done" for name in METRICS if finished(METRICS[name])],
+
+
+for division in METRICS:
+
+    rule:
+        name:
+            division
+        input:
+            METRICS[division],
+            LEADERBOARD[division],
 
 
 include: "workflow/rules/dense.smk"
@@ -42,3 +69,4 @@ include: "workflow/rules/recover.smk"
 include: "workflow/rules/sample.smk"
 include: "workflow/rules/score.smk"
 include: "workflow/rules/leaderboard.smk"
+include: "workflow/rules/oracle.smk"

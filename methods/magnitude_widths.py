@@ -9,6 +9,8 @@ from prunebench.pruning.scores import matrices, per_channel
 TITLE = "Magnitude, widths"
 KIND = "widths"
 CONTROL = True
+# Diff-Pruning's magnitude baseline: the same share of every width.
+PUBLISHED = {"sparsities": (0.3,), "parameters": {"uniform": True}}
 PAPER = "arXiv 1608.08710"
 BIBTEX = """@inproceedings{li2017pruning,
   title = {Pruning Filters for Efficient {ConvNets}},
@@ -18,10 +20,10 @@ BIBTEX = """@inproceedings{li2017pruning,
 }"""
 
 
-def select(context):
+def select(context, uniform=False):
     squares = {name: weight.detach() ** 2 for name, weight in matrices(context.model).items()}
     scores = {
         unit.name: per_channel(unit, squares, lambda slices: slices.sum(1))
         for unit in context.widths()
     }
-    return context.plan_widths(scores)
+    return context.plan_uniform(scores) if uniform else context.plan_widths(scores)

@@ -54,8 +54,12 @@ def parser() -> argparse.ArgumentParser:
     dense.add_argument("--model", required=True)
     for name, (_, help_) in CELL_STAGES.items():
         _cell_arguments(command(name, _cell_stage, help_))
+    mask = command("oracle", _oracle, "run one of all layer masks of the oracle's sparsity")
+    for name, kind in (("model", str), ("recovery", str), ("seed", int), ("mask", int)):
+        mask.add_argument(f"--{name}", type=kind, required=True)
     board = command("leaderboard", _leaderboard, "build the tables, plots and page of a track")
-    board.add_argument("--out", type=Path, help="default: results/<track>")
+    board.add_argument("--division", help="a division of the track; default: its first")
+    board.add_argument("--out", type=Path, help="default: results/<track>[/<division>]")
     board.add_argument("--partial", action="store_true", help="build from what is finished")
     listing = commands.add_parser("methods", help="list the methods of a track")
     listing.add_argument("--track", default="embedded")
@@ -130,19 +134,35 @@ def _cell_stage(arguments: argparse.Namespace) -> None:
     stages.guarded(functions[arguments.stage], track, cell, paths, record, arguments.log, **options)
 
 
+def _oracle(arguments: argparse.Namespace) -> None:
+    track = config.load(arguments.track)
+    track.model(arguments.model)
+    _prepare()
+    from prunebench import oracle
+
+    layout = config.Layout(track.name, arguments.runs)
+    oracle.evaluate(track, layout, arguments.model, arguments.recovery, arguments.seed,
+                    arguments.mask)  # fmt: skip
+
+
 def _leaderboard(arguments: argparse.Namespace) -> None:
     from prunebench import leaderboard
 
     track = config.load(arguments.track)
-    cells = track.cells()
+    division = arguments.division or track.default_division
+    cells = track.cells(division)
+    layout = config.Layout(track.name, arguments.runs)
     files = [Path(config.Paths(track, cell, arguments.runs).metrics) for cell in cells]
     if arguments.partial:
         files = [file for file in files if file.exists()]
+    masks = [Path(layout.oracle(*place)) for place in track.oracle()]
     leaderboard.build(
         files,
-        arguments.out or Path("results") / track.name,
+        arguments.out or Path(layout.results(division, track.default_division)),
         expected_cells=[config.as_dict(cell) for cell in cells],
-        title=track.content["title"],
+        title=f"{track.content['title']}: {division}",
+        compares=track.divisions[division]["compares"],
+        oracle_files=[file for file in masks if file.exists()],
     )
 
 

@@ -5,6 +5,7 @@ Free of torch, because the Snakefile imports it every time it is parsed.
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,8 @@ ROOT = Path(__file__).parents[1]
 SCHEMA = ROOT / "workflow" / "schemas" / "track.schema.yaml"
 RUNS = Path("runs")
 FLOW_SAMPLERS = ("euler", "heun")
+REFERENCES = ("none", "steps")  # kinds of methods that only show the dense model
+PUBLISHED = "published"  # the recovery that stands for each method's own recipe
 
 # What of a track each stage depends on, besides its input files: editing one of these entries
 # recomputes the stage, editing anything else does not. "*" stands for the cell's model or method.
@@ -39,6 +42,15 @@ DEPENDS = {
     "sample": ("models.*.sampling", "sampling.count", "sampling.lanes"),
     "cost": ("models.*.sampling", "latency"),
     "score": ("evaluation",),
+    "oracle": (
+        "models.*.recovery",
+        "models.*.sampling",
+        "budgets",
+        "oracle",
+        "sampling.count",
+        "sampling.lanes",
+        "evaluation",
+    ),
 }
 
 
@@ -56,6 +68,18 @@ class Cell:
     @property
     def budget(self) -> str:
         return self.recovery.rpartition("-")[2]
+
+    @property
+    def published(self) -> bool:
+        """Whether the cell runs its method's own recipe instead of the matched one."""
+        return self.recovery.rpartition("-")[0] == PUBLISHED
+
+
+def _published_sparsities(method: methods.Method) -> tuple[float, ...]:
+    """The sparsities of a method's own recipe, () without a recipe."""
+    if method.published is None:
+        return ()
+    return method.sparsities or tuple(method.published.get("sparsities", ()))
 
 
 @dataclass(frozen=True)
@@ -78,8 +102,17 @@ class Track:
             raise UserError(f"unknown method '{name}' in track {self.name}; known: {known}")
         return self.methods[name]
 
-    def parameters(self, method: str) -> dict:
-        return dict(self.content["methods"].get("parameters", {}).get(method, {}))
+    def parameters(self, cell: Cell) -> dict:
+        """What `select` is called with: the published recipe's values, then the track's."""
+        recipe = self.method(cell.method).published if cell.published else None
+        given = self.content["methods"].get("parameters", {}).get(cell.method, {})
+        return {**(recipe or {}).get("parameters", {}), **given}
+
+    def healing(self, cell: Cell) -> str:
+        """The recovery module that heals a cell, or "none"."""
+        if cell.published:
+            return (self.method(cell.method).published or {}).get("recovery", "finetune")
+        return cell.recovery.rpartition("-")[0] or cell.recovery
 
     def cell(self, model: str, method: str, sparsity: float, recovery: str, seed: int) -> Cell:
         """A cell given by hand, which need not be one of the track's own.
@@ -94,36 +127,71 @@ class Track:
         _check_recovery("--recovery", recovery, self.content["budgets"])
         return Cell(self.name, model, method, sparsity, recovery, seed)
 
-    def cells(self) -> list[Cell]:
-        """Every cell of the track, in the order of its tables."""
-        return [
-            Cell(self.name, model, method, sparsity, recovery, seed)
-            for model, method, sparsity, recovery in self._rows()
-            for seed in self.content["seeds"]
-        ]
+    @property
+    def divisions(self) -> Mapping[str, Mapping]:
+        """The leaderboards of the track by name; the first is what `snakemake` makes."""
+        return self.content["divisions"]
 
-    def _rows(self) -> Iterator[tuple[str, str, float, str]]:
+    @property
+    def default_division(self) -> str:
+        return next(iter(self.divisions))
+
+    def cells(self, division: str | None = None) -> list[Cell]:
+        """Every cell of a division (None: of the default one), in the order of its tables."""
+        division = division or self.default_division
+        if division not in self.divisions:
+            known = ", ".join(self.divisions)
+            raise UserError(f"unknown division '{division}' in track {self.name}; known: {known}")
+        rows = dict.fromkeys(self._rows(self.divisions[division]))
+        return [Cell(self.name, *row, seed) for row in rows for seed in self.content["seeds"]]
+
+    def _rows(self, division: Mapping) -> Iterator[tuple[str, str, float, str]]:
         for model, settings in self.content["models"].items():
-            for method in self.methods.values():
+            for method in self._participants(division):
                 if method.families and settings["family"] not in method.families:
                     continue
-                for sparsity in self.sparsities(method):
-                    for recovery in self._recoveries(method):
-                        yield model, method.name, sparsity, recovery
+                for recovery in self._recoveries(method, division):
+                    own = recovery.startswith(f"{PUBLISHED}-")
+                    named = recovery if not own or method.published else f"finetune-{recovery[10:]}"
+                    for sparsity in self.sparsities(method, own):
+                        yield model, method.name, sparsity, named
 
-    def sparsities(self, method: methods.Method) -> tuple[float, ...]:
-        """The sparsities a method runs at; for steps, the fractions of the steps to leave out."""
+    def _participants(self, division: Mapping) -> list[methods.Method]:
+        """The division's methods, and the dense references that stand in every table."""
+        named = division.get("methods", self.methods)
+        return [m for name, m in self.methods.items() if name in named or m.kind in REFERENCES]
+
+    def sparsities(self, method: methods.Method, published: bool = False) -> tuple[float, ...]:
+        """The sparsities a method runs at; for steps, the fractions of the steps to leave out.
+
+        In the as-published division a method runs at its paper's; one without a recipe is there to
+        be compared with and runs at those of all recipes that remove the same kind of unit.
+        """
         if method.kind == "none":
             return (0.0,)
         if method.kind == "steps":
             return tuple(self.content["fewer_steps"])
+        if published and not method.sparsities:
+            own = _published_sparsities(method) or sorted(
+                {s for m in self.methods.values() if m.kind == method.kind
+                 for s in _published_sparsities(m)}
+            )  # fmt: skip
+            return tuple(own or self.content["sparsities"])
         return method.sparsities or tuple(self.content["sparsities"])
 
-    def _recoveries(self, method: methods.Method) -> list[str]:
+    def _recoveries(self, method: methods.Method, division: Mapping) -> list[str]:
         if method.recovery == "never":
             return ["none"]
         skipped = {"none"} if method.recovery == "required" else set()
-        return [name for name in self.content["recoveries"] if name not in skipped]
+        return [name for name in division["recoveries"] if name not in skipped]
+
+    def oracle(self) -> list[tuple[str, str, int, int]]:
+        """(model, recovery, seed, mask) of every job of the oracle."""
+        settings = self.content.get("oracle")
+        if not settings:
+            return []
+        places = (settings["models"], settings["recoveries"], settings["seeds"])
+        return list(itertools.product(*places, range(settings["masks"])))
 
     def budget(self, cell: Cell) -> int:
         """Images the student may train on, in selection and recovery together."""
@@ -165,6 +233,15 @@ class Layout:
         """Record of "recover", "sample" or "metrics"."""
         return f"{self.root}/{model}/{method}/{sparsity}/{recovery}/seed{seed}/{stage}.json"
 
+    def results(self, division: str, default: str) -> str:
+        """Folder of a division's leaderboard: the default division's is the track's own."""
+        folder = f"results/{Path(self.root).name}"
+        return folder if division == default else f"{folder}/{division}"
+
+    def oracle(self, model: str, recovery: str, seed: object, mask: object) -> str:
+        """Record of one layer mask of the oracle."""
+        return f"{self.root}/oracle/{model}/{recovery}/seed{seed}/mask{mask}.json"
+
     def log(self, stage: str, *fields: object) -> str:
         return "/".join(map(str, (self.root, "logs", stage, *fields))) + ".log"
 
@@ -174,8 +251,8 @@ class Paths:
 
     def __init__(self, track: Track, cell: Cell, runs: Path = RUNS):
         layout = Layout(track.name, runs)
-        trains = track.method(cell.method).trains
-        kind = f"selection-{cell.recovery}" if trains else "selection"
+        own = track.method(cell.method).trains or cell.published
+        kind = f"selection-{cell.recovery}" if own else "selection"
         shared = (cell.model, cell.method, cell.sparsity)
         self.extractor, self.trained = layout.extractor, layout.trained(cell.model)
         self.select = layout.selection("select", *shared, cell.seed, kind)
@@ -258,15 +335,28 @@ def _validate(file: Path, content: object) -> None:
             f"{file}: evaluation.lpips: 'domain' compares maps of the domain classifier and needs "
             f"extractor.name 'domain', not '{extractor['name']}'; or use none, alex or vgg"
         )
-    for name in content["recoveries"]:
-        _check_recovery(f"{file}: recoveries", name, content["budgets"])
+    for division, settings in content["divisions"].items():
+        for name in settings["recoveries"]:
+            _check_recovery(f"{file}: divisions.{division}", name, content["budgets"])
+    _check_oracle(file, content)
+
+
+def _check_oracle(file: Path, content: Mapping) -> None:
+    for name in content.get("oracle", {}).get("models", ()):
+        if name not in content["models"]:
+            known = ", ".join(content["models"])
+            raise UserError(f"{file}: oracle.models: unknown model '{name}'; known: {known}")
+    for name in content.get("oracle", {}).get("recoveries", ()):
+        _check_recovery(f"{file}: oracle", name, content["budgets"])
+        if name.startswith(f"{PUBLISHED}-"):
+            raise UserError(f"{file}: oracle.recoveries: '{name}' belongs to a method, not a mask")
 
 
 def _check_recovery(where: str, name: str, budgets: Mapping) -> None:
     module, _, budget = name.rpartition("-")
     if name == "none":
         return
-    if module not in recoveries.recovery_names():
+    if module not in (PUBLISHED, *recoveries.recovery_names()):
         known = ", ".join(recoveries.recovery_names())
         raise UserError(f"{where}: unknown recovery '{module}' in '{name}'; known: {known}")
     if budget not in budgets:
@@ -280,16 +370,38 @@ def _methods(file: Path, content: Mapping) -> dict[str, methods.Method]:
         *settings.get("exclude", ()),
         *settings.get("parameters", {}),
         *settings.get("only", ()),
+        *(name for d in content["divisions"].values() for name in d.get("methods", ())),
     }
     for name in sorted(named - set(found)):
         raise UserError(f"{file}: methods: unknown method '{name}'; known: {', '.join(found)}")
     for name, given in settings.get("parameters", {}).items():
         methods.check_parameters(found[name], given)
+    for method in found.values():
+        _check_recipe(method)
     controls = {name for name, method in found.items() if method.control}
     for name in sorted(controls & set(settings.get("exclude", ()))):
         raise UserError(f"{file}: methods.exclude: '{name}' is a control and can't be switched off")
     wanted = (set(settings.get("only", found)) | controls) - set(settings.get("exclude", ()))
     return {name: method for name, method in found.items() if name in wanted}
+
+
+def _check_recipe(method: methods.Method) -> None:
+    """A published recipe names a recovery that exists and parameters that `select` has."""
+    recipe = method.published or {}
+    known = {"recovery", "parameters", "sparsities"}
+    for key in sorted(set(recipe) - known):
+        raise UserError(f"{method.file}: PUBLISHED has {key!r}; known: {', '.join(sorted(known))}")
+    if recipe.get("recovery", "finetune") not in recoveries.recovery_names():
+        names = ", ".join(recoveries.recovery_names())
+        raise UserError(
+            f"{method.file}: PUBLISHED names the recovery {recipe['recovery']!r}; known: {names}"
+        )
+    for sparsity in recipe.get("sparsities", ()):
+        if not (isinstance(sparsity, float) and 0 < sparsity < 1):
+            raise UserError(
+                f"{method.file}: PUBLISHED sparsities have {sparsity!r}; each must be in (0, 1)"
+            )
+    methods.check_parameters(method, recipe.get("parameters", {}), f"{method.file}: PUBLISHED")
 
 
 def as_dict(cell: Cell) -> dict:

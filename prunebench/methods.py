@@ -168,10 +168,10 @@ def _parameters(file: Path, tree: ast.Module) -> dict[str, object]:
         raise UserError(f"{file}: the defaults of select must be literals") from None
 
 
-def check_parameters(method: Method, given: Mapping[str, object]) -> None:
+def check_parameters(method: Method, given: Mapping[str, object], source: str = "") -> None:
     """The values a track gives must be parameters of `select`, of the default's type."""
     for name, value in given.items():
-        where = f"methods.parameters.{method.name}.{name}"
+        where = f"{source or f'methods.parameters.{method.name}'}.{name}"
         if name not in method.parameters:
             known = ", ".join(method.parameters) or "none"
             raise UserError(f"{where}: {method.file} has no such parameter; it has: {known}")

@@ -56,6 +56,7 @@ class Context:
         self.settings, self.train_images, self.trained_images = settings, train_images, 0
         self.log = logging.getLogger(f"prunebench.methods.{method}")
         self._meter, self._method, self._calls = meter, method, 0
+        self.made_fresh = False
 
     # What can be pruned.
     def layers(self, granularity: str = "block") -> list[Layer]:
@@ -166,6 +167,7 @@ class Context:
 
     def fresh(self, plan: Plan) -> nn.Module:
         """A newly initialised model of the shape that `plan` leaves, metered."""
+        self.made_fresh = True
         with torch.random.fork_rng():
             torch.manual_seed(self.generator().initial_seed())
             model = self.family.build(self.config).to(next(self.model.parameters()).device)
@@ -202,6 +204,7 @@ def select(
     own = unmetered(own)
     check_shapes(own, pruned)
     check_masks(own, plan)
+    check_trained(context, own, pruned)
     return plan, own.eval()
 
 
@@ -295,6 +298,17 @@ def check_shapes(own: nn.Module, pruned: nn.Module) -> None:
             n for n in {**shapes[0], **shapes[1]} if shapes[0].get(n) != shapes[1].get(n)
         )
         raise CellError(f"the returned model does not fit its plan: {different[0]} differs")
+
+
+def check_trained(context: Context, own: nn.Module, pruned: nn.Module) -> None:
+    """Weights other than the dense model's come from training that the budget knows."""
+    if context.trained_images or context.made_fresh:
+        return
+    ours, theirs = own.state_dict(), pruned.state_dict()
+    if not all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items()):
+        raise CellError(
+            "the returned model was trained, but not by context.train: its budget is unknown"
+        )
 
 
 def check_masks(own: nn.Module, plan: Plan) -> None:

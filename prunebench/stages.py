@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -70,7 +71,7 @@ def extractor(track: Track, layout: Layout) -> None:
     artefacts.write_tensors(folder / FEATURES, judge.extract(images.reference_images, batch))
     report |= {"weights": str(weights), "sha256": artefacts.sha256(weights)}
     payload = [folder / FEATURES, *([weights] if weights.parent == folder else [])]
-    _finish(layout.extractor, track, start, payload, extractor=report)
+    finish(layout.extractor, track, start, payload, extractor=report)
 
 
 def dense(track: Track, layout: Layout, model: str) -> None:
@@ -98,7 +99,7 @@ def dense(track: Track, layout: Layout, model: str) -> None:
     record = layout.trained(model)
     files = _save(record, network, Plan(), settings)
     tail = losses[-max(1, len(losses) // 10) :]
-    _finish(record, track, start, files, budget=meter.report(), loss=sum(tail) / len(tail))
+    finish(record, track, start, files, budget=meter.report(), loss=sum(tail) / len(tail))
 
 
 def _built(track: Track, model: str) -> nn.Module:
@@ -145,10 +146,10 @@ def select(track: Track, cell: Cell, paths: Paths) -> None:
     )
     with meter.clock():
         plan, pruned = selection.select(
-            context, methods.load(method), method.kind, track.parameters(method.name)
+            context, methods.load(method), method.kind, track.parameters(cell)
         )
     files = _save(paths.select, pruned, plan, settings)
-    _finish(
+    finish(
         paths.select,
         track,
         start,
@@ -164,33 +165,60 @@ def recover(track: Track, cell: Cell, paths: Paths) -> None:
     start, settings = time.perf_counter(), track.model(cell.model)
     chosen = _upstream(paths.select)
     pruned, plan = surgery.load(Path(paths.select).parent)
-    teacher, _ = surgery.load(Path(paths.trained).parent)
-    meter = BudgetMeter()
-    pruned, teacher = pruned.to(device()), teacher.to(device())
-    family = models.family(settings["family"])
-    with meter.clock():
-        losses = loop.train(
-            meter.watch(pruned),
-            training_data(track, cell.model),
-            loop.Settings(**settings["recovery"]),
-            images=track.budget(cell) - chosen["trained_images"],
-            seed=cell.seed,
-            muon_names=family.weights(pruned),
-            masks=plan.masks,
-            loss=recovery.recovery(cell.recovery.rpartition("-")[0]).loss(
-                meter.watch(teacher, "teacher")
-            ),
-        )
+    whole, _ = surgery.load(Path(paths.trained).parent)
+    meter, pruned, whole = BudgetMeter(), pruned.to(device()), whole.to(device())
+    images = track.budget(cell) - chosen["trained_images"]
+    losses = heal(track, cell, pruned, plan, whole, images, meter)
     files = _save(paths.recover, pruned, plan, settings)
-    _finish(
+    finish(
         paths.recover,
         track,
         start,
         files,
         budget=meter.report(),
-        size=_size(teacher, pruned, plan),
+        size=_size(whole, pruned, plan),
         loss={"first": losses[0], "last": losses[-1]} if losses else None,
     )
+
+
+def heal(
+    track: Track,
+    cell: Cell,
+    pruned: nn.Module,
+    plan: Plan,
+    whole: nn.Module,
+    images: int,
+    meter: BudgetMeter,
+) -> list[float]:
+    """Train `pruned` in place as the cell's recovery says; returns the loss of every step.
+
+    Args:
+        whole: the dense model, which a distilling recovery has as its teacher.
+        images: how many images to train on.
+    """
+    settings = track.model(cell.model)
+    family, module = models.family(settings["family"]), recovery.recovery(track.healing(cell))
+    teaching = _teaching(whole, plan, family, meter) if module.TEACHER else None
+    with meter.clock():
+        return loop.train(
+            meter.watch(pruned),
+            training_data(track, cell.model),
+            loop.Settings(**settings["recovery"]),
+            images=images,
+            seed=cell.seed,
+            muon_names=family.weights(pruned),
+            masks=plan.masks,
+            loss=module.loss(teaching),
+        )
+
+
+def _teaching(
+    whole: nn.Module, plan: Plan, family: ModuleType, meter: BudgetMeter
+) -> recovery.Teaching:
+    whole = whole.requires_grad_(False)
+    # Before the teacher is metered: finding widths may trace it, which is no pass of the recovery.
+    kept = surgery.kept_rows(whole, plan, family)
+    return recovery.Teaching(meter.watch(whole, "teacher"), kept)
 
 
 def sample(track: Track, cell: Cell, paths: Paths, batch: int | None = None) -> None:
@@ -198,7 +226,7 @@ def sample(track: Track, cell: Cell, paths: Paths, batch: int | None = None) -> 
     start, settings = time.perf_counter(), track.content["sampling"]
     _upstream(paths.checkpoint)
     network, plan = surgery.load(Path(paths.checkpoint).parent)
-    sampler = _sampler(track, cell.model, network.to(device()), plan)
+    sampler = sampler_for(track, cell.model, network.to(device()), plan)
     count, batch = settings["count"], batch or settings["batch"]
     images = []
     for part in sampler.images(cell.seed, 0, count, batch):
@@ -208,7 +236,7 @@ def sample(track: Track, cell: Cell, paths: Paths, batch: int | None = None) -> 
     labels = sampler.labels(range(count))
     artefacts.write_tensors(file, {"images": torch.cat(images), "labels": labels})
     report = {**sampler.settings, "steps": sampler.steps, "count": count}
-    _finish(paths.sample, track, start, [file], sampling=report)
+    finish(paths.sample, track, start, [file], sampling=report)
 
 
 def measure(track: Track, cell: Cell, paths: Paths) -> None:
@@ -217,8 +245,8 @@ def measure(track: Track, cell: Cell, paths: Paths) -> None:
     chosen = _upstream(paths.select)
     pruned, plan = surgery.load(Path(paths.select).parent)
     whole, _ = surgery.load(Path(paths.trained).parent)
-    ours = _sampler(track, cell.model, pruned.to(device()), plan)
-    theirs = _sampler(track, cell.model, whole.to(device()), Plan())
+    ours = sampler_for(track, cell.model, pruned.to(device()), plan)
+    theirs = sampler_for(track, cell.model, whole.to(device()), Plan())
     settings = track.content["latency"]
     one, many = (_forwards(ours, theirs, size) for size in (1, settings["batch"]))
     timed = functools.partial(
@@ -240,7 +268,7 @@ def measure(track: Track, cell: Cell, paths: Paths) -> None:
     macs = cost.count_macs(pruned, *_inputs(ours, 1))
     dense_macs = {f"dense_{k}": v for k, v in cost.count_macs(whole, *_inputs(theirs, 1)).items()}
     size = {**chosen["size"], **macs, **dense_macs}
-    _finish(paths.cost, track, start, [], latency=report, size=size)
+    finish(paths.cost, track, start, [], latency=report, size=size)
 
 
 def score(track: Track, cell: Cell, paths: Paths) -> None:
@@ -269,7 +297,7 @@ def score(track: Track, cell: Cell, paths: Paths) -> None:
         "plan": artefacts.read_json(Path(paths.select).parent / surgery.PLAN)["plan"],
         "stages": _history(records),
     }
-    _finish(paths.metrics, track, start, [grid], **content)
+    finish(paths.metrics, track, start, [grid], **content)
 
 
 def _judged(track: Track, paths: Paths, judge: dict, drawn: dict[str, Tensor]) -> dict:
@@ -331,7 +359,8 @@ def _upstream(record: str) -> dict:
     return content
 
 
-def _finish(record: str, track: Track, start: float, payload: list[Path], **content) -> None:
+def finish(record: str, track: Track, start: float, payload: list[Path], **content) -> None:
+    """Write a stage's record; `start` is its time.perf_counter() at the beginning."""
     source = provenance(dict(track.content))
     seconds = {"wall_s": time.perf_counter() - start, "provenance": source}
     artefacts.write_record(Path(record), {"status": "ok", **content, **seconds}, payload)
@@ -351,7 +380,8 @@ def _size(whole: nn.Module, pruned: nn.Module, plan: Plan) -> dict:
     }
 
 
-def _sampler(track: Track, model: str, network: nn.Module, plan: Plan) -> Sampler:
+def sampler_for(track: Track, model: str, network: nn.Module, plan: Plan) -> Sampler:
+    """The sampler of a model's settings over a network of its kind."""
     settings = track.model(model)
     images = dataset(track)
     shape = (images.channels, images.resolution, images.resolution)
@@ -391,6 +421,7 @@ def _labels(track: Track, cell: Cell) -> dict:
     names = ("kind", "control", "reconstruction", "title", "paper", "bibtex", "notes")
     return {
         "family": settings["family"],
+        "healing": track.healing(cell),
         "objective": settings["objective"]["name"],
         **{name: getattr(method, name) for name in names},
         "idea": method.idea,
@@ -402,7 +433,7 @@ def _settings(track: Track, cell: Cell) -> dict:
     common = ("dataset", "extractor", "budgets", "sampling", "latency", "evaluation")
     return {
         "model": track.model(cell.model),
-        "parameters": {**track.method(cell.method).parameters, **track.parameters(cell.method)},
+        "parameters": {**track.method(cell.method).parameters, **track.parameters(cell)},
         "method_sha256": artefacts.sha256(track.method(cell.method).file),
         **{name: track.content[name] for name in common},
     }

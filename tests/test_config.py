@@ -96,7 +96,7 @@ REFUSED = {
     "training without images": ({"models.dit.training.images": ...}, "'images' is a required"),
     "unknown family": (
         {"models.dit.family": "dti"},
-        r"mine\.yaml: models\.dit\.family: unknown family 'dti'; known: dit, ",
+        r"mine\.yaml: models\.dit\.family: unknown family 'dti'; known: .*dit, ",
     ),
     "unknown objective": ({"models.dit.objective.name": "score"}, r"models\.dit\.objective\.name"),
     "unknown sampler": ({"models.dit.sampling.sampler": "ode"}, r"models\.dit\.sampling\.sampler"),
@@ -120,14 +120,31 @@ REFUSED = {
         r"methods\.exclude: 'random_layers' is a control and can't be switched off",
     ),
     "unknown budget": (
-        {"recoveries": ["none", "finetune-medium"]},
-        "recoveries: 'finetune-medium' needs a budget of: low, high",
+        {"divisions.matched.recoveries": ["none", "finetune-medium"]},
+        r"divisions\.matched: 'finetune-medium' needs a budget of: low, high",
     ),
     "unknown recovery": (
-        {"recoveries": ["none", "finetuning-low"]},
-        "recoveries: unknown recovery 'finetuning' in 'finetuning-low'; known: .*finetune",
+        {"divisions.matched.recoveries": ["none", "finetuning-low"]},
+        r"divisions\.matched: unknown recovery 'finetuning' in 'finetuning-low'; known: .*finetune",
     ),
-    "recovery without budget": ({"recoveries": ["finetune"]}, r"recoveries\.0: 'finetune'"),
+    "recovery without budget": (
+        {"divisions.matched.recoveries": ["finetune"]},
+        r"divisions\.matched\.recoveries\.0: 'finetune'",
+    ),
+    "no division": ({"divisions": {}}, "divisions: "),
+    "unknown comparison": ({"divisions.matched.compares": "all"}, r"divisions\.matched\.compares"),
+    "unknown method of a division": (
+        {"divisions.recovery.methods": ["magic"]},
+        "methods: unknown method 'magic'",
+    ),
+    "oracle of an unknown model": (
+        {"oracle.models": ["dti"]},
+        r"oracle\.models: unknown model 'dti'",
+    ),
+    "oracle of a recipe": (
+        {"oracle.recoveries": ["published-low"]},
+        r"oracle\.recoveries: 'published-low' belongs to a method",
+    ),
     "sparsity 0": ({"sparsities": [0.25, 0]}, r"sparsities\.1: 0 is less than or equal"),
     "sparsity 1.5": ({"sparsities": [1.5]}, r"sparsities\.0: 1\.5 is greater than or equal"),
     "sparsity as text": ({"sparsities": ["0.5"]}, r"sparsities\.0: '0\.5' is not of type 'number'"),
@@ -146,7 +163,7 @@ def test_refused_with_the_name_of_the_key(edited, case):
         edited(changes)
 
 
-METHOD = '"""An idea."""\nKIND = "layers"\n{}\n\n\ndef select(context):\n    return None\n'
+METHOD = '"""An idea."""\nKIND = "layers"\n{}\n\n\ndef select(context, power=1):\n    return None\n'
 
 
 def test_a_folder_from_outside_adds_rows(edited):
@@ -170,7 +187,11 @@ def _count(track: config.Track, **fields) -> int:
 
 def test_the_cells_of_a_track(edited):
     track = edited(
-        {"sparsities": [0.25, 0.5], "seeds": [0, 1, 2], "recoveries": ["none", "finetune-low"]}
+        {
+            "sparsities": [0.25, 0.5],
+            "seeds": [0, 1, 2],
+            "divisions.matched.recoveries": ["none", "finetune-low"],
+        }
     )
     for model in ("dit", "sit", "unet"):
         assert _count(track, model=model, method="dense") == 3
@@ -234,7 +255,9 @@ def test_a_cell_given_by_hand():
 
 
 def _fingerprints(track: config.Track) -> dict:
-    places = itertools.product(config.DEPENDS, ("dit", "unet"), ("entpruner", "dense", "mine"))
+    places = itertools.product(
+        config.DEPENDS, ("dit", "unet"), ("magnitude_layers", "dense", "mine")
+    )
     return {place: track.fingerprint(*place) for place in places}
 
 
@@ -247,21 +270,23 @@ CHANGED = {
     "architecture": ("models.dit.config.depth", 5, {"dense"}, "dit", ""),
     "objective": ("models.dit.objective.beta_end", 0.03, {"dense"}, "dit", ""),
     "training": ("models.dit.training.images", 321, {"dense"}, "dit", ""),
-    "recovery": ("models.dit.recovery.batch", 17, {"recover"}, "dit", ""),
-    "steps": ("models.dit.sampling.steps", 5, {"select", "sample", "cost"}, "dit", ""),
-    "budget": ("budgets.low", 65, {"recover"}, "", ""),
-    "parameter": ("methods.parameters.entpruner.draws", 41, {"select"}, "", "entpruner"),
-    "count": ("sampling.count", 41, {"sample"}, "", ""),
+    "recovery": ("models.dit.recovery.batch", 17, {"recover", "oracle"}, "dit", ""),
+    "steps": ("models.dit.sampling.steps", 5, {"select", "sample", "cost", "oracle"}, "dit", ""),
+    "budget": ("budgets.low", 65, {"recover", "oracle"}, "", ""),
+    "masks": ("oracle.masks", 5, {"oracle"}, "", ""),
+    "parameter": ("methods.parameters.mine.power", 2, {"select"}, "", "mine"),
+    "count": ("sampling.count", 41, {"sample", "oracle"}, "", ""),
     "latency": ("latency.rounds", 3, {"cost"}, "", ""),
-    "evaluation": ("evaluation.batch", 51, {"score"}, "", ""),
+    "evaluation": ("evaluation.batch", 51, {"score", "oracle"}, "", ""),
 }
 
 
 @pytest.mark.parametrize("case", CHANGED)
 def test_only_the_stages_that_depend_on_an_entry_recompute(edited, case):
     key, value, stages, model, method = CHANGED[case]
-    mine = {"mine": METHOD.format("TRAINS = True")}
-    before, after = _fingerprints(edited({}, mine)), _fingerprints(edited({key: value}, mine))
+    mine, base = {"mine": METHOD.format("TRAINS = True")}, {"methods.parameters.mine.power": 1}
+    before = _fingerprints(edited(base, mine))
+    after = _fingerprints(edited({**base, key: value}, mine))
     changed = {place for place in before if before[place] != after[place]}
     expected = {
         (stage, m, name)
@@ -288,17 +313,92 @@ def test_fingerprints_do_not_depend_on_order(edited):
 def test_one_selection_serves_all_recoveries_unless_it_trains(edited):
     track = edited({}, {"mine": METHOD.format("TRAINS = True")})
     one_shot = [
-        config.Paths(track, track.cell("dit", "entpruner", 0.25, recovery, 0))
+        config.Paths(track, track.cell("dit", "magnitude_layers", 0.25, recovery, 0))
         for recovery in ("none", "finetune-low", "finetune-high")
     ]
     assert {paths.select for paths in one_shot} == {
-        "runs/mine/dit/entpruner/0.25/selection/seed0/select.json"
+        "runs/mine/dit/magnitude_layers/0.25/selection/seed0/select.json"
     }
     assert len({paths.cost for paths in one_shot}) == 1
     trained = config.Paths(track, track.cell("dit", "mine", 0.25, "finetune-low", 0))
     assert trained.select == "runs/mine/dit/mine/0.25/selection-finetune-low/seed0/select.json"
     untrained = config.Paths(track, track.cell("dit", "mine", 0.25, "none", 0))
     assert untrained.select == "runs/mine/dit/mine/0.25/selection-none/seed0/select.json"
+
+
+# Divisions.
+
+RECIPE = 'PUBLISHED = {"recovery": "output_kd", "parameters": {"power": 2}, "sparsities": (0.4,)}'
+
+
+def test_a_recipe_runs_in_the_published_division_only(edited):
+    track = edited({}, {"mine": METHOD.format(RECIPE)})
+    (cell, *_) = [c for c in track.cells("published") if c.method == "mine"]
+    assert (cell.sparsity, cell.recovery) == (0.4, "published-low")
+    assert track.healing(cell) == "output_kd" and track.parameters(cell) == {"power": 2}
+    assert track.budget(cell) == track.content["budgets"]["low"]
+    paths = config.Paths(track, cell)
+    assert paths.select == "runs/mine/dit/mine/0.4/selection-published-low/seed0/select.json"
+    matched = [c for c in track.cells() if c.method == "mine"]
+    assert {c.recovery for c in matched} == {"none", "finetune-low"}
+    assert {track.healing(c) for c in matched} == {"none", "finetune"}
+    assert all(track.parameters(c) == {} and c.sparsity == 0.25 for c in matched)
+
+
+def test_what_has_no_recipe_is_finetuned_at_the_recipes_sparsities(edited):
+    track = edited({}, {"mine": METHOD.format(RECIPE)})
+    cells = [c for c in track.cells("published") if c.method == "random_layers"]
+    assert {c.recovery for c in cells} == {"finetune-low"}
+    assert 0.4 in {c.sparsity for c in cells}
+    dense = [c for c in track.cells("published") if c.method == "dense"]
+    assert {(c.sparsity, c.recovery) for c in dense} == {(0.0, "none")}
+
+
+def test_a_track_overrides_a_recipe(edited):
+    given = {"methods.parameters.mine": {"power": 3}}
+    track = edited(given, {"mine": METHOD.format(RECIPE)})
+    (cell, *_) = [c for c in track.cells("published") if c.method == "mine"]
+    assert track.parameters(cell) == {"power": 3}
+
+
+def test_the_recovery_division_holds_its_methods_and_the_references():
+    track = config.load("smoke")
+    named = set(track.divisions["recovery"]["methods"])
+    cells = track.cells("recovery")
+    assert {c.method for c in cells} == named | {"dense", "fewer_steps"}
+    pairs = {(c.method, c.recovery) for c in cells if c.method in named}
+    assert pairs == set(itertools.product(named, track.divisions["recovery"]["recoveries"]))
+
+
+def test_an_unknown_division_lists_the_known_ones():
+    with pytest.raises(UserError, match="unknown division 'all' in track smoke; known: matched, "):
+        config.load("smoke").cells("all")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ('{"recover": "finetune"}', r"mine\.py: PUBLISHED has 'recover'; known: parameters"),
+        (
+            '{"recovery": "heal"}',
+            r"mine\.py: PUBLISHED names the recovery 'heal'; known: .*finetune",
+        ),
+        ('{"sparsities": (50,)}', r"mine\.py: PUBLISHED sparsities have 50"),
+        ('{"parameters": {"pow": 2}}', r"mine\.py: PUBLISHED\.pow: .*no such parameter"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_refused(edited, recipe, message):
+    with pytest.raises(UserError, match=message):
+        edited({}, {"mine": METHOD.format(f"PUBLISHED = {recipe}")})
+
+
+def test_the_jobs_of_the_oracle():
+    track = config.load("smoke")
+    jobs = track.oracle()
+    settings = track.content["oracle"]
+    assert len(jobs) == len(set(jobs)) == len(settings["recoveries"]) * settings["masks"]
+    layout = config.Layout(track.name)
+    assert layout.oracle(*jobs[0]) == "runs/smoke/oracle/dit/none/seed0/mask0.json"
 
 
 def test_the_checkpoint_is_what_was_trained_last():

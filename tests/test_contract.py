@@ -1,16 +1,12 @@
 """Every method that is discovered, on every family it claims; a new file needs no edit here."""
 
-from collections import Counter
-
+import contract
 import pytest
 import tiny
-import torch
 
-from prunebench import methods, models, selection
-from prunebench.pruning import surgery, targets
-from prunebench.pruning.plan import Plan
-from prunebench.pruning.units import Width
-from prunebench.training.budget import BudgetMeter
+from prunebench import methods, models
+from prunebench.errors import CellError
+from prunebench.pruning import surgery
 
 CASES = [
     (method, name)
@@ -18,31 +14,10 @@ CASES = [
     for name in tiny.NAMES
     if not found.families or tiny.INSTANCES[name].family in found.families
 ]
-TRAIN_IMAGES = 64
-every_method = pytest.mark.parametrize(("method", "instance"), CASES)
 
 
-def _sparsity(method: methods.Method) -> float:
-    return method.sparsities[0] if method.sparsities else tiny.SPARSITY.get(method.kind, 0.25)
-
-
-def _context(method: str, instance: str, seed: int = 0, **changes) -> selection.Context:
-    found = tiny.found_methods()[method]
-    return tiny.context(
-        instance,
-        sparsity=_sparsity(found),
-        seed=seed,
-        method=method,
-        train_images=TRAIN_IMAGES if found.trains else 0,
-        **changes,
-    )
-
-
-def _select(method: str, instance: str, seed: int = 0, **changes) -> tuple[Plan, torch.nn.Module]:
-    found = tiny.found_methods()[method]
-    context = _context(method, instance, seed, **changes)
-    parameters = tiny.smoke().parameters(method)
-    return selection.select(context, methods.load(found), found.kind, parameters)
+def _select(method: str, instance: str, seed: int = 0, **changes):
+    return contract.select(tiny.found_methods()[method], instance, seed, **changes)
 
 
 def test_every_family_has_a_tiny_instance():
@@ -61,52 +36,19 @@ def test_every_family_has_what_methods_may_ask_for():
         assert all(family.layers(model, granularity) for granularity in ("block", "branch"))
 
 
-@every_method
-def test_a_method_keeps_its_contract(method, instance, tmp_path, counted, monkeypatch):
-    """One run: dense weights untouched, target met, budget metered, saved and loaded to the bit."""
-    dense, meter = tiny.dense(instance), BudgetMeter()
-    counts = counted(dense)
-    _leave_out_tracing(monkeypatch, tiny.INSTANCES[instance].module, counts)
-    plan, pruned = _select(method, instance, model=dense, meter=meter)
-    for key in ("forward", "backward"):
-        assert meter.counts[f"student_{key}"] == counts[key]
-    tiny.assert_same(dense.state_dict(), tiny.dense(instance).state_dict())
-    assert not pruned.training and not pruned._forward_hooks
-    _assert_target(method, instance, plan, pruned)
-    found = tiny.found_methods()[method]
-    if not found.trains and found.recovery != "required":  # one-shot: what stays is the dense model
-        kept = surgery.apply(tiny.dense(instance), plan, tiny.INSTANCES[instance].module)
-        tiny.assert_same(pruned.state_dict(), kept.state_dict())
-    surgery.save(
-        tmp_path, pruned, plan, tiny.INSTANCES[instance].family, tiny.INSTANCES[instance].config
-    )
-    again, loaded = surgery.load(tmp_path)
-    tiny.assert_same(pruned.state_dict(), again.state_dict())
-    tiny.assert_same(dict(plan.masks), dict(loaded.masks))
-    output = tiny.output(pruned, instance)
-    assert torch.equal(output, tiny.output(again, instance)) and output.isfinite().all()
+@pytest.mark.parametrize(("method", "instance"), CASES)
+def test_a_method_keeps_its_contract(method, instance, tmp_path):
+    contract.check(tiny.found_methods()[method], instance, tmp_path)
 
 
-def _leave_out_tracing(monkeypatch, family, counts: Counter) -> None:
-    """Finding a UNet's widths traces a forward pass on zeros, which is no pass of the method's."""
-    original = family.widths
-
-    def widths(model):
-        before = dict(counts)
-        units = original(model)
-        counts.clear()
-        counts.update(before)
-        return units
-
-    monkeypatch.setattr(family, "widths", widths)
-
-
-@pytest.mark.parametrize(("method", "instance"), [c for c in CASES if c[1] in tiny.CORE])
-def test_the_same_seed_gives_the_same_plan(method, instance):
-    (first, one), (second, two) = (_select(method, instance) for _ in range(2))
-    assert first.to_json() == second.to_json()
-    tiny.assert_same(dict(first.masks), dict(second.masks))
-    tiny.assert_same(one.state_dict(), two.state_dict())
+@pytest.mark.parametrize(
+    "method",
+    [name for name, m in tiny.found_methods().items() if m.trains and m.recovery != "required"],
+)
+def test_a_method_that_trains_has_a_one_shot_limit(method, core):
+    plan, pruned = _select(method, core, train_images=0)
+    kept = surgery.apply(tiny.dense(core), plan, tiny.INSTANCES[core].module)
+    tiny.assert_same(pruned.state_dict(), kept.state_dict())
 
 
 @pytest.mark.parametrize("method", ["random_layers", "random_widths", "scratch"])
@@ -119,34 +61,89 @@ def test_scratch_has_nothing_of_the_dense_model(core):
     plan, pruned = _select("scratch", core)
     kept = surgery.apply(tiny.dense(core), plan, tiny.INSTANCES[core].module)
     for weight in tiny.INSTANCES[core].module.weights(pruned):
-        assert not torch.equal(pruned.get_parameter(weight), kept.get_parameter(weight))
+        assert not torch_equal(pruned, kept, weight)
 
 
-def _assert_target(method: str, instance: str, plan: Plan, pruned: torch.nn.Module) -> None:
-    """The target within one unit, counted here from the tensors and not from what a plan says."""
-    found, whole = tiny.found_methods()[method], tiny.dense(instance)
-    before = sum(p.numel() for p in whole.parameters())
-    gone = before - sum(p.numel() for p in pruned.parameters())
-    masked = sum(int((~mask).sum()) for mask in plan.masks.values())
-    family = tiny.INSTANCES[instance].module
-    if plan.pattern not in (None, "unstructured"):
-        targets.check_n_of_m(plan)
-        assert gone == 0
-        return
-    units = {
-        "none": lambda: [0],
-        "steps": lambda: [0],
-        "weights": lambda: [1],
-        "layers": lambda: [layer.parameters for layer in family.layers(whole, "block")],
-        "widths": lambda: [_one_round(whole, unit) for unit in family.widths(whole)],
-    }
-    expected = 0 if found.kind == "steps" else _sparsity(found) * before
-    assert abs(gone + masked - expected) <= max(units[found.kind]()) + 1e-6
-    if found.kind == "steps":
-        assert plan.steps == pytest.approx(1 - _sparsity(found))
+def torch_equal(one, other, name: str) -> bool:
+    return bool((one.get_parameter(name) == other.get_parameter(name)).all())
 
 
-def _one_round(model: torch.nn.Module, unit: Width) -> int:
-    """Parameters that one channel of every normalisation group takes with it."""
-    shapes = [(m, model.get_parameter(m.tensor).shape) for m in unit.members]
-    return sum(unit.groups * m.index.shape[1] * s.numel() // s[m.axis] for m, s in shapes)
+# Methods with one fault each, and what the contract says of it.
+HEAD = '''"""A faulty method."""
+
+import copy
+
+import torch
+
+from prunebench.pruning.plan import Plan
+
+'''
+FAULTY = {
+    "misses its target": (
+        'KIND = "layers"\n\n\ndef select(context):\n'
+        "    return Plan(layers=tuple(layer.name for layer in context.layers()[:-1]))\n",
+        CellError,
+        r"the plan removes 0\.\d+ of the parameters; the target is 0\.25 and one unit is",
+    ),
+    "keeps state between seeds": (
+        'KIND = "layers"\nCALLS = []\n\n\ndef select(context):\n'
+        "    CALLS.append(context.seed)\n    layers = context.layers()\n"
+        "    shift = len(CALLS) % len(layers)\n"
+        "    return context.plan_layers(layers[shift:] + layers[:shift])\n",
+        AssertionError,
+        "faulty gave two plans for one seed: it keeps state between calls",
+    ),
+    "draws from the global generator": (
+        'KIND = "layers"\n\n\ndef select(context):\n    layers = context.layers()\n'
+        "    order = torch.randperm(len(layers))\n"
+        "    return context.plan_layers([layers[i] for i in order], drawn=order.tolist())\n",
+        AssertionError,
+        "faulty gave two plans for one seed: .*a generator that is not context",
+    ),
+    "scores outside the meter": (
+        'KIND = "layers"\n\n\ndef select(context):\n    model = copy.deepcopy(context.model)\n'
+        "    model._forward_hooks.clear()\n    (batch,) = context.draws(8, 8)\n"
+        "    context.predict(model, batch)\n    return context.plan_layers(context.layers())\n",
+        AssertionError,
+        "8 of 8 images went forward past the meter",
+    ),
+    "trains outside the meter": (
+        'KIND = "layers"\nTRAINS = True\n\n\ndef select(context):\n'
+        "    plan, model = context.plan_layers(context.layers()), copy.deepcopy(context.model)\n"
+        "    for name in plan.layers:\n        context.family.remove_layer(model, name)\n"
+        "    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)\n"
+        "    (batch,) = context.draws(8, 8)\n    context.loss(model, batch).backward()\n"
+        "    optimizer.step()\n    return plan, model\n",
+        CellError,
+        "the returned model was trained, but not by context.train: its budget is unknown",
+    ),
+    "spends more than its budget": (
+        'KIND = "layers"\nTRAINS = True\n\n\ndef select(context):\n'
+        "    context.train(copy.deepcopy(context.model), context.train_images + 8)\n",
+        CellError,
+        "wants to train on 72 more images; 0 of its budget of 64 are spent",
+    ),
+    "names units that do not exist": (
+        'KIND = "layers"\n\n\ndef select(context):\n    return Plan(layers=("blocks.77",))\n',
+        CellError,
+        r"the plan names a layer that does not exist: blocks\.77; the model has",
+    ),
+    "changes the weights it keeps": (
+        'KIND = "layers"\n\n\ndef select(context):\n'
+        "    plan, model = context.plan_layers(context.layers()), copy.deepcopy(context.model)\n"
+        "    for name in plan.layers:\n        context.family.remove_layer(model, name)\n"
+        "    with torch.no_grad():\n        next(model.parameters()).mul_(1.1)\n"
+        "    return plan, model\n",
+        CellError,
+        "the returned model was trained, but not by context.train",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTY)
+def test_a_faulty_method_is_caught_with_the_reason(fault, tmp_path):
+    body, error, message = FAULTY[fault]
+    file = tmp_path / "faulty.py"
+    file.write_text(HEAD + body)
+    with pytest.raises(error, match=message):
+        contract.check(methods.read(file), "dit", tmp_path / "saved")

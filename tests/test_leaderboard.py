@@ -28,7 +28,7 @@ def make_metrics(cell: dict, *, fid=10.0, ms=8.0, dense_ms=10.0, title="A method
             "dense_parameters": 600_000, "macs": macs, "macs_without_attention_products": macs,
             "dense_macs": 8e6, "dense_macs_without_attention_products": 8e6}  # fmt: skip
     labels = {"family": "dit", "objective": "flow", "kind": kind, "control": control, "notes": "",
-              "reconstruction": reconstruction, "title": title, "paper": "",
+              "reconstruction": reconstruction, "title": title, "paper": "", "healing": "",
               "bibtex": bibtex}  # fmt: skip
     common = {
         "schema": 1, "status": "failed" if failed else "ok", "cell": cell, "labels": labels,

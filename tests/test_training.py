@@ -6,6 +6,7 @@ import math
 import pytest
 import tiny
 import torch
+from contract import counting
 from torch import nn
 
 from prunebench.errors import CellError
@@ -146,16 +147,21 @@ def test_dropped_classes_become_no_class():
     assert loop._drop_classes(batch, model, 0.0, generator) is batch
 
 
-# The meter against counts taken independently (conftest.counted).
+# The meter against counts taken independently (contract.counting).
 
 
 def _spent(meter: BudgetMeter) -> dict:
     return {key.removeprefix("student_"): meter.counts[key] for key in KEYS[:2]}
 
 
-def test_the_meter_counts_what_passes(core, counted):
+@pytest.fixture
+def counts(core):
+    with counting(tiny.dense(core), tiny.INSTANCES[core].module) as counts:
+        yield counts
+
+
+def test_the_meter_counts_what_passes(core, counts):
     meter, model = BudgetMeter(), tiny.dense(core)
-    counts = counted(model)
     meter.watch(model)
     x, t, y = tiny.inputs(core, 5)
     with torch.no_grad():
@@ -170,16 +176,15 @@ def test_the_meter_counts_what_passes(core, counted):
     assert _spent(meter) == {"forward": counts["forward"], "backward": counts["backward"]}
 
 
-def test_the_meter_counts_training(core, counted):
+def test_the_meter_counts_training(core, counts):
     meter, model = BudgetMeter(), tiny.dense(core)
-    counts = counted(model)
     _train(core, meter.watch(model), settings={"ema": 0.5})
     assert _spent(meter) == {"forward": 64, "backward": 64} == dict(counts)
 
 
-def test_copies_and_bypassed_models_are_metered(core, counted):
+def test_copies_and_bypassed_models_are_metered(core, counts):
     context = tiny.context(core)
-    counts, inputs = counted(context.model), tiny.inputs(core, 4)
+    inputs = tiny.inputs(core, 4)
     copy.deepcopy(context.model)(*inputs).sum().backward()
     copy.deepcopy(copy.deepcopy(context.model))(*inputs)
     first = context.layers()[0].name

@@ -19,16 +19,32 @@ from prunebench.errors import UserError
 SCHEMA = 1
 ROW = ["model", "method", "sparsity", "recovery"]
 CELL = [*ROW, "seed"]
-GROUP = ["model", "sparsity", "recovery"]  # rows ranked against each other: only selection differs
 REFERENCE_KINDS = ("none", "steps")  # the dense model, with all or fewer sampling steps
 MINIMUM_SAMPLES = 2048  # fewer leave Inception's covariance rank-deficient: the row is "smoke"
 SPEED_TOLERANCE = 0.02  # the interleaved protocol tells speeds apart to 1-3 %
 SIGNIFICANCE = 0.05
 CLEANFID_TOLERANCE = 1e-3  # relative
-LABELS = ("family", "kind", "control", "reconstruction", "title", "paper", "bibtex", "notes")
+LABELS = ("family", "kind", "control", "reconstruction", "title", "paper", "bibtex", "notes",
+          "healing")  # fmt: skip
 PROVENANCE = ("commit", "dirty", "code", "date", "cpu", "cores", "gpu", "packages")
 OUTCOMES = {"ok": 0, "failed": 1, "missing": 2}  # and the order inside a group
 SAFE_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)  # names become files
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What differs between the rows of a board that are ranked against each other."""
+
+    group: tuple[str, ...]  # columns in which such rows agree
+    section: str  # the column that, with the model, makes one printed table
+
+
+# By a division's `compares`. "share" keeps plans that fix their own share (N:M, uniform) apart.
+COMPARISONS = {
+    "selections": Comparison(("model", "sparsity", "share", "recovery"), "recovery"),
+    "methods": Comparison(("model", "sparsity", "share", "budget"), "budget"),
+    "recoveries": Comparison(("model", "sparsity", "share", "method", "budget"), "method"),
+}
 
 
 @dataclass(frozen=True)
@@ -45,8 +61,11 @@ class Metric:
     spread: bool = False  # print the standard deviation beside the mean
     null: str = "—"  # how a recorded null reads
     power: int = 1  # -1 turns a ratio of times into a speed-up
+    optional: bool = False  # not every board has it
 
     def read(self, metrics: Mapping) -> float:
+        if self.optional and self.paths[0].partition(".")[0] not in metrics:
+            return math.nan
         values = [lookup(metrics, path) for path in self.paths]
         return math.nan if None in values else float(sum(values)) ** self.power
 
@@ -139,6 +158,13 @@ METRICS = {
     "recovery_wall_s": Metric(
         ("budget.recovery.wall_s",), "Recovery time", "Wall time of recovery", "lower", "s",
         format="sig"),
+    "oracle_beaten": Metric(
+        ("oracle.beaten",), "Masks beaten", "Share of all layer masks of the same sparsity (or of "
+        "the stated number of random ones) whose FID is worse under the same recovery and seed",
+        "higher", "%", 1e2, ".0f", spread=True, optional=True),
+    "oracle_gap": Metric(
+        ("oracle.gap",), "FID above best mask", "FID minus that of the best of those masks",
+        "lower", format=".2f", spread=True, optional=True),
 }  # fmt: skip
 
 
@@ -235,7 +261,7 @@ def _validate_numbers(metrics: Mapping) -> None:
     needed = ("quality.samples", "quality.reference_samples", "sampling.steps", "sampling.sampler")
     for path in needed:
         lookup(metrics, path)
-    for path in {path for metric in METRICS.values() for path in metric.paths}:
+    for path in {path for m in METRICS.values() if not m.optional for path in m.paths}:
         value = lookup(metrics, path)
         if value is None and path != "quality.fid":
             continue
@@ -250,7 +276,8 @@ def cell_frame(sources: list[Source], expected: Iterable[Mapping] | None = None)
     for key in sorted({cell_key(cell) for cell in expected or ()} - set(cells)):
         known = labels.get(key[1], {"title": key[1]})
         cells[key] = dict(zip(CELL, key, strict=True)) | {"status": "missing"} | _labels(known)
-    columns = [*CELL, "status", *LABELS, "samples", "sampler", "steps", *METRICS]
+    columns = [*CELL, "status", *LABELS, "share", "details", "samples", "sampler", "steps",
+               *METRICS]  # fmt: skip
     frame = pd.DataFrame([cells[key] for key in sorted(cells)], columns=columns)
     return frame.astype(dict.fromkeys(METRICS, float))
 
@@ -266,16 +293,32 @@ def _cell(source: Source) -> dict:
     if metrics["status"] == "ok":
         cell |= {name: metric.read(metrics) for name, metric in METRICS.items()}
         cell |= {"samples": metrics["quality"]["samples"]}
+        cell |= {"share": _share(metrics), "details": _details(metrics)}
         cell |= {name: metrics["sampling"][name] for name in ("sampler", "steps")}
     return cell
 
 
-def aggregate(cells: pd.DataFrame) -> pd.DataFrame:
+def _share(metrics: Mapping) -> str:
+    """How a plan fixes its own share of the parameters: "2:4", "uniform"; "" where it does not."""
+    pattern = metrics.get("plan", {}).get("pattern")
+    return "" if pattern in (None, "unstructured") else pattern
+
+
+def _details(metrics: Mapping) -> str:
+    """What a method and the timing want said beside the row, in one line."""
+    kernels = metrics["latency"].get("kernels") or {}
+    summary = metrics.get("plan", {}).get("notes", {}).get("summary", "")
+    return "; ".join(filter(None, (summary, kernels.get("reason", ""))))
+
+
+def aggregate(cells: pd.DataFrame, compares: str = "selections") -> pd.DataFrame:
     """One line per row with `<metric>_mean` and `<metric>_sd` (ddof 1), ranked and ordered."""
+    comparison = COMPARISONS[compares]
     rows = pd.DataFrame([_row(key, group) for key, group in cells.groupby(ROW)])
     rows = rows.astype({"samples": "Int64", "steps": "Int64"})
-    rows["rank"] = _ranks(rows)
-    rows["ties"] = [_ties(rows, row) for _, row in rows.iterrows()]
+    rows["section"] = rows[comparison.section]
+    rows["rank"] = _ranks(rows, comparison.group)
+    rows["ties"] = [_ties(rows, row, comparison.group) for _, row in rows.iterrows()]
     rows = rows.join(pd.DataFrame([_equal_latency(rows, row) for _, row in rows.iterrows()]))
     return _ordered(rows.astype({"equal_latency_steps": "Int64"}))
 
@@ -288,6 +331,8 @@ def _row(key: tuple, cells: pd.DataFrame) -> dict:
     row |= {"control": bool(best.control), "reconstruction": bool(best.reconstruction)}
     row |= {"seeds_ok": len(ok), "seeds_expected": len(cells)}
     row |= {"samples": ok.samples.min(), "sampler": best.sampler, "steps": ok.steps.max()}
+    row |= {name: best[name] if best.status == "ok" else "" for name in ("share", "details")}
+    row["budget"] = row["recovery"].rpartition("-")[2]
     row["smoke"] = bool((ok.samples < MINIMUM_SAMPLES).any())
     for name in METRICS:
         row[f"{name}_mean"], row[f"{name}_sd"] = _spread(ok[name].dropna().tolist())
@@ -309,10 +354,10 @@ def worse_by(metric: str, value: float, other: float) -> float:
     return value - other if METRICS[metric].better == "lower" else other - value
 
 
-def _ranks(rows: pd.DataFrame) -> pd.Series:
+def _ranks(rows: pd.DataFrame, group: tuple[str, ...]) -> pd.Series:
     ranked = rows[(rows.status == "ok") & ~is_reference(rows)]
     cost = worse_by("fid", ranked.fid_mean, 0.0)
-    groups = cost.groupby([ranked[name] for name in GROUP])
+    groups = cost.groupby([ranked[name] for name in group])
     ranks = groups.rank(method="min").astype("Int64")
     return ranks.where(groups.transform("size") > 1)  # alone in its group, a row is not first
 
@@ -331,10 +376,11 @@ def indistinguishable(row: pd.Series, other: pd.Series) -> bool:
     return bool(test.pvalue >= SIGNIFICANCE)
 
 
-def _ties(rows: pd.DataFrame, row: pd.Series) -> int:
+def _ties(rows: pd.DataFrame, row: pd.Series, group: tuple[str, ...]) -> int:
     if pd.isna(row["rank"]):
         return 0
-    rivals = rows[rows["rank"].notna() & (rows[GROUP] == row[GROUP]).all(axis=1)].drop(row.name)
+    same = (rows[list(group)] == row[list(group)]).all(axis=1)
+    rivals = rows[rows["rank"].notna() & same].drop(row.name)
     return sum(indistinguishable(row, rival) for _, rival in rivals.iterrows())
 
 
@@ -373,12 +419,15 @@ def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
     """By model: references, then each group by rank, with failed and missing rows last."""
     order = {name: place for place, name in enumerate(recovery_order(rows))}
     keys = pd.DataFrame({
-        "model": rows.model, "pruned": ~is_reference(rows), "recovery": rows.recovery.map(order),
-        "sparsity": rows.sparsity, "status": rows.status.map(OUTCOMES),
-        "rank": rows["rank"].astype(float), "steps": -rows.steps.astype(float),
-        "method": rows.method,
+        "model": rows.model, "pruned": ~is_reference(rows),
+        "section": rows.section.map(lambda name: order.get(name, 0)), "name": rows.section,
+        "sparsity": rows.sparsity, "share": rows["share"],
+        "budget": rows.groupby("budget").recovery_images_mean.transform("max").fillna(0),
+        "status": rows.status.map(OUTCOMES), "rank": rows["rank"].astype(float),
+        "steps": -rows.steps.astype(float), "method": rows.method, "recovery": rows.recovery,
     })  # fmt: skip
-    keys.loc[~keys.pruned, ["recovery", "sparsity"]] = 0
+    keys.loc[~keys.pruned, ["section", "sparsity", "budget"]] = 0
+    keys.loc[~keys.pruned, "name"] = ""
     return rows.loc[keys.sort_values(list(keys.columns)).index].reset_index(drop=True)
 
 

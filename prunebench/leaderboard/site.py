@@ -1,7 +1,7 @@
 """Everything a leaderboard publishes, above all one HTML page that works from a disk, offline."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,7 @@ import jinja2
 import pandas as pd
 
 from prunebench.artefacts import write_atomically
-from prunebench.leaderboard import plots, tables
+from prunebench.leaderboard import oracle, plots, tables
 from prunebench.leaderboard.collect import (
     Source,
     aggregate,
@@ -22,7 +22,7 @@ from prunebench.leaderboard.collect import (
     warnings,
 )
 
-OWNED = ("pareto_*.svg", "pareto_*.png", "samples_*.png", "raw/**/seed*.json")
+OWNED = ("pareto_*.svg", "pareto_*.png", "samples_*.png", "raw/**/*.json", "oracle.*")
 MIME = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
@@ -34,10 +34,11 @@ class Board:
     sources: list[Source]
     cells: pd.DataFrame
     grids: dict[tuple, bytes]
+    compares: str = "selections"
 
     @cached_property
     def rows(self) -> pd.DataFrame:
-        return aggregate(self.cells)
+        return aggregate(self.cells, self.compares)
 
     @cached_property
     def caption(self) -> dict[str, str]:
@@ -64,7 +65,13 @@ class Board:
 
 
 def build(
-    metrics_files: list[Path], out: Path, *, expected_cells: list[dict] | None, title: str
+    metrics_files: list[Path],
+    out: Path,
+    *,
+    expected_cells: list[dict] | None,
+    title: str,
+    compares: str = "selections",
+    oracle_files: Iterable[Path] = (),
 ) -> None:
     """Write the leaderboard's tables, plots, page and raw copies; same inputs, same bytes.
 
@@ -74,19 +81,31 @@ def build(
         expected_cells: every planned cell (model, method, sparsity, recovery, seed); those not
             among the files are listed as not finished. None expects what was found.
         title: heading of the page and the tables.
+        compares: what differs between ranked rows, a key of collect.COMPARISONS.
+        oracle_files: records of layer masks, to place the layer selections among.
 
     Raises:
         UserError: a file is unreadable, not a metrics.json, a duplicate or of another track.
     """
-    sources = read_sources(metrics_files)
-    board = Board(title, sources, cell_frame(sources, expected_cells), read_grids(sources))
-    files = published(board)
+    sources, masks = read_sources(metrics_files), oracle.read(oracle_files)
+    oracle.attach(sources, masks)
+    frame = cell_frame(sources, expected_cells)
+    board = Board(title, sources, frame, read_grids(sources), compares)
+    files = published(board) | oracle.published(masks)
     for pattern in OWNED:
         for file in sorted(Path(out).glob(pattern)):
             if file.relative_to(out).as_posix() not in files:
                 file.unlink()
+                _remove_empty(file.parent, out)
     for name, content in files.items():
         write_atomically(Path(out) / name, lambda path, content=content: path.write_bytes(content))
+
+
+def _remove_empty(folder: Path, out: Path) -> None:
+    """Remove the folders that a deleted method's records leave empty."""
+    while folder != Path(out) and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent
 
 
 def read_grids(sources: list[Source]) -> dict[tuple, bytes]:
@@ -130,7 +149,7 @@ def to_html(board: Board, images: Mapping[str, bytes]) -> str:
     models = list(board.rows.model.unique())
     return environment.get_template("leaderboard.html.j2").render(
         board=board,
-        columns=tables.COLUMNS,
+        columns=tables.present(tables.COLUMNS, board.rows),
         legend=tables.LEGEND,
         models=models,
         recoveries=recovery_order(board.rows),
@@ -162,7 +181,7 @@ def _table(board: Board) -> list[dict]:
     previous, table = None, []
     for _, row in board.rows.iterrows():
         reference = row.kind in tables.REFERENCE_KINDS
-        group = (row.model, reference or (row.recovery, row.sparsity))
+        group = (row.model, reference or (row.section, row.sparsity, row["share"]))
         table.append({
             "row": row,
             "title": tables.title(row),
@@ -170,7 +189,7 @@ def _table(board: Board) -> list[dict]:
             "first": group != previous,
             "reference": reference,
             "best": tables.is_best(row),
-            "cells": [_cell(column, row) for column in tables.COLUMNS],
+            "cells": [_cell(column, row) for column in tables.present(tables.COLUMNS, board.rows)],
             "raw": links.get((row.model, row.method, row.sparsity, row.recovery), []),
         })  # fmt: skip
         previous = group

@@ -84,6 +84,8 @@ def marks(row: pd.Series) -> list[str]:
         found.append(f"{int(row.steps)} steps")
     if row.control and row.kind not in REFERENCE_KINDS:
         found.append("control")
+    if row.recovery not in ("none", row.section):
+        found.append(row.healing)
     if row.smoke:
         found.append("smoke")
     if row.status != "ok":
@@ -161,7 +163,8 @@ def _columns() -> list[Column]:
         "seeds", "Seeds", "Finished of planned seeds", lambda row: row.seeds_ok,
         lambda row: f"{row.seeds_ok}/{row.seeds_expected}",
     )  # fmt: skip
-    key = ("fid", "kid", "lpips", "sparsity_reached", "macs", "speedup", "student_images")
+    key = ("fid", "kid", "lpips", "sparsity_reached", "macs", "speedup", "student_images",
+           "selection_wall_s", "oracle_beaten", "oracle_gap")  # fmt: skip
     metrics = [_metric_column(name, name in key) for name in METRICS]
     place = list(METRICS).index("speedup") + 1
     return [*identity, *metrics[:place], equal, *metrics[place:], seeds]
@@ -171,7 +174,8 @@ COLUMNS = _columns()
 KEY_COLUMNS = [column for column in COLUMNS if column.key]
 # What fits a conference's 5.5 inches; sparsity stands in the lines between groups.
 PRINTED = [column for column in KEY_COLUMNS
-           if column.name not in ("kind", "sparsity", "kid", "lpips", "sampling_ms")]  # fmt: skip
+           if column.name not in ("kind", "sparsity", "kid", "lpips", "sampling_ms",
+                                  "selection_wall_s", "oracle_gap")]  # fmt: skip
 
 
 def short_text(column: Column, row: pd.Series) -> str:
@@ -186,27 +190,34 @@ def one_line(text: str) -> str:
 
 
 def divisions(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
-    """One printed table per model and recovery, each opening with the model's references."""
+    """One printed table per model and section, each opening with the model's references."""
     for model, of_model in rows.groupby("model"):
         references = of_model[is_reference(of_model)]
         pruned = of_model[~is_reference(of_model)]
-        for recovery in pruned.recovery.unique():
-            yield model, recovery, pd.concat([references, pruned[pruned.recovery == recovery]])
+        for section in pruned.section.unique():
+            yield model, section, pd.concat([references, pruned[pruned.section == section]])
         if pruned.empty:
             yield model, "none", references
 
 
-def division_name(model: str, recovery: str) -> str:
-    return f"{model}, {'no recovery' if recovery == 'none' else recovery}"
+def division_name(model: str, section: str) -> str:
+    return f"{model}, {'no recovery' if section == 'none' else section}"
+
+
+def present(columns: list[Column], rows: pd.DataFrame) -> list[Column]:
+    """The columns without those optional ones that no row of the board has."""
+    empty = {n for n, m in METRICS.items() if m.optional and rows[f"{n}_mean"].isna().all()}
+    return [column for column in columns if column.name not in empty]
 
 
 def to_csv(rows: pd.DataFrame) -> str:
     """Every row at full precision, in the units of metrics.json; absent numbers are empty."""
-    first = [*ROW, "title", "kind", "control", "reconstruction", "status", "seeds_ok",
-             "seeds_expected", "samples", "smoke", "sampler", "steps", "rank", "ties"]  # fmt: skip
+    first = [*ROW, "healing", "share", "title", "kind", "control", "reconstruction", "status",
+             "seeds_ok", "seeds_expected", "samples", "smoke", "sampler", "steps", "rank",
+             "ties"]  # fmt: skip
     numbers = [f"{name}_{part}" for name in METRICS for part in ("mean", "sd")]
     equal = [name for name in rows.columns if name.startswith("equal_latency_")]
-    return rows[[*first, *numbers, *equal, "paper", "notes"]].to_csv(
+    return rows[[*first, *numbers, *equal, "paper", "notes", "details"]].to_csv(
         index=False, lineterminator="\n"
     )
 
@@ -223,13 +234,13 @@ def escape_markdown(text: str) -> str:
     return re.sub(r"([\\`*_\[\]|~#])", r"\\\1", text)
 
 
-def _markdown_table(rows: pd.DataFrame) -> list[str]:
-    lines = [[column.label for column in KEY_COLUMNS]]
-    lines.append(["---:" if column.numeric else ":---" for column in KEY_COLUMNS])
+def _markdown_table(rows: pd.DataFrame, columns: list[Column]) -> list[str]:
+    lines = [[column.label for column in columns]]
+    lines.append(["---:" if column.numeric else ":---" for column in columns])
     for _, row in rows.iterrows():
-        cells = [escape_markdown(short_text(column, row)) for column in KEY_COLUMNS]
+        cells = [escape_markdown(short_text(column, row)) for column in columns]
         if is_best(row):
-            place = [column.name for column in KEY_COLUMNS].index("fid")
+            place = [column.name for column in columns].index("fid")
             cells[place] = f"**{cells[place]}**"
         lines.append(cells)
     return ["| " + " | ".join(line) + " |" for line in lines]
@@ -237,13 +248,14 @@ def _markdown_table(rows: pd.DataFrame) -> list[str]:
 
 def to_markdown(title: str, rows: pd.DataFrame, caption: dict[str, str], warnings: list[str],
                 failed: list[dict], missing: list[str]) -> str:  # fmt: skip
-    """The readable subset, one table per model and recovery; leaderboard.csv holds everything."""
+    """The readable subset, one table per model and section; leaderboard.csv holds everything."""
+    columns = present(KEY_COLUMNS, rows)
     blocks = [f"# {escape_markdown(title)}"]
     blocks += [f"> **Warning:** {escape_markdown(text)}" for text in warnings]
     blocks.append("\n".join(f"- **{k}:** {escape_markdown(v)}" for k, v in caption.items()))
-    for model, recovery, division in divisions(rows):
-        blocks.append(f"## {escape_markdown(division_name(model, recovery))}")
-        blocks.append("\n".join(_markdown_table(division)))
+    for model, section, division in divisions(rows):
+        blocks.append(f"## {escape_markdown(division_name(model, section))}")
+        blocks.append("\n".join(_markdown_table(division, columns)))
     blocks.append("## Legend")
     blocks.append("\n".join(f"- {escape_markdown(text)}" for text in LEGEND))
     if failed:
@@ -309,7 +321,7 @@ def _latex_head(label: str) -> str:
     return r"\shortstack[r]{" + r" \\ ".join(map(escape_latex, lines)) + "}"
 
 
-def _latex_rows(rows: pd.DataFrame) -> list[str]:
+def _latex_rows(rows: pd.DataFrame, columns: list[Column]) -> list[str]:
     lines, previous = [], "references"
     for _, row in rows.iterrows():
         group = "references" if row.kind in REFERENCE_KINDS else row.sparsity
@@ -317,22 +329,22 @@ def _latex_rows(rows: pd.DataFrame) -> list[str]:
             text = escape_latex(f"sparsity {percent(row.sparsity)}")
             lines += [
                 r"\midrule",
-                rf"\multicolumn{{{len(PRINTED)}}}{{@{{}}l}}{{\emph{{{text}}}}} \\",
+                rf"\multicolumn{{{len(columns)}}}{{@{{}}l}}{{\emph{{{text}}}}} \\",
             ]
         previous = group
-        lines.append(" & ".join(_latex_cell(column, row) for column in PRINTED) + r" \\")
+        lines.append(" & ".join(_latex_cell(column, row) for column in columns) + r" \\")
     return lines
 
 
-def _latex_table(name: str, rows: pd.DataFrame, text: str) -> str:
-    form = "".join("r" if column.numeric else "l" for column in PRINTED)
-    head = " & ".join(_latex_head(column.label) for column in PRINTED) + r" \\"
+def _latex_table(name: str, rows: pd.DataFrame, text: str, columns: list[Column]) -> str:
+    form = "".join("r" if column.numeric else "l" for column in columns)
+    head = " & ".join(_latex_head(column.label) for column in columns) + r" \\"
     return "\n".join([
         r"\begin{table*}[t]", r"\centering", rf"\caption{{{text}}}",
         rf"\label{{tab:prunebench:{name}}}", r"\smallskip\scriptsize",
         r"\setlength{\tabcolsep}{3pt}",
         rf"\begin{{tabular}}{{@{{}}{form}@{{}}}}", r"\toprule", head, r"\midrule",
-        *_latex_rows(rows), r"\bottomrule", r"\end{tabular}", r"\end{table*}",
+        *_latex_rows(rows, columns), r"\bottomrule", r"\end{tabular}", r"\end{table*}",
     ])  # fmt: skip
 
 
@@ -344,10 +356,11 @@ def to_latex(title: str, rows: pd.DataFrame, caption: dict[str, str], warnings: 
     conditions = " ".join(f"{label}: {text}." for label, text in caption.items())
     notes = " ".join([*warnings, *LEGEND])
     tables = ["% \\usepackage{booktabs}; entries in leaderboard.bib"]
-    for model, recovery, division in divisions(rows):
-        text = f"{title}: {division_name(model, recovery)}."
+    columns = present(PRINTED, rows)
+    for model, section, division in divisions(rows):
+        text = f"{title}: {division_name(model, section)}."
         if len(tables) == 1:
             text = f"{text} {conditions} {notes}"
-        name = f"{model}:{recovery}"
-        tables.append(_latex_table(name, division, escape_latex(text)))
+        name = f"{model}:{section}"
+        tables.append(_latex_table(name, division, escape_latex(text), columns))
     return "\n\n".join(tables) + "\n"

@@ -1,7 +1,12 @@
 """Model families, one module each; a track names the module in `family`.
 
 A family module offers `build(config)` and, for a model m with `m(x, t, y) -> prediction`:
-`layers(m, granularity)`, `remove_layer(m, name)`, `widths(m)`, `weights(m)` and `refresh(m)`.
+`layers(m, granularity)`, `remove_layer(m, name)`, `widths(m)`, `weights(m)`, `features(m)` and
+`refresh(m)`.
+
+`features(m)` names the modules whose outputs (or their first elements) distillation compares, in
+pruned models too. Each goes with the parameter whose axis 0 holds the channels (axis 1) of that
+output, or None where pruning never changes its width.
 """
 
 import importlib

@@ -232,6 +232,11 @@ def weights(model: DiT) -> list[str]:
     ]
 
 
+def features(model: DiT) -> dict[str, str | None]:
+    """The residual stream after every block; a bypassed block passes it on and still compares."""
+    return {f"blocks.{index}": None for index in range(len(model.blocks))}
+
+
 def refresh(model: DiT) -> None:
     """Derive the attributes that follow from tensor shapes after surgery."""
     for block in model.blocks:

@@ -130,6 +130,27 @@ def weights(model: UNet) -> list[str]:
     ]
 
 
+def features(model: UNet) -> dict[str, str | None]:
+    """The output of every down and up block, as BK-SDM compares UNets; not the middle block's."""
+    blocks = {
+        f"{part}.{index}": block
+        for part in ("down_blocks", "up_blocks")
+        for index, block in enumerate(getattr(model, part))
+    }
+    return {name: f"{name}.{_last_writer(block)}.weight" for name, block in blocks.items()}
+
+
+def _last_writer(block: nn.Module) -> str:
+    """The convolution whose rows are the channels of a block's output.
+
+    Attention after the last ResNet block adds to the same channels, so they leave together.
+    """
+    for samplers in ("downsamplers", "upsamplers"):
+        if getattr(block, samplers, None):
+            return f"{samplers}.0.conv"
+    return f"resnets.{len(block.resnets) - 1}.conv2"
+
+
 def refresh(model: UNet) -> None:
     """Derive the attributes that follow from tensor shapes after surgery."""
     for module in model.modules():

@@ -7,7 +7,7 @@ neither the method that made the plan nor a dependency graph.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -102,20 +102,42 @@ def _check_kept(unit: Width, kept: tuple[int, ...]) -> None:
         )
 
 
-def shrink(model: nn.Module, changes: list[tuple[Width, tuple[int, ...]]]) -> None:
+def shrink(model: nn.Module, changes: Sequence[tuple[Width, tuple[int, ...]]]) -> None:
     """Slice every member tensor of the given widths; axes shared by several widths are cut once."""
+    for (name, axis), stays in _staying(model, changes).items():
+        tensor = model.get_parameter(name)
+        _set_parameter(model, name, tensor.detach().index_select(axis, stays.to(tensor.device)))
+
+
+def _staying(
+    model: nn.Module, changes: Sequence[tuple[Width, tuple[int, ...]]]
+) -> dict[tuple[str, int], Tensor]:
+    """What stays along every axis that the given widths shrink: (tensor, axis) -> indices."""
     gone: dict[tuple[str, int], list[Tensor]] = {}
     for unit, kept in changes:
         removed = [channel for channel in range(unit.size) if channel not in set(kept)]
         for member in unit.members:
             indices = member.index[removed].flatten()
             gone.setdefault((member.tensor, member.axis), []).append(indices)
+    staying = {}
     for (name, axis), indices in gone.items():
-        tensor = model.get_parameter(name)
-        stays = torch.ones(tensor.shape[axis], dtype=torch.bool)
+        stays = torch.ones(model.get_parameter(name).shape[axis], dtype=torch.bool)
         stays[torch.cat(indices)] = False
-        place = stays.nonzero().flatten().to(tensor.device)
-        _set_parameter(model, name, tensor.detach().index_select(axis, place))
+        staying[name, axis] = stays.nonzero().flatten()
+    return staying
+
+
+def kept_rows(model: nn.Module, plan: Plan, family: ModuleType) -> dict[str, Tensor | None]:
+    """The channels that `plan` leaves of every feature of a dense `model`; None: all of them.
+
+    The names are those of `family.features`. A plan of widths traces the model where the family
+    finds them so.
+    """
+    features, staying = family.features(model), {}
+    if plan.kept and any(features.values()):
+        units = {unit.name: unit for unit in family.widths(model)}
+        staying = _staying(model, [(units[name], kept) for name, kept in plan.kept.items()])
+    return {name: staying.get((parameter, 0)) for name, parameter in features.items()}
 
 
 def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:

@@ -1,14 +1,38 @@
 """Recoveries: how a pruned model is healed, one module each, usable with every selection.
 
-A recovery module offers `loss(teacher) -> Loss`; the training loop, the data and the budget are the
+A recovery module offers `loss(teaching) -> Loss`, and TEACHER, which says whether it looks at
+`teaching` at all; the training loop, the data and the budget are the
 same for all. The name of a track's recovery is the module's name and a budget: "finetune-low".
+Free of torch, because tracks name recoveries and are read without it.
 """
+
+from __future__ import annotations
 
 import importlib
 import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 from prunebench.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What a student can learn from.
+
+    Attributes:
+        teacher: the dense model: frozen, in evaluation mode, its passes metered as a teacher's.
+        kept: the modules whose outputs compare (the family's `features`), by name; for each the
+            channels of the teacher's output that the student still has, int64 [kept], None: all.
+    """
+
+    teacher: nn.Module
+    kept: Mapping[str, Tensor | None]
 
 
 def recovery_names() -> list[str]:

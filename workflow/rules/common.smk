@@ -17,9 +17,16 @@ except UserError as error:
 
 ARGUMENT = config.get("track", "embedded")
 LAYOUT = tracks.Layout(TRACK.name)
-METRICS = [tracks.Paths(TRACK, cell).metrics for cell in TRACK.cells()]
-RESULTS = f"results/{TRACK.name}"
-LEADERBOARD = [f"{RESULTS}/leaderboard.{kind}" for kind in ("csv", "md", "tex", "html", "bib")]
+METRICS = {
+    division: [tracks.Paths(TRACK, cell).metrics for cell in TRACK.cells(division)]
+    for division in TRACK.divisions
+}
+RESULTS = {division: LAYOUT.results(division, TRACK.default_division) for division in METRICS}
+LEADERBOARD = {
+    division: [f"{folder}/leaderboard.{kind}" for kind in ("csv", "md", "tex", "html", "bib")]
+    for division, folder in RESULTS.items()
+}
+ORACLE = [LAYOUT.oracle(*place) for place in TRACK.oracle()]
 
 
 def forget_killed_run():
@@ -56,12 +63,13 @@ def start_warm_server():
 
 
 def report_failed_cells():
-    failed = [path for path in METRICS if Path(path).exists() and is_failed(path)]
-    if failed:
-        logger.warning(
-            f"{len(failed)} of {len(METRICS)} cells failed; "
-            f"{RESULTS}/leaderboard.md names the reasons and logs"
-        )
+    for division, metrics in METRICS.items():
+        failed = [path for path in metrics if Path(path).exists() and is_failed(path)]
+        if failed and Path(LEADERBOARD[division][0]).exists():
+            logger.warning(
+                f"{len(failed)} of {len(metrics)} cells failed; "
+                f"{RESULTS[division]}/leaderboard.md names the reasons and logs"
+            )
 
 
 def is_failed(record):
@@ -103,5 +111,5 @@ def method_file(wildcards):
     return str(TRACK.method(wildcards.method).file)
 
 
-def finished_metrics(wildcards):
-    return [path for path in METRICS if Path(path).exists()]
+def finished(records):
+    return [path for path in records if Path(path).exists()]

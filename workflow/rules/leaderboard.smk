@@ -1,31 +1,40 @@
-# The leaderboard: a pure function of the records of the scored cells.
+# The leaderboards, one per division: each a pure function of the records of its scored cells.
 
+for division in METRICS:
 
-rule leaderboard:
-    input:
-        METRICS,
-    output:
-        LEADERBOARD,
-    log:
-        LAYOUT.log("leaderboard"),
-    conda:
-        "../../envs/prunebench.yaml"
-    params:
-        track=ARGUMENT,
-    shell:
-        "prunebench leaderboard --track {params.track} &> {log}"
+    rule:
+        name:
+            f"leaderboard_{division}"
+        input:
+            METRICS[division],
+            # A finished oracle joins the tables; it is never made for them.
+            ORACLE if len(finished(ORACLE)) == len(ORACLE) else [],
+        output:
+            LEADERBOARD[division],
+        log:
+            LAYOUT.log("leaderboard", division),
+        conda:
+            "../../envs/prunebench.yaml"
+        params:
+            track=ARGUMENT,
+            division=division,
+        shell:
+            "prunebench leaderboard --track {params.track} --division {params.division} &> {log}"
 
-
-rule partial:
-    input:
-        finished_metrics,
-    output:
-        touch(f"{LAYOUT.root}/partial.done"),
-    log:
-        LAYOUT.log("partial"),
-    conda:
-        "../../envs/prunebench.yaml"
-    params:
-        track=ARGUMENT,
-    shell:
-        "prunebench leaderboard --track {params.track} --partial &> {log}"
+    rule:
+        name:
+            f"partial_{division}"
+        input:
+            finished(METRICS[division]),
+        output:
+            touch(f"{LAYOUT.root}/partial_{division}.done"),
+        log:
+            LAYOUT.log("partial", division),
+        conda:
+            "../../envs/prunebench.yaml"
+        params:
+            track=ARGUMENT,
+            division=division,
+        shell:
+            "prunebench leaderboard --track {params.track} --division {params.division} --partial "
+            "&> {log}"

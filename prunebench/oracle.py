@@ -1,0 +1,94 @@
+"""The oracle: every layer mask of one sparsity, healed and judged like the cells of a track.
+
+With few layers all masks can be run, and a selection's percentile among them is exact. With many, a
+stated number of random ones stands for all. Each mask is a job that keeps only its FID.
+"""
+
+import copy
+import itertools
+import math
+import time
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import nn
+
+from prunebench import artefacts, models, stages
+from prunebench.config import Cell, Layout, Track
+from prunebench.errors import CellError, UserError
+from prunebench.evaluation import features, quality
+from prunebench.pruning import surgery
+from prunebench.pruning.plan import Plan
+from prunebench.pruning.targets import plan_layers
+from prunebench.training.budget import BudgetMeter
+
+SEED = 0  # of the random masks, where there are too many for all
+
+
+def masks(
+    model: nn.Module, family: ModuleType, sparsity: float, count: int
+) -> tuple[list[tuple[str, ...]], bool]:
+    """At most `count` different masks of a sparsity, and whether these are all there are.
+
+    Layers of one size: all subsets of the size that meets the target, or random ones of them.
+    Unequal layers: the plans of random orders, as the random-layers control draws them.
+    """
+    layers = family.layers(model, "block")
+    size = len(plan_layers(model, layers, sparsity).layers)
+    equal = len({layer.parameters for layer in layers}) == 1
+    if equal and math.comb(len(layers), size) <= count:
+        names = sorted(layer.name for layer in layers)
+        return list(itertools.combinations(names, size)), True
+    generator, found = torch.Generator().manual_seed(SEED), {}
+    for _ in range(100 * count):
+        order = [layers[i] for i in torch.randperm(len(layers), generator=generator)]
+        found[plan_layers(model, order, sparsity).layers] = None
+        if len(found) == count:
+            break
+    return list(found), False
+
+
+def evaluate(
+    track: Track, layout: Layout, model: str, recovery: str, seed: int, index: int
+) -> None:
+    """Heal, sample and judge mask `index`; a training that fails is a mask without a FID."""
+    start, settings = time.perf_counter(), track.content["oracle"]
+    artefacts.read_record(layout.trained(model))
+    dense, _ = surgery.load(Path(layout.trained(model)).parent)
+    family = models.family(track.model(model)["family"])
+    found, exhaustive = masks(dense, family, settings["sparsity"], settings["masks"])
+    if index >= len(found):
+        raise UserError(
+            f"oracle.masks: model '{model}' has only {len(found)} masks; set it to that"
+        )
+    cell = Cell(track.name, model, "oracle", settings["sparsity"], recovery, seed)
+    meter, failure, fid = BudgetMeter(), None, None
+    try:
+        fid = _fid(track, layout, cell, dense, Plan(layers=found[index]), meter)
+    except CellError as error:
+        failure = {"stage": "oracle", "error": str(error), "log": None}
+    place = {"track": track.name, "model": model, "sparsity": settings["sparsity"],
+             "recovery": recovery, "seed": seed, "mask": index}  # fmt: skip
+    record = {"schema": 1, "cell": place, "layers": list(found[index]), "masks": len(found),
+              "exhaustive": exhaustive, "fid": fid, "failure": failure,
+              "budget": meter.report()}  # fmt: skip
+    stages.finish(layout.oracle(model, recovery, seed, index), track, start, [], **record)
+
+
+def _fid(
+    track: Track, layout: Layout, cell: Cell, dense: nn.Module, plan: Plan, meter: BudgetMeter
+) -> float:
+    family = models.family(track.model(cell.model)["family"])
+    pruned = surgery.apply(copy.deepcopy(dense), plan, family).to(stages.device())
+    if cell.recovery != "none":
+        stages.heal(track, cell, pruned, plan, dense, track.budget(cell), meter)
+    sampler = stages.sampler_for(track, cell.model, pruned, plan)
+    images = torch.cat(list(sampler.images(
+        cell.seed, 0, track.content["sampling"]["count"], track.content["sampling"]["batch"]
+    )))  # fmt: skip
+    judge = artefacts.read_record(layout.extractor)["extractor"]
+    eye = features.load_extractor(judge["name"], Path(judge["weights"]))
+    generated = eye.extract(images, track.content["evaluation"]["batch"])["features"]
+    reference = artefacts.read_tensors(Path(layout.extractor).parent / stages.FEATURES)["features"]
+    return quality.frechet_distance(*quality.statistics(generated), *quality.statistics(reference))

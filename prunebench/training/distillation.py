@@ -1,0 +1,66 @@
+"""Distillation from the dense model: what the recoveries with a teacher share."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import mse_loss
+
+from prunebench.recovery import Teaching
+from prunebench.training.loop import Batch, Loss
+
+Distance = Callable[[Tensor, Tensor], Tensor]  # (teacher's feature, student's feature) -> []
+
+
+def distilled(teaching: Teaching, distance: Distance | None = None) -> Loss:
+    """Task loss + output loss + sum over feature points of `distance`, every weight 1.
+
+    The structure and the weights are BK-SDM's (Kim et al., ECCV 2024; sheet section 4). Without a
+    `distance` no features are compared.
+    """
+    points = teaching.kept if distance else {}
+
+    def loss(model: nn.Module, batch: Batch) -> Tensor:
+        with torch.no_grad(), captured(teaching.teacher, points) as taught:
+            lesson = predict(teaching.teacher, batch)
+        with captured(model, points) as learnt:
+            prediction = predict(model, batch)
+        value = mse_loss(prediction, batch.target) + mse_loss(prediction, lesson)
+        for name, kept in points.items():
+            value = value + distance(surviving(taught[name], kept), learnt[name])
+        return value
+
+    return loss
+
+
+def predict(model: nn.Module, batch: Batch) -> Tensor:
+    """The prediction of the batch's target, without further outputs such as DiT's variance."""
+    return model(batch.noised, batch.network_time, batch.y)[:, : batch.target.shape[1]]
+
+
+@contextmanager
+def captured(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """What the named modules put out in the forward pass inside the block, by name.
+
+    Of a module that returns a tuple it is the first element: the hidden state of UNet blocks.
+    """
+    outputs: dict[str, Tensor] = {}
+
+    def hook_for(name: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, _inputs: tuple, output: Tensor | tuple) -> None:
+            outputs[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    handles = [model.get_submodule(n).register_forward_hook(hook_for(n)) for n in names]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def surviving(feature: Tensor, kept: Tensor | None) -> Tensor:
+    """The channels (axis 1) of a teacher's feature that the student still has."""
+    return feature if kept is None else feature.index_select(1, kept.to(feature.device))

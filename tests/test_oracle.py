@@ -1,0 +1,113 @@
+"""The oracle: which masks there are, what one job records, and how selections are placed."""
+
+import itertools
+import json
+
+import pandas as pd
+import pytest
+import tiny
+from test_leaderboard import a_cell, make_metrics, write_cell
+
+from prunebench import config, oracle
+from prunebench.errors import UserError
+from prunebench.leaderboard import build
+from prunebench.leaderboard import oracle as board
+from prunebench.pruning import surgery
+from prunebench.pruning.plan import Plan
+
+
+def _masks(name: str, sparsity: float, count: int):
+    return oracle.masks(tiny.dense(name), tiny.INSTANCES[name].module, sparsity, count)
+
+
+def test_all_masks_of_equal_layers():
+    found, exhaustive = _masks("dit", 0.5, 6)
+    names = [f"blocks.{i}" for i in range(4)]
+    assert found == list(itertools.combinations(names, 2)) and exhaustive
+
+
+def test_too_many_masks_are_drawn_at_random_and_differ():
+    found, exhaustive = _masks("dit", 0.5, 4)
+    assert len(set(found)) == len(found) == 4 and not exhaustive
+    assert found == _masks("dit", 0.5, 4)[0]
+    assert all(len(mask) == 2 for mask in found)
+
+
+def test_masks_of_unequal_layers_meet_the_target():
+    found, exhaustive = _masks("unet", 0.25, 3)
+    assert len(set(found)) == 3 and not exhaustive
+    whole, family = tiny.dense("unet"), tiny.INSTANCES["unet"].module
+    before = sum(p.numel() for p in whole.parameters())
+    largest = max(layer.parameters for layer in family.layers(whole, "block"))
+    for mask in found:
+        pruned = surgery.apply(tiny.dense("unet"), Plan(layers=mask), family)
+        gone = before - sum(p.numel() for p in pruned.parameters())
+        assert abs(gone - 0.25 * before) <= largest
+
+
+def _record(mask: int, fid: float | None, seed: int = 0) -> dict:
+    return {
+        "status": "ok", "layers": [f"blocks.{mask}"], "masks": 5, "exhaustive": True, "fid": fid,
+        "cell": {"track": "embedded", "model": "sit", "sparsity": 0.25, "recovery": "none",
+                 "seed": seed, "mask": mask},
+        "provenance": {},
+    }  # fmt: skip
+
+
+@pytest.fixture
+def written(tmp_path):
+    files = []
+    for mask, fid in enumerate([9.0, 3.0, 5.0, None, 7.0]):
+        files.append(tmp_path / f"mask{mask}.json")
+        files[-1].write_text(json.dumps(_record(mask, fid)))
+    return files
+
+
+def test_a_selection_is_placed_among_the_other_masks(written, tmp_path):
+    cells = [make_metrics(a_cell("a"), fid=5.0), make_metrics(a_cell("w"), fid=5.0, kind="widths")]
+    cells += [make_metrics(a_cell("b", seed=1), fid=6.0)]
+    files = [write_cell(tmp_path, metrics) for metrics in cells]
+    out = tmp_path / "out"
+    build(files, out, expected_cells=None, title="t", oracle_files=written)
+    rows = pd.read_csv(out / "leaderboard.csv").set_index("method")
+    # a is the mask with FID 5: of the three others 7 and 9 are worse; b's seed has no oracle
+    assert rows.loc["a", ["oracle_beaten_mean", "oracle_gap_mean"]].tolist() == [2 / 3, 2.0]
+    assert rows.loc["b", ["oracle_beaten_mean", "oracle_gap_mean"]].tolist() == [0.5, 3.0]
+    assert rows.loc["w", ["oracle_beaten_mean", "oracle_gap_mean"]].isna().all()
+    assert "Masks beaten" in (out / "leaderboard.md").read_text()
+    masks = pd.read_csv(out / "oracle.csv").set_index("mask")
+    assert masks["rank"].sort_index().tolist()[:3] == [4, 1, 2]
+    assert (
+        "| sit | 0.25 | none | 0 | 5 (all) | 3.00 | 6.00 | 9.00 | blocks.1 |"
+        in (out / "oracle.md").read_text()
+    )
+    assert (out / "raw/oracle/sit/none/seed0/mask4.json").read_bytes() == written[4].read_bytes()
+
+
+def test_without_an_oracle_the_tables_do_not_speak_of_it(tmp_path):
+    file = write_cell(tmp_path, make_metrics(a_cell("a")))
+    build([file], tmp_path / "out", expected_cells=None, title="t")
+    for name in ("leaderboard.md", "leaderboard.tex", "leaderboard.html"):
+        assert "Masks beaten" not in (tmp_path / "out" / name).read_text()
+    assert not (tmp_path / "out/oracle.csv").exists()
+
+
+def test_a_file_that_is_no_record_is_named(tmp_path):
+    (tmp_path / "x.json").write_text("{}")
+    with pytest.raises(UserError, match=r"x\.json is not a record of the oracle: 'status'"):
+        board.read([tmp_path / "x.json"])
+
+
+def test_a_mask_that_does_not_exist_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny.ROOT)
+    track = config.load("smoke")
+    layout = config.Layout("smoke", tmp_path)
+    folder = tmp_path / "smoke/dit/trained"
+    settings = track.model("dit")
+    family = tiny.models.family(settings["family"])
+    model = family.build(settings["config"])
+    surgery.save(folder, model, Plan(), settings["family"], settings["config"])
+    (folder / "dense.json").write_text("{}")
+    count = len(oracle.masks(model, family, 0.25, 4)[0])
+    with pytest.raises(UserError, match=f"model 'dit' has only {count} masks"):
+        oracle.evaluate(track, layout, "dit", "none", 0, 99)
