@@ -1,20 +1,40 @@
 """Removes channels with the smallest first-order Taylor term, summed over the less noisy timesteps.
 
 G. Fang, X. Ma, X. Wang, "Structural Pruning for Diffusion Models", NeurIPS 2023, arXiv 2305.10924.
-One calibration batch and one noise; gradients accumulate over ascending timesteps until the loss
-falls below `threshold` times its running maximum, tested before the gradient is taken. A channel's
-score is the sum of |w * gradient| over its slice, averaged over the layers of its group, as in the
-authors' Diffusers scripts.
+One calibration batch and one noise; gradients G accumulate over ascending timesteps until the loss
+falls below `threshold` times its running maximum. The authors' code (github.com/VainF/Diff-Pruning)
+scores a channel in two ways:
+
+- path "b" (their Diffusers scripts, the default): the sum of |w G| over a channel's slice of a
+  layer, averaged over the convolutions and matrices of its group;
+- path "a" (`ddpm_exp`, which made the paper's tables): the sum of (w G)^2 over all slices plus
+  |gamma G| of the group's normalisations, for layers that hold a channel as often as the first.
+
+Deviations: docs/methods/diff_pruning.md.
 """
 
-from prunebench.pruning.scores import matrices, per_channel
+from dataclasses import replace
+
+import torch
+
+from prunebench.errors import CellError
+from prunebench.pruning.scores import (
+    accumulate_gradients,
+    group_norms,
+    matrices,
+    per_channel,
+    slices,
+    taylor_terms,
+)
 
 TITLE = "Diff-Pruning"
 KIND = "widths"
 NOTES = (
-    "Parameter target of the table instead of the paper's channel ratio. The paper is about noise "
-    "prediction in UNets; a velocity loss does not fall below the gate: flow models use all times."
+    "Parameter target of the table instead of the paper's channel ratio, which the as-published "
+    "division has. The paper is about noise prediction in UNets; a velocity loss does not fall "
+    "below the gate: flow models use all times."
 )
+PUBLISHED = {"recovery": "finetune", "sparsities": (0.3,), "parameters": {"uniform": True}}
 PAPER = "arXiv 2305.10924"
 BIBTEX = """@inproceedings{fang2023structural,
   title = {Structural Pruning for Diffusion Models},
@@ -24,29 +44,54 @@ BIBTEX = """@inproceedings{fang2023structural,
 }"""
 
 
-def select(context, threshold=0.05, timesteps=1000, batch=128):
-    """Accumulate gradients over `timesteps` evenly spaced times; `threshold` 0 uses all of them."""
-    stopped = accumulate(context, threshold, timesteps, batch)
-    terms = {
-        name: (weight * weight.grad).detach().abs()
-        for name, weight in matrices(context.model).items()
-        if weight.grad is not None
-    }
-    scores = {
-        unit.name: per_channel(unit, terms, lambda slices: slices.sum(1))
-        for unit in context.widths()
-    }
-    return context.plan_widths(scores, stopped_at=stopped, timesteps=timesteps)
+def select(
+    context,
+    threshold=0.05,
+    timesteps=1000,
+    batch=128,
+    stop="before",
+    path="b",
+    uniform=False,
+    loss="mean",
+):
+    """Score every width by gated Taylor terms and remove its lowest channels.
+
+    Args:
+        threshold: share of the largest loss at which the gate closes; 0 never closes it.
+        timesteps: evenly spaced times, of which the paper uses all 1000.
+        stop: "before" or "after": whether the gate is tested before or after the backward pass.
+        path: "a" or "b", see above.
+        uniform: give every width the target as its own share (the paper) instead of the model.
+        loss: squared errors' "mean" or, in `ddpm_exp`, their "sum" over C, H and W. It changes
+            path "a" only, which adds squared and plain terms.
+    """
+    if path not in ("a", "b") or loss not in ("mean", "sum"):
+        raise CellError(f"path '{path}' must be 'a' or 'b' and loss '{loss}' 'mean' or 'sum'")
+    used = accumulate_gradients(context, timesteps, batch, threshold, stop)
+    # A sum over C, H and W is their number times the mean, and so are its gradients.
+    scale = context.data.images[0].numel() if loss == "sum" else 1
+    score = mixed_score(context.model, scale) if path == "a" else absolute_score(context.model)
+    scores = {unit.name: score(unit) for unit in context.widths()}
+    plan = context.plan_uniform if uniform else context.plan_widths
+    summary = f"gradients of {used} of {timesteps} times"
+    return plan(scores, stopped_at=used, timesteps=timesteps, summary=summary)
 
 
-def accumulate(context, threshold, timesteps, batch):
-    """Sum gradients in `.grad` up to the gate; returns the index of the first time left out."""
-    (calibration,) = context.draws(batch, batch)
-    highest = 0.0
-    for index, t in enumerate(context.data.objective.grid(timesteps)):
-        loss = context.loss(context.model, context.at_time(calibration, t))
-        highest = max(highest, loss.item())
-        if loss.item() < threshold * highest:
-            return index
-        loss.backward()
-    return timesteps
+def absolute_score(model):
+    """Path "b": a function from a width to its scores, [size]."""
+    terms = taylor_terms(matrices(model))
+    return lambda unit: per_channel(unit, terms, lambda rows: rows.abs().sum(1))
+
+
+def mixed_score(model, scale=1):
+    """Path "a": a function from a width to its scores, [size]; `scale` multiplies the gradients."""
+    squares = {n: (scale * term) ** 2 for n, term in taylor_terms(matrices(model)).items()}
+    values = squares | {n: (scale * t).abs() for n, t in taylor_terms(group_norms(model)).items()}
+
+    def score(unit):
+        often = unit.members[0].index.shape[1]
+        same = tuple(member for member in unit.members if member.index.shape[1] == often)
+        terms = slices(replace(unit, members=same), values).values()
+        return torch.stack([rows.sum(1) for rows in terms]).sum(0)
+
+    return score

@@ -2,8 +2,6 @@
 
 import subprocess
 import sys
-from contextlib import contextmanager
-from math import log
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +9,7 @@ import tiny
 import torch
 
 from prunebench import methods
-from prunebench.diffusion.objectives import NoisePrediction
 from prunebench.errors import CellError, UserError
-from prunebench.pruning.units import Layer
 
 GOOD = '''"""Removes the first layers.
 
@@ -104,7 +100,7 @@ BROKEN = {
     ),
     "unknown family": (
         GOOD.replace("\nKIND", '\nFAMILIES = ("dit", "resnet")\nKIND'),
-        r"first\.py: FAMILIES names 'resnet'; known: dit, ",
+        r"first\.py: FAMILIES names 'resnet'; known: .*dit, ",
     ),
     "impossible sparsity": (
         GOOD.replace("\nKIND", "\nSPARSITIES = (0.5, 50)\nKIND"),
@@ -227,138 +223,18 @@ def test_a_method_without_parameters_says_so(tmp_path):
         methods.check_parameters(methods.read(_written(tmp_path, content)), {"a": 1})
 
 
-# EntPruner's ranking on networks that can be worked out (papers/entpruner.md, section 7).
+# Magnitude.
 
 
-class Toy:
-    """A context whose "network" multiplies z by one factor per block that is present."""
-
-    def __init__(self, factors: dict[str, float], dimensions: int = 1, classes: int = 1):
-        generator = torch.Generator().manual_seed(0)
-        z = torch.randn(200, dimensions, generator=generator)
-        y = torch.arange(200) % classes
-        self._batches = [
-            SimpleNamespace(z=z[:120], y=y[:120]),
-            SimpleNamespace(z=z[120:], y=y[120:]),
-        ]
-        self.factors, self.model = factors, self._network(factors)
-        self.log = SimpleNamespace(info=lambda *_: None)
-
-    @staticmethod
-    def _network(factors):
-        return lambda z: z * torch.tensor(list(factors.values())).prod()
-
-    def draws(self, count, batch):
-        return self._batches
-
-    def predict(self, model, batch):
-        return model(batch.z)
-
-    def layers(self):
-        return [Layer(name, 1) for name in self.factors]
-
-    @contextmanager
-    def without(self, name):
-        yield self._network({k: v for k, v in self.factors.items() if k != name})
-
-    def plan_layers(self, order, ced):
-        return [layer.name for layer in order], ced
-
-
-def _entpruner():
-    return methods.load(tiny.found_methods()["entpruner"])
-
-
-def test_ced_is_the_log_of_what_a_block_multiplies_by():
-    order, ced = _entpruner()(Toy({"double": 2.0, "same": 1.0, "half": 0.5, "ten": 10.0}))
-    assert ced["same"] == pytest.approx(0, abs=1e-6)
-    assert ced["double"] == pytest.approx(log(2), abs=1e-6)
-    assert ced["half"] == pytest.approx(log(2), abs=1e-6)
-    assert ced["ten"] == pytest.approx(log(10), abs=1e-6)
-    assert order[0] == "same" and order[-1] == "ten"
-
-
-@pytest.mark.parametrize("classes", [1, 4])
-def test_ced_summed_over_dimensions_is_d_times_the_pooled(classes):
-    _, ced = _entpruner()(Toy({"b": 2.0}, dimensions=7, classes=classes), per_dimension=True)
-    assert ced["b"] == pytest.approx(7 * log(2), abs=1e-5)
-    _, pooled = _entpruner()(Toy({"b": 2.0}, dimensions=7, classes=classes))
-    assert pooled["b"] == pytest.approx(log(2), abs=1e-6)
-
-
-def test_ced_of_a_block_that_does_nothing_is_zero():
-    model = tiny.dense("dit")
-    for index in (1, 3):
-        for parameter in model.blocks[index].adaLN_modulation[1].parameters():
-            parameter.data.zero_()
-    context = tiny.context("dit", model, sparsity=2 * 18912 / 87684)
-    plan = _entpruner()(context, draws=20, batch=10)
-    assert plan.layers == ("blocks.1", "blocks.3")
-    ced = plan.notes["ced"]
-    assert ced["blocks.1"] == ced["blocks.3"] == 0.0
-    assert min(ced["blocks.0"], ced["blocks.2"]) > 0
-
-
-# Diff-Pruning's gated Taylor terms (papers/diff_pruning.md, section 8).
-
-
-def _calibration(function, goal=None):
-    """A context with x0 = 0 and noise +-1, and a "model" function(x, parameter)."""
-    goal, parameter = goal or NoisePrediction(), torch.nn.Parameter(torch.ones(()))
-    noise = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1)
-    batch = SimpleNamespace(x0=torch.zeros(2, 1, 1, 1), noise=noise)
-
-    def at_time(batch, t):
-        return goal.noised(batch.x0, batch.noise, t.expand(2))
-
-    return SimpleNamespace(
-        draws=lambda count, size: [batch],
-        at_time=at_time,
-        data=SimpleNamespace(objective=goal),
-        model=None,
-        loss=lambda _, noised: (function(noised[0], parameter) - noised[1]).square().mean(),
-        parameter=parameter,
-    )
-
-
-def _accumulate(context, threshold, timesteps=1000):
-    select = methods.load(tiny.found_methods()["diff_pruning"])
-    return select.__globals__["accumulate"](context, threshold, timesteps, 2)
-
-
-@pytest.mark.parametrize(
-    ("threshold", "stop"), [(0.01, 404), (0.02, 362), (0.05, 301), (0.1, 248), (0.0, 1000)]
-)
-def test_the_gate_stops_where_worked_out(threshold, stop):
-    """eps_hat = x_t on x0 = 0: L_t = (1 - sqrt(1 - abar_t))^2, from L_0 = 0.9801 downwards."""
-    assert _accumulate(_calibration(lambda x, p: p * x), threshold) == stop
-
-
-@pytest.mark.parametrize("threshold", [0.05, 1.0])
-def test_a_constant_loss_never_stops_the_gate(threshold):
-    assert _accumulate(_calibration(lambda x, p: 0 * p * x), threshold) == 1000
-
-
-def test_gradients_add_up_to_the_gate_and_without_the_step_that_closes_it():
-    context = _calibration(lambda x, p: p * x)
-    abar = context.data.objective.scheduler.alphas_cumprod.double()
-    assert _accumulate(context, 0.1) == 248
-    root = (1 - abar[:248]).sqrt()
-    assert context.parameter.grad.item() == pytest.approx(
-        (2 * (root - 1) * root).sum().item(), 1e-4
-    )
-
-
-@pytest.mark.parametrize("method", ["diff_pruning", "magnitude_widths"])
-def test_a_dead_neuron_goes_first(method):
+def test_a_dead_neuron_goes_first():
     """No weights in or out: the score is 0 and the network does not change."""
     model = tiny.dense("dit")
     mlp = model.blocks[2].mlp
     for tensor in (mlp.fc1.weight[17], mlp.fc1.bias[17:18], mlp.fc2.weight[:, 17]):
         tensor.data.zero_()
-    expected, parameters = tiny.output(model, "dit"), tiny.smoke().parameters(method)
+    expected = tiny.output(model, "dit")
     context = tiny.context("dit", model, sparsity=0.05)
-    plan = methods.load(tiny.found_methods()[method])(context, **parameters)
+    plan = methods.load(tiny.found_methods()["magnitude_widths"])(context)
     assert 17 not in plan.kept["blocks.2.mlp.neurons"]
     cut = tiny.context("dit", model).model
     from prunebench.pruning import surgery

@@ -115,7 +115,7 @@ def _staying(
     """What stays along every axis that the given widths shrink: (tensor, axis) -> indices."""
     gone: dict[tuple[str, int], list[Tensor]] = {}
     for unit, kept in changes:
-        removed = [channel for channel in range(unit.size) if channel not in set(kept)]
+        removed = sorted(set(range(unit.size)) - set(kept))
         for member in unit.members:
             indices = member.index[removed].flatten()
             gone.setdefault((member.tensor, member.axis), []).append(indices)
