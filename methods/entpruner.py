@@ -1,24 +1,33 @@
-"""Removes the blocks whose absence moves the entropy of the output least: lowest CED first.
+"""Removes, stage by stage during fine-tuning, the layers whose absence moves output entropy least.
 
 C. Li et al., "Which Layer Causes Distribution Deviation? Entropy-Guided Adaptive Pruning for
-Diffusion and Flow Models", arXiv 2511.21122. Conditional entropy deviation: CED_b = |H(X) - H(X |
-drop block b)| with the output taken as Gaussian, so that CED_b = |log sigma_b - log sigma|.
+Diffusion and Flow Models", arXiv 2511.21122. Layers are ranked by conditional entropy deviation,
+CED_b = |H(X) - H(X | drop block b)| with the output taken as Gaussian, so that CED_b = |pi_b|,
+pi_b = log sigma_b - log sigma. Then, in each of four stages, NTK condition number and ZiCo vote on
+how many layers go now, and what is left is fine-tuned; after the last stage recovery does that.
 
 Reconstruction: the paper's method section was not available. Pooled sigma, the number of draws and
-averaging CED over classes follow the sister paper Ent-Prog (arXiv 2511.21136) and reviews. This is
-the ranking only; the paper's progressive pruning during fine-tuning is not part of it.
+averaging CED over classes follow the sister paper Ent-Prog (arXiv 2511.21136) and reviews; proxies,
+ranks and ties are the same author's AutoProg-Zero's. See docs/methods/entpruner.md.
 """
 
+import copy
 import math
+from functools import partial
 
 import torch
 
-TITLE = "EntPruner (CED ranking)"
+from prunebench.pruning.proxies import ntk_condition, vote, zico
+from prunebench.pruning.units import parameter_count
+
+TITLE = "EntPruner"
 KIND = "layers"
+TRAINS = True
 RECONSTRUCTION = True
+PUBLISHED = {"recovery": "finetune", "sparsities": (0.3, 0.5)}
 NOTES = (
-    "One-shot CED ranking; the progressive NTK/ZiCo stages are not implemented yet. The paper is "
-    "about transformers; on UNets the units are ResNet blocks and attention layers."
+    "Without a training budget it is the one-shot CED ranking. The paper is about transformers; on "
+    "UNets the units are ResNet blocks and attention layers."
 )
 PAPER = "arXiv 2511.21122"
 BIBTEX = """@article{li2025entpruner,
@@ -30,33 +39,112 @@ BIBTEX = """@article{li2025entpruner,
 }"""
 
 
-def select(context, draws=1000, batch=100, per_dimension=False):
-    """Rank blocks on `draws` shared draws of (image, class, time, noise), lowest CED first.
+def select(
+    context,
+    draws=1000,
+    batch=100,
+    per_dimension=False,
+    granularity="block",
+    stages=4,
+    rerank=False,
+    time_rank=False,
+    proxy_batch=16,
+    ntk_batches=2,
+    zico_batches=2,
+):
+    """Rank on `draws` shared draws of (image, class, time, noise), then prune in `stages` stages.
 
-    `per_dimension` sums log sigma over the output's dimensions instead of pooling them.
+    `per_dimension` sums log sigma over the output's dimensions instead of pooling them. `rerank`
+    ranks the survivors anew at every stage. `time_rank` adds AutoProg-Zero's rank by time to the
+    vote, as a rank by parameters: a clock would give one seed several plans.
     """
     batches = context.draws(draws, batch)
-    intact = entropy(context, context.model, batches, per_dimension)
-    scores = {}
-    for layer in context.layers():
-        with context.without(layer.name) as model:
-            dropped = entropy(context, model, batches, per_dimension)
-        scores[layer.name] = (dropped - intact).abs().mean().item()
-        if not math.isfinite(scores[layer.name]):
-            raise ValueError(f"the entropy without {layer.name} is not finite: constant outputs")
-        context.log.info("CED of %s: %.5f", layer.name, scores[layer.name])
-    order = sorted(context.layers(), key=lambda layer: scores[layer.name])
-    return context.plan_layers(order, ced=scores)
+    rank = partial(ranked, context, batches=batches, per_dimension=per_dimension)
+    order, notes = rank(context.model, context.layers(granularity))
+    images = context.train_images // stages // context.settings.batch * context.settings.batch
+    if not (images or rerank):  # votes would decide when layers go, but no longer which
+        plan = context.plan_layers(order, **notes, summary="one-shot: no training between stages")
+        return plan, without(context, context.model, plan.layers)
+    ntk, noisy = (context.draws(proxy_batch * n, proxy_batch) for n in (ntk_batches, zico_batches))
+
+    def choose(networks):
+        kappa = [ntk_condition(network, ntk, context.predict) for network in networks]
+        scores = [zico(network, noisy, context.loss) for network in networks]
+        return vote(kappa, scores, [parameter_count(n) for n in networks if time_rank])
+
+    order, votes, model = prune(context, order, stages, images, choose, rank if rerank else None)
+    counts = [len(stage["removed"]) for stage in votes] + [0] * (stages - len(votes))
+    summary = f"removed per stage: {', '.join(map(str, counts))}"
+    return context.plan_layers(order, **notes, votes=votes, summary=summary), model
+
+
+def prune(context, order, stages, images, choose, rank):
+    """The order in which layers went, every stage's vote, and the model, trained between stages."""
+    model, votes, removed = copy.deepcopy(context.model), [], []
+    for stage in range(1, stages + 1):
+        survivors, ranking = [layer for layer in order if layer not in removed], {}
+        if rank and votes:
+            survivors, ranking = rank(model, survivors)
+        order = removed + survivors
+        final = context.plan_layers(order).layers
+        queue = [layer for layer in order if layer.name in final]
+        counts = candidates(len(removed), len(queue), stage, stages)
+        steps = [[layer.name for layer in queue[len(removed) : count]] for count in counts]
+        networks = [without(context, model, names) for names in steps]
+        best, ballot = choose(networks) if len(networks) > 1 else (0, {})
+        model, removed = networks[best], queue[: counts[best]]
+        votes.append({"candidates": counts, **ballot, "removed": steps[best], **ranking})
+        context.log.info("stage %d of %d: %s", stage, stages, votes[-1])
+        if removed == queue:  # only fine-tuning would follow, and that is recovery's
+            break
+        context.train(model, images)
+    return order, votes, model
+
+
+def candidates(removed, target, stage, stages):
+    """How many layers may be gone after a stage: as many as now, or more of an even schedule."""
+    points = range(stage + 1) if stage < stages else [stages]
+    return sorted({max(removed, math.ceil(point * target / stages)) for point in points})
+
+
+def ranked(context, model, layers, batches, per_dimension):
+    """Layers by ascending CED, tied ones in the given order; CED and signed pi by name."""
+    intact = log_sigmas(context, model, batches)
+    pi = {}
+    for layer in layers:
+        dropped = log_sigmas(context, without(context, model, [layer.name]), batches)
+        pi[layer.name] = [after - before for after, before in zip(dropped, intact, strict=True)]
+    ced, other = (
+        {name: values[form].abs().mean().item() for name, values in pi.items()}
+        for form in (per_dimension, not per_dimension)
+    )
+    for name, value in ced.items():
+        if not math.isfinite(value):
+            raise ValueError(f"the entropy without {name} is not finite: constant outputs")
+    signed = {name: values[per_dimension].mean().item() for name, values in pi.items()}
+    finite = {name: value if math.isfinite(value) else None for name, value in other.items()}
+    unused = "pooled" if per_dimension else "per_dimension"
+    notes = {"ced": ced, "pi": signed, f"ced_{unused}": finite}
+    return sorted(layers, key=lambda layer: ced[layer.name]), notes
 
 
 @torch.no_grad()
-def entropy(context, model, batches, per_dimension):
-    """log sigma of the output within each class, [classes]; constants of the Gaussian cancel."""
+def log_sigmas(context, model, batches):
+    """log sigma of the output, pooled and summed over dimensions, each [classes].
+
+    What else a Gaussian's entropy has cancels. Classes of one draw only have the pooled form.
+    """
     outputs = torch.cat([context.predict(model, batch) for batch in batches]).double().flatten(1)
     labels = torch.cat([batch.y for batch in batches])
     within = [outputs[labels == label] for label in labels.unique()]
-    if per_dimension:
-        return torch.stack(
-            [rows.std(0, correction=0).log().sum() for rows in within if len(rows) > 1]
-        )
-    return torch.stack([rows.std(correction=0).log() for rows in within])
+    pooled = [rows.std(correction=0).log() for rows in within]
+    each = [rows.std(0, correction=0).log().sum() for rows in within if len(rows) > 1]
+    return torch.stack(pooled), torch.stack(each or [torch.tensor(math.nan)])
+
+
+def without(context, model, names):
+    """A copy of the model without these layers."""
+    smaller = copy.deepcopy(model)
+    for name in names:
+        context.family.remove_layer(smaller, name)
+    return smaller
