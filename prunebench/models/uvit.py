@@ -1,0 +1,228 @@
+"""U-ViT (Bao et al. 2023, "All are Worth Words"): time, class and image patches are all tokens.
+
+Every block of the second half joins the output of its mirror block in the first half (long skip).
+Built on timm's Attention, Mlp and PatchEmbed; architecture, parameter names, token order and
+initialisation are those of the release (github.com/baofff/U-ViT, libs/uvit.py), so that its
+checkpoints with a row for "no class", or without classes, fit.
+
+Removing a block takes its two residual branches with their norms and nothing else:
+
+- an in-block passes the stream on, and the same tensor goes down its long skip;
+- an out-block still joins its long skip: `skip_linear` maps two streams to one and has no bypass,
+  like the projection in a UNet's shortcut. It stays and does not count as part of the layer.
+"""
+
+import torch
+from diffusers.models.embeddings import get_timestep_embedding
+from timm.layers import Mlp, PatchEmbed
+from timm.models.vision_transformer import Attention
+from torch import Tensor, nn
+
+from prunebench.pruning.units import Layer, Member, Width, parameter_count
+
+NORMS = {"attn": "norm1", "mlp": "norm2"}  # of each residual branch, in the order they run
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, behind the join of a long skip where `joins`."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, qkv_bias: bool, joins: bool):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.attn = Attention(width, num_heads=heads, qkv_bias=qkv_bias)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = Mlp(width, int(width * mlp_ratio))
+        self.skip_linear = nn.Linear(2 * width, width) if joins else None
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        if self.skip_linear is not None:
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+        for branch in self.branches():
+            x = x + getattr(self, branch)(getattr(self, NORMS[branch])(x))
+        return x
+
+    def branches(self) -> list[str]:
+        """The residual branches that are left."""
+        return [branch for branch in NORMS if getattr(self, branch) is not None]
+
+    def drop(self, branch: str) -> None:
+        """Take out "attn" or "mlp" with its norm."""
+        setattr(self, branch, None)
+        setattr(self, NORMS[branch], None)
+
+
+class UViT(nn.Module):
+    """Predicts noise from (x [N, C, H, W], t [N] on 0 to 999, y [N]); output [N, C, H, W].
+
+    Args:
+        depth: in-blocks and out-blocks together, as the release counts; the mid block comes on top.
+        classes: None for an unconditional network, which has no class token and ignores y.
+        mlp_time_embed: an MLP on the time token (no published size has it).
+        conv: a 3x3 convolution on the output image (every published size but Huge).
+    """
+
+    def __init__(
+        self,
+        resolution: int,
+        channels: int,
+        patch: int,
+        width: int,
+        depth: int,
+        heads: int,
+        classes: int | None,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = False,
+        mlp_time_embed: bool = False,
+        conv: bool = True,
+    ):
+        super().__init__()
+        if depth % 2:
+            raise ValueError(f"depth counts in- and out-blocks and must be even, not {depth}")
+        self.patch, self.width, self.null_class = patch, width, classes
+        self.patch_embed = PatchEmbed(resolution, patch, channels, width)
+        self.time_embed = _time_mlp(width) if mlp_time_embed else nn.Identity()
+        self.label_emb = None if classes is None else nn.Embedding(classes + 1, width)
+        self.extras = 1 if classes is None else 2
+        tokens = self.extras + self.patch_embed.num_patches
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, width))
+
+        def blocks(count: int, joins: bool) -> nn.ModuleList:
+            return nn.ModuleList(
+                Block(width, heads, mlp_ratio, qkv_bias, joins) for _ in range(count)
+            )
+
+        self.in_blocks = blocks(depth // 2, joins=False)
+        self.mid_block = Block(width, heads, mlp_ratio, qkv_bias, joins=False)
+        self.out_blocks = blocks(depth // 2, joins=True)
+        self.norm = nn.LayerNorm(width)
+        self.decoder_pred = nn.Linear(width, patch * patch * channels)
+        self.final_layer = nn.Conv2d(channels, channels, 3, padding=1) if conv else nn.Identity()
+        self.initialise()
+
+    def initialise(self) -> None:
+        """The release's: truncated normals; convolutions and class table keep PyTorch's own."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        tokens, skips = self.embed(x, t, y), []
+        for block in self.in_blocks:
+            tokens = block(tokens)
+            skips.append(tokens)
+        tokens = self.mid_block(tokens)
+        for block in self.out_blocks:
+            tokens = block(tokens, skips.pop())
+        return self.final_layer(self.image(self.decoder_pred(self.norm(tokens)), x.shape))
+
+    def embed(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """The sequence [N, extras + patches, width]: class (if any), time, patches row by row."""
+        time = get_timestep_embedding(t, self.width, flip_sin_to_cos=True, downscale_freq_shift=0)
+        parts = [self.time_embed(time.to(self.pos_embed)).unsqueeze(1), self.patch_embed(x)]
+        if self.label_emb is not None:
+            parts.insert(0, self.label_emb(y).unsqueeze(1))
+        return torch.cat(parts, dim=1) + self.pos_embed
+
+    def image(self, tokens: Tensor, shape: torch.Size) -> Tensor:
+        """Patch tokens [N, extras + patches, p * p * C] to an image of `shape` [N, C, H, W]."""
+        rows, columns = shape[2] // self.patch, shape[3] // self.patch
+        patches = tokens[:, self.extras :].unflatten(-1, (self.patch, self.patch, -1))
+        patches = patches.unflatten(1, (rows, columns))  # [N, h, w, p, q, C]
+        return torch.einsum("nhwpqc->nchpwq", patches).reshape(shape)
+
+
+def _time_mlp(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
+
+
+def build(config: dict) -> UViT:
+    return UViT(**config)
+
+
+def _blocks(model: UViT) -> dict[str, Block]:
+    """All blocks by name in the order they run, whatever is left of them."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Block)}
+
+
+def layers(model: UViT, granularity: str) -> list[Layer]:
+    """Whole blocks ("block"), or their attention and MLP branches ("branch"), without the joins."""
+    units = []
+    for name, block in _blocks(model).items():
+        sizes = {
+            branch: parameter_count(getattr(block, branch))
+            + parameter_count(getattr(block, NORMS[branch]))
+            for branch in block.branches()
+        }
+        if granularity == "branch":
+            units += [Layer(f"{name}.{branch}", size) for branch, size in sizes.items()]
+        elif sizes:
+            units.append(Layer(name, sum(sizes.values())))
+    return units
+
+
+def remove_layer(model: UViT, name: str) -> None:
+    path, _, leaf = name.rpartition(".")
+    if leaf in NORMS:
+        model.get_submodule(path).drop(leaf)
+        return
+    block = model.get_submodule(name)
+    for branch in block.branches():
+        block.drop(branch)
+
+
+def widths(model: UViT) -> list[Width]:
+    """Attention heads and MLP hidden neurons of each block; the residual stream keeps its width."""
+    kinds = {"attn": _heads, "mlp": _neurons}
+    return [
+        kinds[branch](f"{name}.{branch}", getattr(block, branch))
+        for name, block in _blocks(model).items()
+        for branch in block.branches()
+    ]
+
+
+def _heads(name: str, attention: Attention) -> Width:
+    heads, size = attention.num_heads, attention.head_dim
+    columns = torch.arange(heads * size).view(heads, size)
+    # The fused matrix holds all queries, then all keys, then all values.
+    rows = torch.cat([columns + part * heads * size for part in range(3)], dim=1)
+    members = [Member(f"{name}.qkv.weight", 0, rows), Member(f"{name}.proj.weight", 1, columns)]
+    if attention.qkv.bias is not None:
+        members.insert(1, Member(f"{name}.qkv.bias", 0, rows))
+    return Width(f"{name}.heads", heads, tuple(members))
+
+
+def _neurons(name: str, mlp: Mlp) -> Width:
+    index = torch.arange(mlp.fc1.out_features).unsqueeze(1)
+    members = (("fc1.weight", 0), ("fc1.bias", 0), ("fc2.weight", 1))
+    packed = tuple(Member(f"{name}.{tensor}", axis, index) for tensor, axis in members)
+    return Width(f"{name}.neurons", len(index), packed)
+
+
+def weights(model: UViT) -> list[str]:
+    """The matrices of every block's attention and MLP, which SparseDM masks (sheet section 3).
+
+    Joins of long skips, embedders, decoder and final convolution stay dense.
+    """
+    matrices = {"attn": ("qkv", "proj"), "mlp": ("fc1", "fc2")}
+    return [
+        f"{name}.{branch}.{matrix}.weight"
+        for name, block in _blocks(model).items()
+        for branch in block.branches()
+        for matrix in matrices[branch]
+    ]
+
+
+def features(model: UViT) -> dict[str, str | None]:
+    """The tokens [N, L, width] after every block; a bypassed block passes them on and compares."""
+    return dict.fromkeys(_blocks(model))
+
+
+def refresh(model: UViT) -> None:
+    """Derive the attributes that follow from tensor shapes after surgery."""
+    for block in _blocks(model).values():
+        if block.attn is not None:
+            block.attn.attn_dim = block.attn.proj.in_features
+            block.attn.num_heads = block.attn.attn_dim // block.attn.head_dim
