@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 
@@ -146,7 +146,7 @@ class Context:
                 f"{self.trained_images} of its budget of {self.train_images} are spent"
             )
         self.trained_images += images
-        names = [_parameter_name(model, name) for name in self.family.weights(self.model)]
+        names = trainable(model, self.family.weights(self.model))
         seed = self.generator().initial_seed()
         return loop.train(
             model,
@@ -234,11 +234,14 @@ def unmetered(model: nn.Module) -> nn.Module:
     return model
 
 
-def _parameter_name(model: nn.Module, name: str) -> str:
-    """The trainable tensor behind a weight, which torch moves aside when it is parametrized."""
-    path, _, leaf = name.rpartition(".")
-    moved = f"{path}.parametrizations.{leaf}.original"
-    return moved if moved in dict(model.named_parameters()) else name
+def trainable(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The tensors behind the named weights, which torch moves aside when they are parametrized."""
+    found, present = [], {name for name, _ in model.named_parameters()}
+    for name in names:
+        path, _, leaf = name.rpartition(".")
+        moved = f"{path}.parametrizations.{leaf}.original"
+        found.append(moved if moved in present else name)
+    return found
 
 
 def check_kind(plan: Plan, kind: str) -> None:

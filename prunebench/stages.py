@@ -21,7 +21,15 @@ from prunebench.config import Cell, Layout, Paths, Track, as_dict
 from prunebench.diffusion.objectives import objective
 from prunebench.diffusion.sampling import Sampler
 from prunebench.errors import CellError, UserError
-from prunebench.evaluation import classifier, consistency, cost, features, latency, quality
+from prunebench.evaluation import (
+    classifier,
+    consistency,
+    cost,
+    features,
+    latency,
+    quality,
+    semi_structured,
+)
 from prunebench.evaluation.grid import write_grid
 from prunebench.provenance import provenance
 from prunebench.pruning import surgery, targets
@@ -215,10 +223,10 @@ def heal(
 def _teaching(
     whole: nn.Module, plan: Plan, family: ModuleType, meter: BudgetMeter
 ) -> recovery.Teaching:
-    whole = whole.requires_grad_(False)
-    # Before the teacher is metered: finding widths may trace it, which is no pass of the recovery.
+    # Before the teacher is frozen and metered: finding widths may trace the model, which needs
+    # gradients and is no pass of the recovery.
     kept = surgery.kept_rows(whole, plan, family)
-    return recovery.Teaching(meter.watch(whole, "teacher"), kept)
+    return recovery.Teaching(meter.watch(whole.requires_grad_(False), "teacher"), kept)
 
 
 def sample(track: Track, cell: Cell, paths: Paths, batch: int | None = None) -> None:
@@ -245,8 +253,10 @@ def measure(track: Track, cell: Cell, paths: Paths) -> None:
     chosen = _upstream(paths.select)
     pruned, plan = surgery.load(Path(paths.select).parent)
     whole, _ = surgery.load(Path(paths.trained).parent)
-    ours = sampler_for(track, cell.model, pruned.to(device()), plan)
-    theirs = sampler_for(track, cell.model, whole.to(device()), Plan())
+    pruned, whole = pruned.to(device()), whole.to(device())
+    fast, plain, kernels = semi_structured.contestants(pruned, whole, plan)
+    ours = sampler_for(track, cell.model, fast, plan)
+    theirs = sampler_for(track, cell.model, plain, Plan())
     settings = track.content["latency"]
     one, many = (_forwards(ours, theirs, size) for size in (1, settings["batch"]))
     timed = functools.partial(
@@ -255,6 +265,7 @@ def measure(track: Track, cell: Cell, paths: Paths) -> None:
         warmup=settings["warmup"],
         device=device(),
     )
+    full = functools.partial(pruned, *_inputs(ours, settings["batch"]))
     images = settings["images"]
     end_to_end = timed(*(_whole_sampling(sampler, images) for sampler in (ours, theirs)))
     report = {
@@ -262,7 +273,8 @@ def measure(track: Track, cell: Cell, paths: Paths) -> None:
         "forward_batch": timed(*many),
         "sampling": _per_image(end_to_end, images),
         "batch": settings["batch"],
-        "peak_memory_mb": cost.peak_memory(many[0], pruned),
+        "peak_memory_mb": cost.peak_memory(full, pruned),
+        "kernels": kernels,
         **latency.conditions(device()),
     }
     macs = cost.count_macs(pruned, *_inputs(ours, 1))

@@ -158,15 +158,18 @@ def plan_n_of_m(scores: Mapping[str, Tensor], n: int, m: int, **notes: object) -
     """
     fitting = {name: score for name, score in scores.items() if score.shape[1] % m == 0}
     return Plan(
-        masks={name: n_of_m_mask(score, n, m) for name, score in fitting.items()},
+        masks={name: n_of_m_mask(score.cpu(), n, m) for name, score in fitting.items()},
         pattern=f"{n}:{m}",
         notes={**notes, "stay_dense": sorted(set(scores) - set(fitting))},
     )
 
 
 def n_of_m_mask(score: Tensor, n: int, m: int) -> Tensor:
-    """True for the n highest of every m along dimension 1 of a matrix or a convolution weight."""
-    groups = score.cpu().movedim(1, -1).unflatten(-1, (-1, m))
+    """True for the n highest of every m along dimension 1 of a matrix or a convolution weight.
+
+    The first of equal scores stays. The mask is on the scores' device.
+    """
+    groups = score.movedim(1, -1).unflatten(-1, (-1, m))
     kept = torch.zeros_like(groups, dtype=torch.bool)
     order = groups.argsort(dim=-1, descending=True, stable=True)
     kept.scatter_(-1, order[..., :n], True)

@@ -1,0 +1,120 @@
+"""Runs 2:4-masked matrices on the GPU's sparse kernels, so that what they bring is measured.
+
+NVIDIA GPUs from compute capability 8.0 on multiply a 2:4 matrix by skipping its zeros, in half
+precision. PyTorch reaches them through `to_sparse_semi_structured` (cuSPARSELt unless CUTLASS is
+forced), for matrices only and only at certain multiples of rows and columns. Everything else stays
+dense, and so does every convolution. The dense model it is timed against has the same precision.
+"""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.sparse import (
+    SparseSemiStructuredTensor,
+    SparseSemiStructuredTensorCUSPARSELT,
+    SparseSemiStructuredTensorCUTLASS,
+    to_sparse_semi_structured,
+)
+
+from prunebench.pruning.plan import Plan
+
+PATTERN, DTYPE = "2:4", torch.float16
+
+
+class Half(nn.Module):
+    """A copy of a denoiser in half precision that takes and returns single precision."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        # Not model.to(): diffusers' own warns of modules to keep in single precision, if none too.
+        self.model = nn.Module.to(copy.deepcopy(model), DTYPE)
+        self.null_class = getattr(model, "null_class", None)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.model(x.to(DTYPE), t, y).to(x.dtype)
+
+
+def contestants(
+    pruned: nn.Module, dense: nn.Module, plan: Plan
+) -> tuple[nn.Module, nn.Module, dict | None]:
+    """The pruned and the dense model as they are timed, and the report on kernels.
+
+    Only a 2:4 plan has a report. Where one of its layers has a kernel, both models are copies in
+    half precision; else both are returned as they are.
+    """
+    if plan.pattern != PATTERN:
+        return pruned, dense, None
+    fast, report = accelerate(pruned, plan)
+    return fast, Half(dense) if report["accelerated"] else dense, report
+
+
+def accelerate(model: nn.Module, plan: Plan) -> tuple[nn.Module, dict]:
+    """A half-precision copy of a 2:4-masked model whose matrices use sparse kernels.
+
+    Where no layer can, the model itself is returned. For inference only (`torch.inference_mode`).
+
+    Returns:
+        The model, and a report: "pattern"; "device"; "precision" of the returned model; how many
+        layers are "accelerated" "of" those masked; "dense", the reason for every layer of them
+        that is not; "reason", one that holds for all layers, or None.
+    """
+    device = next(model.parameters()).device
+    layers = {name: name.removesuffix(".weight") for name in plan.masks}
+    reason = missing_kernels(device)
+    why = {} if reason else {n: obstacle(model.get_submodule(n)) for n in layers.values()}
+    fit = [name for name, text in why.items() if text is None]
+    if fit:
+        model = Half(model)
+        for name in fit:
+            _compress(model.model.get_submodule(name))
+    report = {
+        "pattern": PATTERN,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "precision": str(DTYPE if fit else torch.float32).removeprefix("torch."),
+        "accelerated": len(fit),
+        "of": len(layers),
+        "dense": {name: text for name, text in why.items() if text},
+        "reason": reason,
+    }
+    return model, report
+
+
+def missing_kernels(device: torch.device) -> str | None:
+    """Why a device has no 2:4 kernels, or None if it has."""
+    if device.type != "cuda":
+        return f"no 2:4 kernels on this {device.type.upper()}: the pattern brings no speed"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):
+        return f"no 2:4 kernels below compute capability 8.0; this GPU has {capability}"
+    if _backend().BACKEND == "cusparselt" and not torch.backends.cusparselt.is_available():
+        return "this PyTorch was built without cuSPARSELt"
+    return None
+
+
+def obstacle(layer: nn.Module) -> str | None:
+    """Why a masked layer has no 2:4 kernel, or None if it has; looks at type and shape only."""
+    if not isinstance(layer, nn.Linear):
+        return f"{type(layer).__name__}: kernels exist for matrices only"
+    limits = _backend()._DTYPE_SHAPE_CONSTRAINTS[DTYPE]
+    rows, columns = layer.weight.shape
+    if rows % limits.sparse_min_rows or columns % limits.sparse_min_cols:
+        return (
+            f"{rows}x{columns} is not a multiple of "
+            f"{limits.sparse_min_rows}x{limits.sparse_min_cols}"
+        )
+    return None
+
+
+def _backend() -> type[SparseSemiStructuredTensor]:
+    """The class that `to_sparse_semi_structured` makes; its shape limits are kept nowhere else."""
+    if SparseSemiStructuredTensor._FORCE_CUTLASS:
+        return SparseSemiStructuredTensorCUTLASS
+    return SparseSemiStructuredTensorCUSPARSELT
+
+
+def _compress(layer: nn.Linear) -> None:
+    weight = to_sparse_semi_structured(layer.weight.detach().contiguous())
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    # The kernels flatten their input with `view`, which a transposed one (UNet attention) refuses.
+    layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
