@@ -92,7 +92,7 @@ class Context:
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
         """What `model` predicts for a batch, without further outputs such as DiT's variance."""
-        return model(batch.noised, batch.network_time, batch.y)[:, : batch.target.shape[1]]
+        return loop.predict(model, batch)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loss the model was trained with."""

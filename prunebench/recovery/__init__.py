@@ -1,8 +1,8 @@
 """Recoveries: how a pruned model is healed, one module each, usable with every selection.
 
 A recovery module offers `loss(teaching) -> Loss`, and TEACHER, which says whether it looks at
-`teaching` at all; the training loop, the data and the budget are the
-same for all. The name of a track's recovery is the module's name and a budget: "finetune-low".
+`teaching` at all; the training loop, the data and the budget are the same for all. The name of a
+track's recovery is the module's name and a budget: "finetune-low".
 Free of torch, because tracks name recoveries and are read without it.
 """
 

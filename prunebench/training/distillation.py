@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from prunebench.recovery import Teaching
-from prunebench.training.loop import Batch, Loss
+from prunebench.training.loop import Batch, Loss, predict
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # (teacher's feature, student's feature) -> []
 
@@ -32,11 +32,6 @@ def distilled(teaching: Teaching, distance: Distance | None = None) -> Loss:
         return value
 
     return loss
-
-
-def predict(model: nn.Module, batch: Batch) -> Tensor:
-    """The prediction of the batch's target, without further outputs such as DiT's variance."""
-    return model(batch.noised, batch.network_time, batch.y)[:, : batch.target.shape[1]]
 
 
 @contextmanager

@@ -70,10 +70,14 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 Adjust = Callable[[nn.Module], None]
 
 
+def predict(model: nn.Module, batch: Batch) -> Tensor:
+    """The prediction of the batch's target, without further outputs such as DiT's variance."""
+    return model(batch.noised, batch.network_time, batch.y)[:, : batch.target.shape[1]]
+
+
 def own_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The loss the model was trained with: mean squared error to the objective's target."""
-    prediction = model(batch.noised, batch.network_time, batch.y)[:, : batch.target.shape[1]]
-    return nn.functional.mse_loss(prediction, batch.target)
+    return nn.functional.mse_loss(predict(model, batch), batch.target)
 
 
 def train(
