@@ -66,6 +66,7 @@ INSTANCES = {
     "dit": Instance("dit", {**_DIT, "classes": CLASSES}),
     "dit_sigma": Instance("dit", {**_DIT, "channels": 3, "classes": CLASSES, "learn_sigma": True}),
     "sit": Instance("dit", {**_DIT, "classes": CLASSES}, {"name": "flow", "time_scale": 1000}),
+    "uvit": Instance("uvit", {**_DIT, "classes": CLASSES}),
     "unet": Instance("unet", _UNET),
     "unet_attention": Instance(
         "unet",
@@ -76,6 +77,18 @@ INSTANCES = {
             "attention_head_dim": 8,
             "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
             "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        },
+    ),
+    "ldm": Instance(
+        "conditional_unet",
+        {
+            **_UNET,
+            "in_channels": 3,
+            "out_channels": 3,
+            "attention_head_dim": 2,
+            "cross_attention_dim": 8,
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
         },
     ),
 }

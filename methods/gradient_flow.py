@@ -1,0 +1,233 @@
+"""Masks channels ever more where that raises the gradient norm of the loss, training in between.
+
+B. Wan, T. Zheng, Z. Chen, Y. Wang, J. Wang, "Pruning for Sparse Diffusion Models Based on Gradient
+Flow", ICASSP 2025, arXiv 2501.09464. A reconstruction: all that was available of the paper is what
+its abstract says (progressive soft pruning along the gradient flow of an energy; a criterion that
+prunes what raises the gradient norm). Formulas, schedules and constants are this suite's reading.
+
+With m the masks, G the gradient of the loss in the effective weights m * w and H its Hessian, the
+score of a group is S_g = -sum_{i in g} w_i (H G)_i, signed, and the highest go first. It is minus
+the slope of 1/2 |G|^2 in m_g, so both processes follow one quantity. The mask of a channel
+multiplies the weights that read it, so that it scales every path once; the group is these weights.
+"""
+
+import copy
+from functools import partial
+from itertools import pairwise
+
+import torch
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from prunebench.errors import CellError
+from prunebench.pruning import surgery, targets
+from prunebench.pruning.scores import slices
+from prunebench.pruning.soft_masks import full, gains, hard, masked, readers
+from prunebench.selection import unmetered
+
+TITLE = "Gradient-flow pruning (reconstruction)"
+KIND = "widths"
+RECONSTRUCTION = True
+TRAINS = True
+NOTES = (
+    "Reconstruction from the abstract: criterion, masks and schedule are this suite's reading, and "
+    "there is no published number to compare with. Half of the budget trains under soft masks."
+)
+# The suite's proposal, to be comparable with Diff-Pruning; the paper's own recipe is not known.
+PUBLISHED = {"recovery": "finetune", "sparsities": (0.3,), "parameters": {"uniform": True}}
+PAPER = "arXiv 2501.09464"
+BIBTEX = """@inproceedings{wan2025pruning,
+  title = {Pruning for Sparse Diffusion Models Based on Gradient Flow},
+  author = {Wan, B. and Zheng, T. and Chen, Z. and Wang, Y. and Wang, J.},
+  booktitle = {IEEE International Conference on Acoustics, Speech and Signal Processing},
+  year = {2025}
+}"""
+
+CHOICES = {
+    "process": ("soft", "flow"),
+    "schedule": ("linear", "cubic"),
+    "dt": ("linear", "exponential"),
+    "score": ("wHG", "magnitude_of_wHG"),
+}
+
+
+def select(
+    context,
+    process="soft",
+    rounds=10,
+    schedule="linear",
+    own_decay=False,
+    flow_steps=100,
+    r=1.1,
+    dt="linear",
+    score="wHG",
+    share=0.5,
+    threshold=0.05,
+    timesteps=100,
+    batch=128,
+    uniform=False,
+):
+    """Move the masks and train under them for `rounds` rounds, then slice.
+
+    Args:
+        process: "soft", progressive soft masks (sheet 2.2, option B), or "flow" (option A).
+        schedule, own_decay: how `soft` chooses groups and lowers their masks, see there.
+        flow_steps, r, dt: number, length and "linear" or "exponential" sizes of `flow`'s steps.
+        score: "magnitude_of_wHG" is a control: the sum of |w H G|, lowest first.
+        share: of the training budget, spent in the rounds; the rest is left to the recovery.
+        threshold, timesteps, batch: Diff-Pruning's gate, the times it is tested at, the images.
+        uniform: give every width the target as its own share instead of the model.
+    """
+    check(rounds, r, process=process, schedule=schedule, dt=dt, score=score)
+    network, units = copy.deepcopy(context.model), context.widths()
+    groups = [readers(unit, network) for unit in units]
+    losses = gated(context, threshold, timesteps, batch)
+    slope = partial(slopes, losses, network, groups, score == "magnitude_of_wHG")
+    rule = targets.plan_uniform if uniform else partial(targets.plan_widths, context.model)
+
+    def plan_at(scores, part=1.0, **notes):
+        return rule(units, scores, part * context.sparsity, **notes)
+
+    masks = full(network, units)
+    if process == "soft":
+        moves = soft(masks, slope, plan_at, rounds, schedule, own_decay)
+    else:
+        moves = flow(masks, slope, plan_at, rounds, flow_steps, r, dt)
+    for after, count in zip(moves, spread(context, share, rounds), strict=True):
+        before, masks = masks, after
+        if count:
+            with masked(network, groups, masks):
+                context.train(network, count)
+    plan = plan_at(masks, **record(process, len(losses), before, masks))
+    return plan, surgery.apply(unmetered(network), plan, context.family)
+
+
+def check(rounds, r, **options):
+    if rounds < 1 or r < 1:
+        raise CellError(f"rounds is {rounds} and r is {r}; both must be at least 1")
+    for name, value in options.items():
+        if value not in CHOICES[name]:
+            raise CellError(f"{name} is '{value}'; known: {', '.join(CHOICES[name])}")
+
+
+def gated(context, threshold, timesteps, batch):
+    """Losses of one batch with one noise up to Diff-Pruning's gate, each a function of weights."""
+    (calibration,) = context.draws(batch, batch)
+    highest, losses = 0.0, []
+
+    def loss_at(t, weights):
+        def model(*inputs):
+            return functional_call(context.model, weights, inputs)
+
+        return context.loss(model, context.at_time(calibration, t))
+
+    for t in context.data.objective.grid(timesteps):
+        with torch.no_grad():
+            value = loss_at(t, {}).item()
+        highest = max(highest, value)
+        if value < threshold * highest:
+            break
+        losses.append(partial(loss_at, t))
+    return losses
+
+
+def hessian_gradient(losses, weights):
+    """H G of the summed `losses` in `weights` (which require gradients), like `weights`.
+
+    Double backward through <G, grad L>. There G is detached: its own derivative would double the
+    result. Every loss maps weights to a number; one graph at a time is alive.
+    """
+    leaves = list(weights.values())
+    gradient, product = ([torch.zeros_like(leaf) for leaf in leaves] for _ in range(2))
+    derivative = partial(torch.autograd.grad, inputs=leaves, materialize_grads=True)
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
+        for loss in losses:
+            parts = derivative(loss(weights))
+            gradient = [g + part for g, part in zip(gradient, parts, strict=True)]
+        for loss in losses:
+            parts = derivative(loss(weights), create_graph=True)
+            inner = sum((g * part).sum() for g, part in zip(gradient, parts, strict=True))
+            product = [p + part for p, part in zip(product, derivative(inner), strict=True)]
+    return dict(zip(weights, product, strict=True))
+
+
+def slopes(losses, network, groups, absolute, masks):
+    """d/dm_g of 1/2 |G(m * w)|^2 = sum_{i in g} w_i (H G)_i = -S_g for every width, [size].
+
+    The chain rule leaves w beside H G, not m * w: a score does not fade with its own mask.
+    """
+    factors = gains(network, groups, masks)
+    raw = {name: weight.detach() for name, weight in network.named_parameters()}
+    effective = {name: (w * factors.get(name, 1)).requires_grad_() for name, w in raw.items()}
+    products = hessian_gradient(losses, effective)
+    terms = {name: raw[name] * products[name] for name in factors}
+    if absolute:
+        terms = {name: term.abs() for name, term in terms.items()}
+    return {u.name: torch.cat([*slices(u, terms).values()], dim=1).sum(1) for u in groups}
+
+
+def soft(masks, slope, plan_at, rounds, schedule, own_decay):
+    """Masks of every round k of K: the lowest slopes are chosen anew, their masks lowered.
+
+    The share p_k of the target that is chosen is k / K ("linear") or 1 - (1 - k / K)^3 ("cubic").
+    The chosen get 1 - k / K, all others 1. With `own_decay` every mask goes to 0 or 1 in equal
+    steps over the rounds left instead: 1 / K for a group that is chosen from the start.
+    """
+    for k in range(1, rounds + 1):
+        x = k / rounds
+        part = x if schedule == "linear" else 1 - (1 - x) ** 3
+        goals = hard(plan_at(slope(masks), part), masks)
+        if own_decay:
+            masks = {n: mask.lerp(goals[n], 1 / (rounds - k + 1)) for n, mask in masks.items()}
+        else:
+            masks = {n: goal.clamp(min=1 - x) for n, goal in goals.items()}
+        yield masks
+
+
+def flow(masks, slope, plan_at, rounds, steps, r, dt):
+    """Masks of every round: m <- m + dt Delta, within [0, 1]; the last ends with a threshold.
+
+    The sparsity coordinate, the mean mask, goes from 1 to the share of channels that stay.
+    """
+    counts = hard(plan_at(masks), masks)  # how many stay does not depend on the scores
+    sizes = step_sizes(torch.cat([*counts.values()]).mean().item(), steps, dt)
+    for k in range(1, rounds + 1):
+        for size in sizes[steps * (k - 1) // rounds : steps * k // rounds]:
+            m, e = (torch.cat([*values.values()]) for values in (masks, slope(masks)))
+            m = (m + size * direction(e, -m.sign() / len(m), r)).clamp(0, 1)
+            parts = m.split([len(mask) for mask in masks.values()])
+            masks = dict(zip(masks, parts, strict=True))
+        yield masks if k < rounds else hard(plan_at(masks), masks)
+
+
+def direction(e, s, r):
+    """Delta = x e + y s with <Delta, s> = 1 and |Delta| = r / |s|; without e where it is parallel.
+
+    e = -grad E of the energy E = -1/2 |G|^2; s = -grad of the sparsity coordinate.
+    """
+    e, s = e.double(), s.double()
+    across = e - (e @ s) / (s @ s) * s  # |e|^2 |s|^2 - <e, s>^2 = |across|^2 |s|^2, stably
+    x = ((r**2 - 1) / (s @ s)).sqrt() / across.norm()
+    x = torch.where(across.norm() > 1e-6 * e.norm(), x, 0.0)
+    return (x * e + (1 - x * (e @ s)) / (s @ s) * s).float()
+
+
+def step_sizes(end, steps, kind):
+    """`steps` steps that take the sparsity coordinate from 1 to `end`."""
+    shares = [i / steps for i in range(steps + 1)]
+    levels = [1 - (1 - end) * x if kind == "linear" else end**x for x in shares]
+    return [high - low for high, low in pairwise(levels)]
+
+
+def spread(context, share, rounds):
+    """Images of every round: whole training steps, as even as they go."""
+    batch = context.settings.batch
+    steps = int(share * context.train_images) // batch
+    return [batch * (steps * k // rounds - steps * (k - 1) // rounds) for k in range(1, rounds + 1)]
+
+
+def record(process, times, before, masks):
+    """Notes: how far the masks of the removed groups had gone before the last move."""
+    left = torch.cat([before[name][mask == 0] for name, mask in masks.items()]).mean().item()
+    summary = f"{process}: the removed were masked to {left:.2f} before the last round"
+    return {"summary": summary, "mask_before_removal": left, "times": times}

@@ -1,0 +1,183 @@
+"""Cross-attention UNets of LDM, Stable Diffusion and SDXL as diffusers' UNet2DConditionModel.
+
+LDM: Rombach et al. 2022; SDXL: Podell et al. 2023. diffusers' `attention_head_dim` is the number of
+heads in these networks. What can be removed follows LAPTOP-Diff (sheet section 3): the input and
+output convolutions, samplers, embeddings and the projections around transformer blocks stay.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from torch import Tensor, nn
+
+from prunebench.models import unet
+from prunebench.pruning.units import Layer, Member, Width, parameter_count
+
+BRANCHES = {"attn1": "norm1", "attn2": "norm2", "ff": "norm3"}  # sub-layers, each with its norm
+
+weights = unet.weights  # every convolution and matrix
+refresh = unet.refresh
+
+
+class ConditionalUNet(UNet2DConditionModel):
+    """UNet2DConditionModel with the suite's call: (x [N, C, H, W], t [N], y) -> [N, C, H, W].
+
+    With `classes`, y [N] are class indices; the class's vector is the only context token, and the
+    last row is "no class" (LDM's ClassEmbedder). Otherwise y is the text context [N, tokens, dim].
+    SDXL's y is a mapping: "context" [N, tokens, dim], "pooled" [N, dim], the pooled text embedding,
+    and "sizes" [N, 6], the original size, crop corner and target size in pixels.
+    """
+
+    null_class: int | None = None
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | Mapping[str, Tensor]) -> Tensor:
+        added = None
+        if self.null_class is not None:
+            y = self.class_context(y).unsqueeze(1)
+        elif isinstance(y, Mapping):
+            added = {"text_embeds": y["pooled"], "time_ids": y["sizes"]}
+            y = y["context"]
+        return super().forward(x, t, y, added_cond_kwargs=added).sample
+
+
+class TransformerBlock(nn.Module):
+    """A BasicTransformerBlock whose sub-layers can be taken out; parameter names stay.
+
+    diffusers' own always calls self-attention and feed-forward, so that a removed one would still
+    cost an addition.
+    """
+
+    def __init__(self, block: BasicTransformerBlock):
+        super().__init__()
+        for branch, norm in BRANCHES.items():
+            setattr(self, norm, getattr(block, norm))
+            setattr(self, branch, getattr(block, branch))
+
+    def forward(self, x: Tensor, encoder_hidden_states: Tensor, **_: object) -> Tensor:
+        if self.attn1 is not None:
+            x = x + self.attn1(self.norm1(x))
+        if self.attn2 is not None:
+            x = x + self.attn2(self.norm2(x), encoder_hidden_states=encoder_hidden_states)
+        if self.ff is not None:
+            x = x + self.ff(self.norm3(x))
+        return x
+
+    def sizes(self) -> dict[str, int]:
+        """Parameters of every sub-layer that is left, its LayerNorm included."""
+        return {
+            branch: parameter_count(getattr(self, branch)) + parameter_count(getattr(self, norm))
+            for branch, norm in BRANCHES.items()
+            if getattr(self, branch) is not None
+        }
+
+
+def build(config: dict) -> ConditionalUNet:
+    """`config` holds UNet2DConditionModel's own keys, and `classes` for class-conditional LDMs."""
+    config = dict(config)
+    classes = config.pop("classes", None)
+    model = ConditionalUNet(**config)
+    if classes is not None:
+        model.null_class = classes
+        model.class_context = nn.Embedding(classes + 1, model.config.cross_attention_dim)
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BasicTransformerBlock):
+            model.set_submodule(name, TransformerBlock(module))
+        elif isinstance(module, Attention):
+            module.head_dim = module.to_q.out_features // module.heads
+    return model
+
+
+def layers(model: ConditionalUNet, granularity: str) -> list[Layer]:
+    """ResNet blocks without their shortcut, and transformer blocks ("block") or their sub-layers.
+
+    The sub-layers ("branch") are self-attention, cross-attention and feed-forward, each with its
+    LayerNorm.
+    """
+    units = []
+    for name, module in model.named_modules():
+        if isinstance(module, ResnetBlock2D):
+            shortcut = parameter_count(module.conv_shortcut) if module.use_in_shortcut else 0
+            units.append(Layer(name, parameter_count(module) - shortcut))
+        elif isinstance(module, TransformerBlock) and granularity == "block":
+            units.append(Layer(name, parameter_count(module)))
+        elif isinstance(module, TransformerBlock):
+            units += [Layer(f"{name}.{branch}", size) for branch, size in module.sizes().items()]
+    return units
+
+
+def remove_layer(model: ConditionalUNet, name: str) -> None:
+    """Bypass a unit; a transformer block without sub-layers is bypassed as a whole."""
+    path, _, leaf = name.rpartition(".")
+    block = model.get_submodule(path)
+    if not isinstance(block, TransformerBlock):
+        unet.remove_layer(model, name)
+    elif set(block.sizes()) == {leaf}:
+        unet.remove_layer(model, path)
+    else:
+        setattr(block, leaf, None)
+        setattr(block, BRANCHES[leaf], None)
+
+
+def widths(model: ConditionalUNet) -> list[Width]:
+    """Inner channels of ResNet blocks, attention heads and feed-forward neurons, explicitly.
+
+    The residual stream and the blocks' outputs keep their width. A lone head (LDM-4 on ImageNet has
+    one everywhere) can't leave and is no unit.
+    """
+    units = []
+    for name, module in model.named_modules():
+        if isinstance(module, ResnetBlock2D):
+            units.append(_channels(name, module))
+        elif isinstance(module, Attention) and module.heads > 1:
+            units.append(_heads(name, module))
+        elif isinstance(module, FeedForward):
+            units.append(_neurons(name, module))
+    return units
+
+
+def _channels(name: str, block: ResnetBlock2D) -> Width:
+    """Channels between the two convolutions; the time embedding's scales and shifts go along."""
+    size = block.conv1.out_channels
+    members = _rows(f"{name}.conv1", block.conv1, size)
+    members += _rows(f"{name}.time_emb_proj", block.time_emb_proj, size)
+    members += _rows(f"{name}.norm2", block.norm2, size)
+    members.append(Member(f"{name}.conv2.weight", 1, torch.arange(size).view(size, 1)))
+    return Width(f"{name}.channels", size, tuple(members), block.norm2.num_groups)
+
+
+def _neurons(name: str, feed_forward: FeedForward) -> Width:
+    """Hidden neurons; in a GEGLU each has a row of values and, in the other half, one of gates."""
+    size = feed_forward.net[2].in_features
+    members = _rows(f"{name}.net.0.proj", feed_forward.net[0].proj, size)
+    members.append(Member(f"{name}.net.2.weight", 1, torch.arange(size).view(size, 1)))
+    return Width(f"{name}.neurons", size, tuple(members))
+
+
+def _heads(name: str, attention: Attention) -> Width:
+    columns = torch.arange(attention.to_q.out_features).view(attention.heads, -1)
+    members = [
+        Member(f"{name}.{projection}.weight", 0, columns) for projection in ("to_q", "to_k", "to_v")
+    ]
+    members.append(Member(f"{name}.to_out.0.weight", 1, columns))
+    return Width(f"{name}.heads", attention.heads, tuple(members))
+
+
+def _rows(name: str, module: nn.Module, size: int) -> list[Member]:
+    """Rows of a weight and its bias, which hold the `size` channels once or several times over."""
+    index = torch.arange(len(module.weight)).view(-1, size).T
+    return [Member(f"{name}.{leaf}", 0, index) for leaf in ("weight", "bias")]
+
+
+def features(model: ConditionalUNet) -> dict[str, str | None]:
+    """Modules whose outputs feature distillation compares: every down and up block (BK-SDM).
+
+    A down block returns (output, skip tensors); a forward hook sees this tuple, of which the first
+    element is compared. No width governs these outputs: pruning leaves their shapes as they are.
+    """
+    down = [f"down_blocks.{index}" for index in range(len(model.down_blocks))]
+    up = [f"up_blocks.{index}" for index in range(len(model.up_blocks))]
+    return dict.fromkeys(down + up)

@@ -1,0 +1,129 @@
+"""Write the embedded track's results into the README and the pages of the methods.
+
+    python scripts/write_results.py
+
+The numbers are those of results/embedded/**/leaderboard.csv; a test checks that they agree.
+"""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+
+from prunebench.leaderboard.collect import METRICS, indistinguishable
+from prunebench.leaderboard.tables import number
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "results" / "embedded"
+MARKS = re.compile(
+    r"(<!-- result(?P<kind>s?): written by scripts/write_results\.py -->\n).*?(<!-- end of result)",
+    re.DOTALL,
+)
+RANDOM = {"layers": "random_layers", "widths": "random_widths", "weights": "random_2_4"}
+
+
+def table(rows: pd.DataFrame) -> str:
+    """FID at both budgets and measured speed-up of every method on every model, as Markdown."""
+    models = list(dict.fromkeys(rows.model))
+    lines = ["| method | prunes |" + "".join(f" {model} |" for model in models)]
+    lines.append("|---|---|" + "---|" * len(models))
+    keys = ["title", "kind", "sparsity", "control", "reconstruction"]
+    for (title, kind, sparsity, control, reconstruction), group in rows.groupby(keys, sort=False):
+        what = "—" if kind == "none" else f"{_share(group, kind, sparsity)} {kind}"
+        name = f"{title}{'†' if reconstruction else ''}{' *' if control else ''}"
+        cells = [_cell(group[group.model == model]) for model in models]
+        lines.append(f"| {name} | {what} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _share(rows: pd.DataFrame, kind: str, sparsity: float) -> str:
+    """What went, as reached: an N:M pattern covers another share of each model."""
+    reached = rows.sparsity_reached_mean if kind != "steps" else pd.Series([sparsity])
+    low, high = reached.min(), reached.max()
+    return f"{low:.0%}" if high - low < 0.05 else f"{100 * low:.0f}–{high:.0%}"
+
+
+def _cell(rows: pd.DataFrame) -> str:
+    """FID without recovery → with it, and the measured speed-up, of one method on one model."""
+    if rows.empty:
+        return "—"
+    fids = {row.recovery: _fid(row) for row in rows.itertuples()}
+    untrained = fids.pop("none", "")
+    arrow = " → ".join([untrained, *fids.values()])
+    return f"{arrow.strip()} ({number(METRICS['speedup'], rows.speedup_mean.mean())}×)"
+
+
+def _fid(row: tuple) -> str:
+    return row.status if row.status != "ok" else number(METRICS["fid"], row.fid_mean, row.fid_sd)
+
+
+def compared(name: str, matched: pd.DataFrame, published: pd.DataFrame) -> str:
+    """One method against the random masks of its kind, in a sentence and a table."""
+    lines, verdicts = [], []
+    for division, rows in (("matched", matched), ("as published", published)):
+        for row in rows[(rows.method == name) & (rows.status == "ok")].itertuples():
+            control = _control(rows, row)
+            if control is not None:
+                verdicts.append(_verdict(row, control))
+                lines.append(_line(division, row, control, verdicts[-1]))
+    better, told = sum("lower" in v for v in verdicts), sum("can't" not in v for v in verdicts)
+    worse = sum(v == "higher" for v in verdicts)
+    sentence = (
+        f"Against random masks of its kind at equal sparsity and budget the mean FID is lower in "
+        f"{better} of {len(verdicts)} comparisons; Welch's test over three seeds (p < 0.05, "
+        f"uncorrected) tells {told} of them, {worse} of these to its disadvantage."
+    )
+    head = "| division | model | sparsity | recovery | FID | random masks | difference | FID is |"
+    return "\n".join([sentence, "", head, "|---|---|---|---|---|---|---|---|", *lines])
+
+
+def _control(rows: pd.DataFrame, row: tuple) -> tuple | None:
+    """The random masks with the same model, sparsity, share and budget."""
+    same = (rows.method == RANDOM[row.kind]) & (rows.status == "ok")
+    for name in ("model", "sparsity", "budget"):
+        same &= rows[name] == getattr(row, name)
+    same &= rows["share"].fillna("") == ("" if pd.isna(row.share) else row.share)
+    return next(rows[same].itertuples(), None)
+
+
+def _verdict(row: tuple, control: tuple) -> str:
+    lower = "lower" if row.fid_mean < control.fid_mean else "higher"
+    return f"{lower}, can't be told" if indistinguishable(row, control) else lower
+
+
+def _line(division: str, row: tuple, control: tuple, verdict: str) -> str:
+    spread = (row.fid_sd**2 + control.fid_sd**2) ** 0.5
+    difference = row.fid_mean - control.fid_mean
+    sigmas = f" ({abs(difference) / spread:.1f} σ)" if spread else ""
+    cells = [division, row.model, f"{row.sparsity:.0%}", row.recovery, _fid(row), _fid(control),
+             f"{difference:+.2f}{sigmas}", verdict]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def filled(text: str, content: str) -> str:
+    """`text` with `content` between its markers."""
+    return MARKS.sub(lambda found: f"{found[1]}{content}\n{found[3]}", text)
+
+
+def board(division: str = "") -> pd.DataFrame:
+    rows = pd.read_csv(RESULTS / division / "leaderboard.csv")
+    return rows.assign(budget=rows.recovery.str.rpartition("-")[2])
+
+
+def written() -> dict[Path, str]:
+    """Every page that holds results, as it should read."""
+    matched, published = board(), board("published")
+    readme = ROOT / "README.md"
+    pages = {readme: filled(readme.read_text(), table(matched))}
+    for page in sorted((ROOT / "docs" / "methods").glob("*.md")):
+        pages[page] = filled(page.read_text(), compared(page.stem, matched, published))
+    return pages
+
+
+def main() -> None:
+    for page, text in written().items():
+        page.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
