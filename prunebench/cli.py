@@ -155,7 +155,8 @@ def _leaderboard(arguments: argparse.Namespace) -> None:
     files = [Path(config.Paths(track, cell, arguments.runs).metrics) for cell in cells]
     if arguments.partial:
         files = [file for file in files if file.exists()]
-    masks = [Path(layout.oracle(*place)) for place in track.oracle()]
+    own = division == track.default_division  # the one whose selections the oracle is about
+    masks = [Path(layout.oracle(*place)) for place in track.oracle() if own]
     leaderboard.build(
         files,
         arguments.out or Path(layout.results(division, track.default_division)),

@@ -48,7 +48,7 @@ def test_the_tables_follow_from_the_raw_records(tmp_path, division):
         expected_cells=[config.as_dict(cell) for cell in track.cells(division)],
         title=f"{track.content['title']}: {division}",
         compares=track.divisions[division]["compares"],
-        oracle_files=masks(),
+        oracle_files=masks() if division == "matched" else (),
     )
     for name in TABLES:
         assert (tmp_path / name).read_text() == (DIVISIONS[division] / name).read_text()

@@ -8,7 +8,9 @@ for division in METRICS:
         input:
             METRICS[division],
             # A finished oracle joins the tables; it is never made for them.
-            ORACLE if len(finished(ORACLE)) == len(ORACLE) else [],
+            ORACLE
+            if division == TRACK.default_division and len(finished(ORACLE)) == len(ORACLE)
+            else [],
         output:
             LEADERBOARD[division],
         log:
