@@ -15,10 +15,7 @@ from prunebench.leaderboard.tables import number
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "results" / "embedded"
-MARKS = re.compile(
-    r"(<!-- result(?P<kind>s?): written by scripts/write_results\.py -->\n).*?(<!-- end of result)",
-    re.DOTALL,
-)
+MARKS = r"(<!-- {name}: written by scripts/write_results\.py -->\n).*?(<!-- end of {name})"
 RANDOM = {"layers": "random_layers", "widths": "random_widths", "weights": "random_2_4"}
 
 
@@ -55,6 +52,54 @@ def _cell(rows: pd.DataFrame) -> str:
 
 def _fid(row: tuple) -> str:
     return row.status if row.status != "ok" else number(METRICS["fid"], row.fid_mean, row.fid_sd)
+
+
+def recipes(rows: pd.DataFrame) -> str:
+    """FID of every method under its own recipe, best first on the first model, as Markdown."""
+    models = list(dict.fromkeys(rows.model))
+    lines = ["| method | removes | healed by |" + "".join(f" {model} |" for model in models)]
+    lines.append("|---|---|---|" + "---|" * len(models))
+    pruned = rows[~rows.kind.isin(["none", "steps"])]
+    keys = ["kind", "sparsity", "share", "title", "control", "reconstruction", "healing"]
+    for key, group in pruned.fillna({"share": ""}).groupby(keys, sort=False):
+        kind, sparsity, share, title, control, reconstruction, healing = key
+        name = f"{title}{'†' if reconstruction else ''}{' *' if control else ''}"
+        what = f"{sparsity:.0%} {share} {kind}".replace("  ", " ")
+        cells = [_cell(group[group.model == model]) for model in models]
+        lines.append(f"| {name} | {what} | {healing} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def healed(rows: pd.DataFrame) -> str:
+    """FID of random layer masks under every recovery, with the teacher's passes, as Markdown."""
+    models = list(dict.fromkeys(rows.model))
+    lines = ["| recovery | teacher |" + "".join(f" {model} |" for model in models)]
+    lines.append("|---|---|" + "---|" * len(models))
+    pruned = rows[~rows.kind.isin(["none", "steps"])]
+    for recovery, group in pruned.groupby("recovery", sort=False):
+        teacher = number(METRICS["teacher_images"], group.teacher_images_mean.mean())
+        by_model = group.set_index("model")
+        cells = [_fid(by_model.loc[model]) for model in models]
+        lines.append(f"| {recovery} | {teacher} k | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def placed(rows: pd.DataFrame) -> str:
+    """Where the layer selections stand among all masks, as Markdown."""
+    rows = rows[rows.oracle_beaten_mean.notna() & (rows.method != "scratch")]
+    places = list(dict.fromkeys(zip(rows.model, rows.recovery, strict=True)))
+    lines = ["| selection |" + "".join(f" {model}, {recovery} |" for model, recovery in places)]
+    lines.append("|---|" + "---|" * len(places))
+    for title, group in rows.groupby("title", sort=False):
+        found = group.set_index(["model", "recovery"])
+        cells = [_place(found.loc[place]) if place in found.index else "—" for place in places]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _place(row: pd.Series) -> str:
+    share = number(METRICS["oracle_beaten"], row.oracle_beaten_mean)
+    return f"{share} % (+{row.oracle_gap_mean:.2f})"
 
 
 def compared(name: str, matched: pd.DataFrame, published: pd.DataFrame) -> str:
@@ -100,9 +145,10 @@ def _line(division: str, row: tuple, control: tuple, verdict: str) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def filled(text: str, content: str) -> str:
-    """`text` with `content` between its markers."""
-    return MARKS.sub(lambda found: f"{found[1]}{content}\n{found[3]}", text)
+def filled(text: str, content: str, name: str = "result") -> str:
+    """`text` with `content` between the markers `name`."""
+    marks = re.compile(MARKS.format(name=name), re.DOTALL)
+    return marks.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
 
 
 def board(division: str = "") -> pd.DataFrame:
@@ -114,7 +160,16 @@ def written() -> dict[Path, str]:
     """Every page that holds results, as it should read."""
     matched, published = board(), board("published")
     readme = ROOT / "README.md"
-    pages = {readme: filled(readme.read_text(), table(matched))}
+    blocks = {
+        "matched": table(matched),
+        "oracle": placed(matched),
+        "published": recipes(published),
+        "recovery": healed(board("recovery")),
+    }
+    text = readme.read_text()
+    for name, block in blocks.items():
+        text = filled(text, block, name)
+    pages = {readme: text}
     for page in sorted((ROOT / "docs" / "methods").glob("*.md")):
         pages[page] = filled(page.read_text(), compared(page.stem, matched, published))
     return pages

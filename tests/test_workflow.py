@@ -18,7 +18,8 @@ import yaml
 from prunebench import config
 
 ROOT = Path(__file__).parents[1]
-CELLS = len(config.load(str(ROOT / "config" / "smoke.yaml")).cells())
+SMOKE = config.load(str(ROOT / "config" / "smoke.yaml"))
+CELLS = len(SMOKE.cells())
 SEEDS = 2
 ROWS = CELLS // SEEDS
 NEW_ROWS = 6  # of a method: three models, two recoveries
@@ -239,7 +240,10 @@ def test_a_method_that_raises_costs_its_own_cells_only(project, settled):
         (lambda track: track["methods"].update(exclude=["random_layers"]), "can't be switched off"),
         (lambda track: track.update(sparsities=[1.5]), "sparsities"),
         (lambda track: track["methods"]["parameters"].update(entprune={}), "unknown method"),
-        (lambda track: track.update(recoveries=["finetune-huge"]), "finetune-huge"),
+        (
+            lambda track: track["divisions"]["matched"].update(recoveries=["finetune-huge"]),
+            "finetune-huge",
+        ),
     ],
 )
 def test_a_bad_track_is_refused_before_anything_runs(project, edit, message):
@@ -251,6 +255,32 @@ def test_a_bad_track_is_refused_before_anything_runs(project, edit, message):
     assert message in output
     assert "Traceback" not in output
     assert not (project.folder / "runs" / "bad").exists()
+
+
+def test_every_division_and_the_oracle(project):
+    """A track of one model and seed: all leaderboards, recipes, recoveries and masks at once."""
+    content = yaml.safe_load((project.folder / "config" / "smoke.yaml").read_text())
+    content |= {"models": {"dit": content["models"]["dit"]}, "seeds": [0]}
+    content["methods"]["only"] = ["laptop_diff", "sparsedm", "diff_pruning"]
+    (project.folder / "config" / "small.yaml").write_text(yaml.safe_dump(content))
+    status, output = project.snakemake("everything", track="small")
+    assert status == 0, output[-3000:]
+    results = project.folder / "results" / "small"
+    published = {row["method"]: row for row in project.rows("small/published")}
+    assert published["laptop_diff"]["healing"] == "normalised_kd"
+    assert float(published["laptop_diff"]["teacher_images_mean"]) > 0
+    assert published["diff_pruning"]["share"] == "uniform"
+    assert published["sparsedm"]["recovery"] == "published-low"
+    recovery = [row for row in project.rows("small/recovery") if row["method"] == "random_layers"]
+    assert {row["recovery"] for row in recovery} == set(SMOKE.divisions["recovery"]["recoveries"])
+    assert {row["rank"] for row in recovery} == {"1", "2", "3", "4"}
+    assert all(row["status"] == "ok" for row in (*published.values(), *recovery))
+    layers = [row for row in project.rows("small") if row["method"] == "laptop_diff"]
+    assert all(0 <= float(row["oracle_beaten_mean"]) <= 1 for row in layers)
+    assert len(list((results / "raw" / "oracle").rglob("*.json"))) == len(SMOKE.oracle())
+    before = project.records("small")
+    status, _ = project.snakemake("everything", track="small")
+    assert status == 0 and project.records("small") == before
 
 
 def test_a_syntax_error_in_a_method_names_file_and_line(project):
