@@ -34,7 +34,11 @@ NOTES = (
     "division has. The paper is about noise prediction in UNets; a velocity loss does not fall "
     "below the gate: flow models use all times."
 )
-PUBLISHED = {"recovery": "finetune", "sparsities": (0.3,), "parameters": {"uniform": True}}
+PUBLISHED = {
+    "recovery": "finetune",
+    "sparsities": (0.3,),
+    "parameters": {"uniform": True, "path": "a", "loss": "sum"},
+}
 PAPER = "arXiv 2305.10924"
 BIBTEX = """@inproceedings{fang2023structural,
   title = {Structural Pruning for Diffusion Models},

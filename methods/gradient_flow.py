@@ -61,7 +61,7 @@ def select(
     r=1.1,
     dt="linear",
     score="wHG",
-    share=0.5,
+    share=0.1,
     threshold=0.05,
     timesteps=100,
     batch=128,

@@ -136,7 +136,7 @@ def _cell_stage(arguments: argparse.Namespace) -> None:
 
 def _oracle(arguments: argparse.Namespace) -> None:
     track = config.load(arguments.track)
-    track.model(arguments.model)
+    track.mask(arguments.model, arguments.recovery, arguments.mask)
     _prepare()
     from prunebench import oracle
 

@@ -46,12 +46,17 @@ DEPENDS = {
         "models.*.recovery",
         "models.*.sampling",
         "budgets",
-        "oracle",
+        "oracle.sparsity",
+        "oracle.masks",
         "sampling.count",
         "sampling.lanes",
-        "evaluation",
+        "evaluation.batch",
     ),
 }
+
+
+# Targets and rules of the workflow and folders of results, which no division may be called.
+RESERVED = ("all", "everything", "partial", "oracle", "mask", "raw", *DEPENDS)
 
 
 @dataclass(frozen=True)
@@ -103,10 +108,10 @@ class Track:
         return self.methods[name]
 
     def parameters(self, cell: Cell) -> dict:
-        """What `select` is called with: the published recipe's values, then the track's."""
+        """What `select` is called with: the track's values, then the published recipe's."""
         recipe = self.method(cell.method).published if cell.published else None
         given = self.content["methods"].get("parameters", {}).get(cell.method, {})
-        return {**(recipe or {}).get("parameters", {}), **given}
+        return {**given, **(recipe or {}).get("parameters", {})}
 
     def healing(self, cell: Cell) -> str:
         """The recovery module that heals a cell, or "none"."""
@@ -157,9 +162,12 @@ class Track:
                         yield model, method.name, sparsity, named
 
     def _participants(self, division: Mapping) -> list[methods.Method]:
-        """The division's methods, and the dense references that stand in every table."""
+        """The division's methods and the controls; only to compare recoveries, fewer will do."""
         named = division.get("methods", self.methods)
-        return [m for name, m in self.methods.items() if name in named or m.kind in REFERENCES]
+        always = [name for name, m in self.methods.items() if m.kind in REFERENCES]
+        if division["compares"] != "recoveries":
+            always += [name for name, m in self.methods.items() if m.control]
+        return [m for name, m in self.methods.items() if name in named or name in always]
 
     def sparsities(self, method: methods.Method, published: bool = False) -> tuple[float, ...]:
         """The sparsities a method runs at; for steps, the fractions of the steps to leave out.
@@ -184,6 +192,15 @@ class Track:
             return ["none"]
         skipped = {"none"} if method.recovery == "required" else set()
         return [name for name in division["recoveries"] if name not in skipped]
+
+    def mask(self, model: str, recovery: str, index: int) -> None:
+        """Check the place of one mask of the oracle, given by hand."""
+        if "oracle" not in self.content:
+            raise UserError(f"track {self.name} has no entry 'oracle'")
+        self.model(model)
+        _check_recovery("--recovery", recovery, self.content["budgets"])
+        if index < 0:
+            raise UserError(f"--mask {index}: masks are counted from 0")
 
     def oracle(self) -> list[tuple[str, str, int, int]]:
         """(model, recovery, seed, mask) of every job of the oracle."""
@@ -336,6 +353,8 @@ def _validate(file: Path, content: object) -> None:
             f"extractor.name 'domain', not '{extractor['name']}'; or use none, alex or vgg"
         )
     for division, settings in content["divisions"].items():
+        if division in RESERVED:
+            raise UserError(f"{file}: divisions.{division}: the name is taken; choose another")
         for name in settings["recoveries"]:
             _check_recovery(f"{file}: divisions.{division}", name, content["budgets"])
     _check_oracle(file, content)
@@ -381,16 +400,36 @@ def _methods(file: Path, content: Mapping) -> dict[str, methods.Method]:
     controls = {name for name, method in found.items() if method.control}
     for name in sorted(controls & set(settings.get("exclude", ()))):
         raise UserError(f"{file}: methods.exclude: '{name}' is a control and can't be switched off")
+    _check_divisions(file, content, found)
     wanted = (set(settings.get("only", found)) | controls) - set(settings.get("exclude", ()))
     return {name: method for name, method in found.items() if name in wanted}
+
+
+def _check_divisions(file: Path, content: Mapping, found: Mapping) -> None:
+    """A division may name only methods that the track runs."""
+    settings = content["methods"]
+    gone = set(settings.get("exclude", ()))
+    if "only" in settings:
+        gone |= {n for n, m in found.items() if n not in settings["only"] and not m.control}
+    for name, division in content["divisions"].items():
+        for method in sorted(gone & set(division.get("methods", ()))):
+            raise UserError(
+                f"{file}: divisions.{name}.methods: '{method}' is left out by methods.only or "
+                "methods.exclude"
+            )
 
 
 def _check_recipe(method: methods.Method) -> None:
     """A published recipe names a recovery that exists and parameters that `select` has."""
     recipe = method.published or {}
-    known = {"recovery", "parameters", "sparsities"}
-    for key in sorted(set(recipe) - known):
-        raise UserError(f"{method.file}: PUBLISHED has {key!r}; known: {', '.join(sorted(known))}")
+    known = {"recovery": str, "parameters": dict, "sparsities": tuple}
+    for key, value in recipe.items():
+        if key not in known:
+            raise UserError(f"{method.file}: PUBLISHED has {key!r}; known: {', '.join(known)}")
+        if not isinstance(value, known[key]):
+            raise UserError(
+                f"{method.file}: PUBLISHED {key} is {value!r}, not a {known[key].__name__}"
+            )
     if recipe.get("recovery", "finetune") not in recoveries.recovery_names():
         names = ", ".join(recoveries.recovery_names())
         raise UserError(

@@ -56,6 +56,7 @@ def evaluate(
     start, settings = time.perf_counter(), track.content["oracle"]
     artefacts.read_record(layout.trained(model))
     dense, _ = surgery.load(Path(layout.trained(model)).parent)
+    dense = dense.to(stages.device())
     family = models.family(track.model(model)["family"])
     found, exhaustive = masks(dense, family, settings["sparsity"], settings["masks"])
     if index >= len(found):
@@ -66,12 +67,16 @@ def evaluate(
     meter, failure, fid = BudgetMeter(), None, None
     try:
         fid = _fid(track, layout, cell, dense, Plan(layers=found[index]), meter)
-    except CellError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (CellError, RuntimeError) as error:  # as in stages.guarded: the mask does not run
         failure = {"stage": "oracle", "error": str(error), "log": None}
     place = {"track": track.name, "model": model, "sparsity": settings["sparsity"],
              "recovery": recovery, "seed": seed, "mask": index}  # fmt: skip
     record = {"schema": 1, "cell": place, "layers": list(found[index]), "masks": len(found),
               "exhaustive": exhaustive, "fid": fid, "failure": failure,
+              "settings": stages.shared_settings(track, model) | {"oracle": settings},
+              "extractor": artefacts.read_record(layout.extractor)["extractor"]["sha256"],
               "budget": meter.report()}  # fmt: skip
     stages.finish(layout.oracle(model, recovery, seed, index), track, start, [], **record)
 
@@ -80,7 +85,7 @@ def _fid(
     track: Track, layout: Layout, cell: Cell, dense: nn.Module, plan: Plan, meter: BudgetMeter
 ) -> float:
     family = models.family(track.model(cell.model)["family"])
-    pruned = surgery.apply(copy.deepcopy(dense), plan, family).to(stages.device())
+    pruned = surgery.apply(copy.deepcopy(dense), plan, family)
     if cell.recovery != "none":
         stages.heal(track, cell, pruned, plan, dense, track.budget(cell), meter)
     sampler = stages.sampler_for(track, cell.model, pruned, plan)

@@ -7,7 +7,7 @@ import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 
 import torch
 from torch import Generator, Tensor, nn
@@ -56,7 +56,8 @@ class Context:
         self.settings, self.train_images, self.trained_images = settings, train_images, 0
         self.log = logging.getLogger(f"prunebench.methods.{method}")
         self._meter, self._method, self._calls = meter, method, 0
-        self.made_fresh = False
+        self.made_fresh, self._draws = False, 0
+        self.progress = loop.Progress(train_images // settings.batch)
 
     # What can be pruned.
     def layers(self, granularity: str = "block") -> list[Layer]:
@@ -74,13 +75,16 @@ class Context:
     def generator(self) -> Generator:
         """A new generator: same seed, method and order of calls, same numbers."""
         self._calls += 1
-        text = f"{self._method}/{self.seed}/{self._calls}"
-        number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
-        return Generator().manual_seed(number)
+        return seeded(f"{self._method}/{self.seed}/{self._calls}")
 
     def draws(self, count: int, batch: int) -> list[Batch]:
-        """`count` seeded draws of (image, class, time, noise) in batches of at most `batch`."""
-        generator, device = self.generator(), next(self.model.parameters()).device
+        """`count` seeded draws of (image, class, time, noise) in batches of at most `batch`.
+
+        They are the calibration data, the same for all methods that draw as many in such batches.
+        """
+        self._draws += 1
+        generator = seeded(f"calibration/{self.seed}/{self._draws}")
+        device = next(self.model.parameters()).device
         sizes = [batch] * (count // batch) + [count % batch] * bool(count % batch)
         return [self.data.draw(size, generator, device) for size in sizes]
 
@@ -136,6 +140,8 @@ class Context:
         """Train `model`, a copy of `self.model`, in place; charged to the cell's budget.
 
         `adjust` may change the gradients after each backward pass. Weights may be parametrized.
+        All calls, and the recovery after them, are one training with one schedule and one average:
+        the model has its plain weights in between.
 
         Raises:
             CellError: the budget does not allow it.
@@ -158,6 +164,7 @@ class Context:
             masks=masks,
             loss=loss,
             adjust=adjust,
+            progress=self.progress,
         )
 
     def teacher(self) -> nn.Module:
@@ -172,6 +179,12 @@ class Context:
             torch.manual_seed(self.generator().initial_seed())
             model = self.family.build(self.config).to(next(self.model.parameters()).device)
         return self._meter.watch(surgery.apply(model, plan, self.family))
+
+
+def seeded(text: str) -> Generator:
+    """A generator whose seed is the hash of a text."""
+    number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    return Generator().manual_seed(number)
 
 
 Select = Callable[..., Plan | tuple[Plan, nn.Module]]
@@ -198,7 +211,8 @@ def select(
     check_record(plan)
     pruned = surgery.apply(copy.deepcopy(dense), plan, context.family)
     unit = targets.tolerance(dense, layers, widths, plan)
-    check_target(dense, pruned, plan, context.sparsity, unit, widths)
+    maskable = {n: dense.get_parameter(n).shape for n in context.family.weights(dense)}
+    check_target(dense, pruned, plan, context.sparsity, unit, widths, maskable)
     if own is None:
         return plan, pruned
     own = unmetered(own)
@@ -206,6 +220,23 @@ def select(
     check_masks(own, plan)
     check_trained(context, own, pruned)
     return plan, own.eval()
+
+
+def averaged(context: Context, plan: Plan) -> dict[str, Tensor]:
+    """The average of a training that the recovery goes on with, in the shapes the plan leaves.
+
+    Empty where the method did not train, or trained to the end and has its average already.
+    """
+    progress = context.progress
+    if not progress.average or progress.done >= progress.total:
+        return {}
+    model = unmetered(context.model)
+    names = {name for name, _ in model.named_parameters()}
+    with torch.no_grad():
+        for name in names & progress.average.keys():
+            model.get_parameter(name).copy_(progress.average[name])
+    pruned = surgery.apply(model, plan, context.family)
+    return {name: parameter.detach() for name, parameter in pruned.named_parameters()}
 
 
 def _call(function: Select, context: Context, parameters: Mapping) -> object:
@@ -274,6 +305,7 @@ def check_target(
     sparsity: float,
     tolerance: float,
     widths: Sequence[Width] = (),
+    maskable: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> None:
     """The target is met within one unit. N:M and uniform plans fix their own; these are checked."""
     if plan.steps != 1.0:
@@ -282,7 +314,7 @@ def check_target(
         targets.check_uniform(plan, widths, sparsity)
         return
     elif plan.pattern not in (None, "unstructured"):
-        targets.check_n_of_m(plan)
+        targets.check_n_of_m(plan, maskable)
         return
     else:
         reached = targets.reached(dense, pruned, plan)

@@ -40,6 +40,7 @@ from prunebench.training.budget import BudgetMeter, unspent
 log = logging.getLogger(__name__)
 
 IMAGES, FEATURES, CLASSIFIER = "images.safetensors", "reference.safetensors", "model.safetensors"
+AVERAGE = "average.safetensors"  # of a training that selection began
 
 
 def device() -> torch.device:
@@ -157,6 +158,9 @@ def select(track: Track, cell: Cell, paths: Paths) -> None:
             context, methods.load(method), method.kind, track.parameters(cell)
         )
     files = _save(paths.select, pruned, plan, settings)
+    if average := selection.averaged(context, plan):
+        files.append(Path(paths.select).parent / AVERAGE)
+        artefacts.write_tensors(files[-1], average)
     finish(
         paths.select,
         track,
@@ -176,7 +180,9 @@ def recover(track: Track, cell: Cell, paths: Paths) -> None:
     whole, _ = surgery.load(Path(paths.trained).parent)
     meter, pruned, whole = BudgetMeter(), pruned.to(device()), whole.to(device())
     images = track.budget(cell) - chosen["trained_images"]
-    losses = heal(track, cell, pruned, plan, whole, images, meter)
+    average = Path(paths.select).parent / AVERAGE
+    begun = artefacts.read_tensors(average) if AVERAGE in chosen["files"] else {}
+    losses = heal(track, cell, pruned, plan, whole, images, meter, begun)
     files = _save(paths.recover, pruned, plan, settings)
     finish(
         paths.recover,
@@ -197,26 +203,32 @@ def heal(
     whole: nn.Module,
     images: int,
     meter: BudgetMeter,
+    begun: dict[str, Tensor] | None = None,
 ) -> list[float]:
     """Train `pruned` in place as the cell's recovery says; returns the loss of every step.
 
     Args:
         whole: the dense model, which a distilling recovery has as its teacher.
         images: how many images to train on.
+        begun: average of the training that selection began, which goes on here.
     """
     settings = track.model(cell.model)
+    options = loop.Settings(**settings["recovery"])
+    steps = [count // options.batch for count in (track.budget(cell), images)]
+    average = {name: tensor.to(device()) for name, tensor in (begun or {}).items()}
     family, module = models.family(settings["family"]), recovery.recovery(track.healing(cell))
     teaching = _teaching(whole, plan, family, meter) if module.TEACHER else None
     with meter.clock():
         return loop.train(
             meter.watch(pruned),
             training_data(track, cell.model),
-            loop.Settings(**settings["recovery"]),
+            options,
             images=images,
             seed=cell.seed,
             muon_names=family.weights(pruned),
             masks=plan.masks,
             loss=module.loss(teaching),
+            progress=loop.Progress(steps[0], steps[0] - steps[1], average),
         )
 
 
@@ -303,6 +315,10 @@ def score(track: Track, cell: Cell, paths: Paths) -> None:
         "size": {**records["cost"]["size"], **healed["size"]},
         "latency": records["cost"]["latency"],
         "budget": {"selection": records["select"]["budget"], "recovery": healed["budget"]},
+        "trained": {
+            "selection": records["select"]["trained_images"],
+            "recovery": healed["budget"]["student_backward"],
+        },
         "sampling": records["sample"]["sampling"],
         "extractor": {k: v for k, v in judge.items() if k != "weights"},
         "settings": _settings(track, cell),
@@ -442,13 +458,17 @@ def _labels(track: Track, cell: Cell) -> dict:
 
 def _settings(track: Track, cell: Cell) -> dict:
     """What of the track made this cell, so that its record alone says how."""
-    common = ("dataset", "extractor", "budgets", "sampling", "latency", "evaluation")
     return {
-        "model": track.model(cell.model),
         "parameters": {**track.method(cell.method).parameters, **track.parameters(cell)},
         "method_sha256": artefacts.sha256(track.method(cell.method).file),
-        **{name: track.content[name] for name in common},
+        **shared_settings(track, cell.model),
     }
+
+
+def shared_settings(track: Track, model: str) -> dict:
+    """What of the track made every cell of a model."""
+    common = ("dataset", "extractor", "budgets", "sampling", "latency", "evaluation")
+    return {"model": track.model(model), **{name: track.content[name] for name in common}}
 
 
 def _history(records: dict[str, dict]) -> dict:

@@ -143,8 +143,11 @@ def _check_target(method: methods.Method, instance: str, plan: Plan, pruned: nn.
     before = sum(p.numel() for p in whole.parameters())
     gone = before - sum(p.numel() for p in pruned.parameters())
     masked = sum(int((~mask).sum()) for mask in plan.masks.values())
+    if plan.pattern == targets.UNIFORM:
+        targets.check_uniform(plan, family.widths(whole), sparsity(method))
+        return
     if plan.pattern not in (None, "unstructured"):
-        targets.check_n_of_m(plan)
+        targets.check_n_of_m(plan, {n: whole.get_parameter(n).shape for n in family.weights(whole)})
         assert gone == 0
         return
     units = {

@@ -132,6 +132,14 @@ REFUSED = {
         r"divisions\.matched\.recoveries\.0: 'finetune'",
     ),
     "no division": ({"divisions": {}}, "divisions: "),
+    "a division with a taken name": (
+        {"divisions.select": {"compares": "selections", "recoveries": ["none"]}},
+        r"divisions\.select: the name is taken",
+    ),
+    "a division of an excluded method": (
+        {"divisions.recovery.methods": ["taylor"], "methods.exclude": ["taylor"]},
+        r"divisions\.recovery\.methods: 'taylor' is left out",
+    ),
     "unknown comparison": ({"divisions.matched.compares": "all"}, r"divisions\.matched\.compares"),
     "unknown method of a division": (
         {"divisions.recovery.methods": ["magic"]},
@@ -354,11 +362,11 @@ def test_what_has_no_recipe_is_finetuned_at_the_recipes_sparsities(edited):
     assert {(c.sparsity, c.recovery) for c in dense} == {(0.0, "none")}
 
 
-def test_a_track_overrides_a_recipe(edited):
+def test_a_recipe_stands_whatever_the_track_sets_for_the_matched_division(edited):
     given = {"methods.parameters.mine": {"power": 3}}
     track = edited(given, {"mine": METHOD.format(RECIPE)})
     (cell, *_) = [c for c in track.cells("published") if c.method == "mine"]
-    assert track.parameters(cell) == {"power": 3}
+    assert track.parameters(cell) == {"power": 2}
 
 
 def test_the_recovery_division_holds_its_methods_and_the_references():
@@ -370,6 +378,12 @@ def test_the_recovery_division_holds_its_methods_and_the_references():
     assert pairs == set(itertools.product(named, track.divisions["recovery"]["recoveries"]))
 
 
+def test_controls_stay_where_selections_are_compared(edited):
+    track = edited({"divisions.matched.methods": ["taylor"]})
+    controls = {name for name, method in track.methods.items() if method.control}
+    assert {c.method for c in track.cells()} == controls | {"taylor"}
+
+
 def test_an_unknown_division_lists_the_known_ones():
     with pytest.raises(UserError, match="unknown division 'all' in track smoke; known: matched, "):
         config.load("smoke").cells("all")
@@ -378,7 +392,7 @@ def test_an_unknown_division_lists_the_known_ones():
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        ('{"recover": "finetune"}', r"mine\.py: PUBLISHED has 'recover'; known: parameters"),
+        ('{"recover": "finetune"}', r"mine\.py: PUBLISHED has 'recover'; known: recovery"),
         (
             '{"recovery": "heal"}',
             r"mine\.py: PUBLISHED names the recovery 'heal'; known: .*finetune",

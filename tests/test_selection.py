@@ -8,6 +8,7 @@ import torch
 
 from prunebench import selection
 from prunebench.errors import CellError
+from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.targets import plan_layers
 
@@ -383,3 +384,29 @@ def test_branches_and_blocks_both_count_as_units():
     plan, pruned = _select(branches, "layers", sparsity=0.15)
     assert plan.layers in (("blocks.0.attn", "blocks.0.mlp"), ("blocks.0.attn",))
     assert tiny.output(pruned, "dit").isfinite().all()
+
+
+def test_calibration_draws_are_the_same_for_all_methods_and_differ_between_seeds():
+    first, second, other = (
+        tiny.context("dit", method=method, seed=seed).draws(6, 4)
+        for method, seed in (("a", 0), ("b", 0), ("a", 1))
+    )
+    assert all(torch.equal(x.noise, y.noise) for x, y in zip(first, second, strict=True))
+    assert not torch.equal(first[0].noise, other[0].noise)
+
+
+@pytest.mark.parametrize("kind", ["block", "widths", "2:4"])
+def test_the_average_of_an_unfinished_training_fits_the_plan(core, kind):
+    context = tiny.context(core, train_images=64, settings=tiny.settings(ema=0.9))
+    model = copy.deepcopy(context.model)
+    context.train(model, 32)
+    plan, family = tiny.plan(core, kind), tiny.INSTANCES[core].module
+    pruned = surgery.apply(selection.unmetered(model), plan, family)
+    average = selection.averaged(context, plan)
+    shapes = {name: parameter.shape for name, parameter in pruned.named_parameters()}
+    assert {name: tensor.shape for name, tensor in average.items()} == shapes
+    for name, mask in plan.masks.items():
+        assert not average[name][~mask].any()
+    assert any(not torch.equal(average[n], p) for n, p in pruned.named_parameters())
+    context.train(model, 32)
+    assert selection.averaged(context, plan) == {}

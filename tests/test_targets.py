@@ -163,14 +163,16 @@ def test_n_of_m_leaves_unfitting_weights_dense(name):
     mixed = targets.plan_n_of_m(scores, 2, 4)
     assert set(mixed.masks) == {"fits"} and mixed.notes["stay_dense"] == ["odd"]
     assert all(mask.float().mean() == 0.5 for mask in plan.masks.values())
-    targets.check_n_of_m(plan)
+    targets.check_n_of_m(plan, {name: mask.shape for name, mask in plan.masks.items()})
+    with pytest.raises(CellError, match="'more' is not masked; a 2:4 plan masks every weight"):
+        targets.check_n_of_m(mixed, {"fits": (3, 8), "odd": (8, 6), "more": (4, 4)})
 
 
 def test_broken_n_of_m_masks_are_found():
     three = torch.tensor([[True, True, True, False]])
     for masks in ({"w": three}, {"w": torch.ones(1, 6, dtype=torch.bool)}):
         with pytest.raises(CellError, match="'w' does not keep 2 of every 4"):
-            targets.check_n_of_m(Plan(masks=masks, pattern="2:4"))
+            targets.check_n_of_m(Plan(masks=masks, pattern="2:4"), {})
 
 
 def test_reached_counts_removed_and_masked():

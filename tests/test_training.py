@@ -114,11 +114,11 @@ def test_no_more_images_than_allowed(images, steps):
 
 
 def test_the_learning_rate_rises_then_falls_to_zero():
-    factor = loop._cosine(100, tiny.settings(warmup=0.1))
+    factor = loop._cosine(loop.Progress(100), tiny.settings(warmup=0.1))
     assert [factor(step) for step in (0, 4, 9, 10)] == pytest.approx([0.1, 0.5, 1.0, 1.0])
     assert factor(55) == pytest.approx(0.5)
     assert 0 < factor(99) < 0.001
-    assert loop._cosine(100, tiny.settings())(0) == 1.0
+    assert loop._cosine(loop.Progress(100), tiny.settings())(0) == 1.0
 
 
 def test_muon_takes_the_prunable_matrices_only():
@@ -216,3 +216,49 @@ def test_the_clock_counts_what_fails_too():
     with pytest.raises(RuntimeError), meter.clock():
         raise RuntimeError
     assert meter.wall_s > 0
+
+
+# A training in parts is the same training.
+
+
+def _in_parts(images: list[int], **settings) -> tuple[nn.Module, loop.Progress]:
+    torch.manual_seed(0)
+    model, data = tiny.dense("dit"), tiny.data("dit")
+    options = tiny.settings(**settings)
+    progress = loop.Progress(sum(images) // options.batch)
+    generator = torch.Generator().manual_seed(7)
+    batches = [data.draw(options.batch, generator, torch.device("cpu")) for _ in range(8)]
+    feed = iter(batches)
+    same = loop.Data(data.images, data.labels, data.objective)
+    object.__setattr__(same, "draw", lambda *_: next(feed))
+    for part in images:
+        loop.train(model, same, options, images=part, seed=0, muon_names=[], progress=progress)
+    return model, progress
+
+
+def test_parts_share_schedule_and_average(monkeypatch):
+    """With plain gradient descent, which keeps no state, parts give the whole to the last bit."""
+    descent = lambda model, settings, _: [torch.optim.SGD(model.parameters(), lr=0.1)]  # noqa: E731
+    monkeypatch.setattr(loop, "_optimizers", descent)
+    whole, _ = _in_parts([64], ema=0.8, warmup=0.25)
+    parts, progress = _in_parts([24, 16, 24], ema=0.8, warmup=0.25)
+    tiny.assert_same(whole.state_dict(), parts.state_dict())
+    assert (progress.done, progress.total) == (8, 8)
+    for name, parameter in parts.named_parameters():
+        assert torch.equal(parameter, progress.average[name])
+
+
+def test_an_unfinished_training_has_its_plain_weights():
+    model, data = tiny.dense("dit"), tiny.data("dit")
+    progress = loop.Progress(8)
+    loop.train(model, data, tiny.settings(ema=0.9), images=32, seed=0, muon_names=[],
+               progress=progress)  # fmt: skip
+    name, weight = next(iter(model.named_parameters()))
+    assert progress.done == 4 and not torch.equal(weight, progress.average[name])
+
+
+def test_names_of_parametrized_weights_are_plain():
+    assert loop._plain("blocks.0.mlp.fc1.parametrizations.weight.original") == (
+        "blocks.0.mlp.fc1.weight"
+    )
+    assert loop._plain("x.weight") == "x.weight"

@@ -37,13 +37,22 @@ class Comparison:
 
     group: tuple[str, ...]  # columns in which such rows agree
     section: str  # the column that, with the model, makes one printed table
+    words: str  # what the rows of a group share
 
 
 # By a division's `compares`. "share" keeps plans that fix their own share (N:M, uniform) apart.
 COMPARISONS = {
-    "selections": Comparison(("model", "sparsity", "share", "recovery"), "recovery"),
-    "methods": Comparison(("model", "sparsity", "share", "budget"), "budget"),
-    "recoveries": Comparison(("model", "sparsity", "share", "method", "budget"), "method"),
+    "selections": Comparison(
+        ("model", "sparsity", "share", "recovery"), "recovery", "model, sparsity and recovery"
+    ),
+    "methods": Comparison(
+        ("model", "sparsity", "share", "budget"), "budget", "model, sparsity and budget"
+    ),
+    "recoveries": Comparison(
+        ("model", "sparsity", "share", "method", "budget"),
+        "method",
+        "model, selection, sparsity and budget",
+    ),
 }
 
 
@@ -159,8 +168,9 @@ METRICS = {
         ("budget.recovery.wall_s",), "Recovery time", "Wall time of recovery", "lower", "s",
         format="sig"),
     "oracle_beaten": Metric(
-        ("oracle.beaten",), "Masks beaten", "Share of all layer masks of the same sparsity (or of "
-        "the stated number of random ones) whose FID is worse under the same recovery and seed",
+        ("oracle.beaten",), "Masks beaten", "Share of all other layer masks of the same sparsity "
+        "(or of the number of random ones that oracle.md states) whose FID is worse after the same "
+        "recovery",
         "higher", "%", 1e2, ".0f", spread=True, optional=True),
     "oracle_gap": Metric(
         ("oracle.gap",), "FID above best mask", "FID minus that of the best of those masks",
@@ -477,6 +487,7 @@ def warnings(sources: list[Source], cells: pd.DataFrame) -> list[str]:
     """What a reader must know before comparing rows."""
     found = []
     codes = {source.metrics["provenance"]["code"] for source in sources}
+    codes |= {stage["code"] for s in sources for stage in s.metrics.get("stages", {}).values()}
     if len(codes) > 1:
         found.append(f"The cells were made by {len(codes)} different versions of the code.")
     if len(hardware(sources)) > 1:

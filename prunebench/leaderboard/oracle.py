@@ -2,7 +2,7 @@
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +13,8 @@ from prunebench.leaderboard.collect import Source, lookup
 
 SCHEMA = 1
 KEY = ("model", "sparsity", "recovery", "seed")
-FIELDS = ("status", "cell", "layers", "masks", "exhaustive", "fid", "provenance")
+FIELDS = ("status", "cell", "layers", "masks", "exhaustive", "fid", "budget", "provenance")
+FRESH = ("scratch",)  # keeps nothing of the dense model: its mask is no selection to place
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Mask:
     @property
     def key(self) -> tuple:
         return tuple(self.record["cell"][name] for name in KEY)
+
+    @property
+    def spent(self) -> int:
+        """Images its recovery trained on."""
+        return self.record["budget"]["student_forward"]
 
     @property
     def name(self) -> str:
@@ -51,34 +57,42 @@ def read(files: Iterable[Path]) -> list[Mask]:
 def attach(sources: list[Source], masks: list[Mask]) -> None:
     """Say of every cell that removed layers how many masks it beats and how far the best is.
 
-    A cell is compared with masks healed in the same way on the same sampling noise: those of its
-    own seed, where the oracle has it, else of the oracle's first. Its own mask does not count.
+    Compared are masks of the cell's sparsity and recovery, under its own seed where the oracle has
+    it, else under the oracle's first. A cell whose whole budget went into recovery is its mask: the
+    mask's own FID is placed, on the same noise as the others. A method that trained while selecting
+    is placed with its own FID. The mask that it chose is never among the others.
     """
-    fids = _by_key(masks)
+    complete = _complete(masks)
     for source in sources:
         cell, metrics = source.metrics["cell"], source.metrics
-        if metrics["status"] != "ok" or metrics["labels"]["kind"] != "layers":
+        known = metrics["status"] == "ok" and metrics["labels"]["kind"] == "layers"
+        if not known or cell["method"] in FRESH:
             continue
-        seeds = sorted(s for *place, s in fids if place == [cell[name] for name in KEY[:3]])
+        seeds = sorted(s for *place, s in complete if place == [cell[name] for name in KEY[:3]])
         if seeds:
             seed = cell["seed"] if cell["seed"] in seeds else seeds[0]
-            others = fids[(*(cell[name] for name in KEY[:3]), seed)]
-            metrics["oracle"] = placed(metrics["quality"]["fid"], others)
+            found = complete[(*(cell[name] for name in KEY[:3]), seed)]
+            metrics["oracle"] = placed(metrics, found)
 
 
-def placed(fid: float, others: list[float]) -> dict:
-    """The share of the masks with another FID that are worse, and the distance to the best."""
-    different = [other for other in others if other != fid]
-    worse = sum(other > fid for other in different)
-    return {"beaten": worse / max(1, len(different)), "gap": fid - min(others)}
+def placed(metrics: Mapping, found: list[Mask]) -> dict:
+    """The share of the other masks whose FID is worse, and the distance to the best of all."""
+    chosen = sorted(metrics["plan"]["layers"])
+    fids = {tuple(sorted(mask.record["layers"])): mask for mask in found}
+    own, fid = fids.pop(tuple(chosen), None), metrics["quality"]["fid"]
+    if own and own.spent == metrics["budget"]["recovery"]["student_forward"]:
+        fid = own.record["fid"]
+    others = [mask.record["fid"] for mask in fids.values() if mask.record["fid"] is not None]
+    best = min(mask.record["fid"] for mask in found if mask.record["fid"] is not None)
+    return {"beaten": sum(o > fid for o in others) / max(1, len(others)), "gap": fid - best}
 
 
-def _by_key(masks: list[Mask]) -> dict[tuple, list[float]]:
-    fids: dict[tuple, list[float]] = {}
+def _complete(masks: list[Mask]) -> dict[tuple, list[Mask]]:
+    """The masks by key, of those places that have all that the oracle planned there."""
+    groups: dict[tuple, list[Mask]] = {}
     for mask in masks:
-        if mask.record["fid"] is not None:
-            fids.setdefault(mask.key, []).append(mask.record["fid"])
-    return fids
+        groups.setdefault(mask.key, []).append(mask)
+    return {key: group for key, group in groups.items() if len(group) == group[0].record["masks"]}
 
 
 def published(masks: list[Mask]) -> dict[str, bytes]:
@@ -97,6 +111,7 @@ def table(masks: list[Mask]) -> pd.DataFrame:
         {
             **{name: mask.record["cell"][name] for name in (*KEY, "mask")},
             "layers": " ".join(mask.record["layers"]),
+            "masks": mask.record["masks"],
             "exhaustive": mask.record["exhaustive"],
             "fid": mask.record["fid"],
         }
@@ -116,6 +131,8 @@ def summary(frame: pd.DataFrame) -> str:
     )
     for (model, sparsity, recovery, seed), group in frame.groupby(list(KEY)):
         fid, what = group.fid, "all" if group.exhaustive.all() else "random"
+        if len(group) < group.masks.iloc[0]:
+            what = f"unfinished, of {group.masks.iloc[0]}"
         best = group.loc[fid.idxmin(), "layers"] if fid.notna().any() else "—"
         buffer.write(
             f"| {model} | {sparsity:g} | {recovery} | {seed} | {len(group)} ({what}) "

@@ -128,11 +128,12 @@ def published(board: Board) -> dict[str, bytes]:
     """Every file of the leaderboard by its path inside the output folder."""
     rows, told = board.rows, (board.caption, board.warnings)
     images = plots.pareto_plots(rows) | plots.sample_grids(rows, board.grids)
-    markdown = tables.to_markdown(board.title, rows, *told, board.failed, board.missing)
+    markdown = tables.to_markdown(board.title, rows, *told, board.failed, board.missing,
+                                  board.compares)  # fmt: skip
     texts = {
         "leaderboard.csv": tables.to_csv(rows),
         "leaderboard.md": markdown,
-        "leaderboard.tex": tables.to_latex(board.title, rows, *told),
+        "leaderboard.tex": tables.to_latex(board.title, rows, *told, board.compares),
         "leaderboard.bib": tables.to_bibtex(board.entries),
         "leaderboard.html": to_html(board, images),
     }
@@ -150,7 +151,7 @@ def to_html(board: Board, images: Mapping[str, bytes]) -> str:
     return environment.get_template("leaderboard.html.j2").render(
         board=board,
         columns=tables.present(tables.COLUMNS, board.rows),
-        legend=tables.LEGEND,
+        legend=tables.legend(board.compares),
         models=models,
         recoveries=recovery_order(board.rows),
         rows=_table(board),

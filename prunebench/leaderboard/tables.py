@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from prunebench.leaderboard.collect import (
+    COMPARISONS,
     METRICS,
     MINIMUM_SAMPLES,
     REFERENCE_KINDS,
@@ -22,11 +23,14 @@ NOTHING = "—"
 ARROWS = {"lower": "\u00a0↓", "higher": "\u00a0↑", "": ""}  # no line break before them
 VERDICTS = {"better": "+", "worse": "−", "same": "≈", "": ""}
 
-LEGEND = (
-    f"Rank: by mean FID inside one model, sparsity and recovery; “2 (=3)” is second, and Welch's "
+RANK = (
+    "Rank: by mean FID inside one {words}; plans that fix their own share of the parameters (N:M; "
+    "uniform, the same share of every width) are ranked apart. “2 (=3)” is second, and Welch's "
     f"t-test (p ≥ {SIGNIFICANCE}, uncorrected) can't tell it from 3 others of its group. A row "
     "with one seed can't be told from any. Seeds vary calibration, recovery, sampling noise and "
-    "random masks; there is one dense model, so nothing is said of other trainings.",
+    "random masks; there is one dense model, so nothing is said of other trainings."
+)
+LEGEND = (
     "Dense at equal latency: FID of the dense model with the most sampling steps (in parentheses) "
     "that is measured to be as fast as the row; + the pruned row is better, − worse, ≈ can't be "
     "told. * no dense row is that fast, the fastest is shown.",
@@ -36,6 +40,11 @@ LEGEND = (
     f"smoke: fewer than {MINIMUM_SAMPLES:,} samples, too few for a FID to be cited.",
     f"{NOTHING}: not measured; failed and unfinished rows come last in their group.",
 )
+
+
+def legend(compares: str) -> list[str]:
+    """What a reader of a board must know; `compares` is a key of collect.COMPARISONS."""
+    return [RANK.format(words=COMPARISONS[compares].words), *LEGEND]
 
 
 @dataclass(frozen=True)
@@ -112,7 +121,9 @@ def _rank(row: pd.Series) -> str:
 
 
 def _sparsity(row: pd.Series) -> str:
-    return NOTHING if row.kind in REFERENCE_KINDS else percent(row.sparsity)
+    if row.kind in REFERENCE_KINDS:
+        return NOTHING
+    return f"{percent(row.sparsity)} {row['share']}".strip()
 
 
 def _equal_latency(row: pd.Series) -> str:
@@ -142,14 +153,15 @@ def _word(name: str, label: str, help_: str, key: bool = False) -> Column:
 
 def _columns() -> list[Column]:
     identity = [
-        Column("rank", "Rank", "Rank by mean FID inside one model, sparsity and recovery; (=k): "
-               "can't be told from k others", lambda row: row["rank"], _rank, True),
+        Column("rank", "Rank", "Rank by mean FID among the rows that it compares with (see the "
+               "legend); (=k): can't be told from k others", lambda row: row["rank"], _rank, True),
         Column("title", "Method", "What was removed by which rule",
                lambda row: row.title.lower(), _method, True, False),
         _word("model", "Model", "The dense model that was pruned"),
         _word("kind", "Unit", "What is removed: whole layers, widths (channels, heads, neurons), "
               "single weights (masks), sampling steps, or none", True),
-        Column("sparsity", "Sparsity", "Target fraction of the parameters removed",
+        Column("sparsity", "Sparsity", "Target fraction of the parameters removed; with “uniform” "
+               "of the channels of every width, with N:M of each masked matrix",
                lambda row: row.sparsity, _sparsity, True),
         _word("recovery", "Recovery", "How the pruned model was healed, and its budget"),
     ]  # fmt: skip
@@ -190,7 +202,7 @@ def one_line(text: str) -> str:
     return re.sub(r"[ \t\r\n]+", " ", str(text)).strip(" ")
 
 
-def divisions(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+def printed(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     """One printed table per model and section, each opening with the model's references."""
     for model, of_model in rows.groupby("model"):
         references = of_model[is_reference(of_model)]
@@ -201,7 +213,7 @@ def divisions(rows: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
             yield model, "none", references
 
 
-def division_name(model: str, section: str) -> str:
+def section_name(model: str, section: str) -> str:
     return f"{model}, {'no recovery' if section == 'none' else section}"
 
 
@@ -248,17 +260,18 @@ def _markdown_table(rows: pd.DataFrame, columns: list[Column]) -> list[str]:
 
 
 def to_markdown(title: str, rows: pd.DataFrame, caption: dict[str, str], warnings: list[str],
-                failed: list[dict], missing: list[str]) -> str:  # fmt: skip
+                failed: list[dict], missing: list[str],
+                compares: str = "selections") -> str:  # fmt: skip
     """The readable subset, one table per model and section; leaderboard.csv holds everything."""
     columns = present(KEY_COLUMNS, rows)
     blocks = [f"# {escape_markdown(title)}"]
     blocks += [f"> **Warning:** {escape_markdown(text)}" for text in warnings]
     blocks.append("\n".join(f"- **{k}:** {escape_markdown(v)}" for k, v in caption.items()))
-    for model, section, division in divisions(rows):
-        blocks.append(f"## {escape_markdown(division_name(model, section))}")
-        blocks.append("\n".join(_markdown_table(division, columns)))
+    for model, section, part in printed(rows):
+        blocks.append(f"## {escape_markdown(section_name(model, section))}")
+        blocks.append("\n".join(_markdown_table(part, columns)))
     blocks.append("## Legend")
-    blocks.append("\n".join(f"- {escape_markdown(text)}" for text in LEGEND))
+    blocks.append("\n".join(f"- {escape_markdown(text)}" for text in legend(compares)))
     if failed:
         blocks += ["## Failed cells", "\n".join(_markdown_failure(cell) for cell in failed)]
     if missing:
@@ -325,9 +338,9 @@ def _latex_head(label: str) -> str:
 def _latex_rows(rows: pd.DataFrame, columns: list[Column]) -> list[str]:
     lines, previous = [], "references"
     for _, row in rows.iterrows():
-        group = "references" if row.kind in REFERENCE_KINDS else row.sparsity
+        group = "references" if row.kind in REFERENCE_KINDS else _sparsity(row)
         if group != previous:
-            text = escape_latex(f"sparsity {percent(row.sparsity)}")
+            text = escape_latex(f"sparsity {_sparsity(row)}")
             lines += [
                 r"\midrule",
                 rf"\multicolumn{{{len(columns)}}}{{@{{}}l}}{{\emph{{{text}}}}} \\",
@@ -349,19 +362,20 @@ def _latex_table(name: str, rows: pd.DataFrame, text: str, columns: list[Column]
     ])  # fmt: skip
 
 
-def to_latex(title: str, rows: pd.DataFrame, caption: dict[str, str], warnings: list[str]) -> str:
+def to_latex(title: str, rows: pd.DataFrame, caption: dict[str, str], warnings: list[str],
+             compares: str = "selections") -> str:  # fmt: skip
     """Tables to \\input; the document needs booktabs and leaderboard.bib.
 
     The first caption carries the legend and the conditions of measurement.
     """
     conditions = " ".join(f"{label}: {text}." for label, text in caption.items())
-    notes = " ".join([*warnings, *LEGEND])
+    notes = " ".join([*warnings, *legend(compares)])
     tables = ["% \\usepackage{booktabs}; entries in leaderboard.bib"]
     columns = present(PRINTED, rows)
-    for model, section, division in divisions(rows):
-        text = f"{title}: {division_name(model, section)}."
+    for model, section, part in printed(rows):
+        text = f"{title}: {section_name(model, section)}."
         if len(tables) == 1:
             text = f"{text} {conditions} {notes}"
         name = f"{model}:{section}"
-        tables.append(_latex_table(name, division, escape_latex(text), columns))
+        tables.append(_latex_table(name, part, escape_latex(text), columns))
     return "\n\n".join(tables) + "\n"

@@ -207,9 +207,18 @@ def most(model: nn.Module, family: ModuleType, kind: str) -> float:
     return removable / parameter_count(model)
 
 
-def check_n_of_m(plan: Plan) -> None:
-    """Every group of an N:M plan keeps exactly N of its M weights."""
+def check_n_of_m(plan: Plan, shapes: Mapping[str, Sequence[int]]) -> None:
+    """Every weight that has the pattern is masked, and keeps exactly N of every M.
+
+    Args:
+        shapes: of all weights that may be masked.
+    """
     n, m = map(int, plan.pattern.split(":"))
+    for name, shape in shapes.items():
+        if shape[1] % m == 0 and name not in plan.masks:
+            raise CellError(
+                f"'{name}' is not masked; a {n}:{m} plan masks every weight that has the pattern"
+            )
     for name, mask in plan.masks.items():
         fits = mask.shape[1] % m == 0
         if not fits or bool((mask.movedim(1, -1).unflatten(-1, (-1, m)).sum(-1) != n).any()):

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -66,6 +67,21 @@ class Data:
         return self.noised(x0.to(device), y.to(device), t.to(device), noise.to(device))
 
 
+@dataclass
+class Progress:
+    """Where a training in several parts stands: they share one schedule and one average.
+
+    Attributes:
+        total: steps of all parts together.
+        done: steps taken.
+        average: the averaged weights so far, by the names of the unparametrized model.
+    """
+
+    total: int
+    done: int = 0
+    average: dict[str, Tensor] = field(default_factory=dict)
+
+
 Loss = Callable[[nn.Module, Batch], Tensor]
 Adjust = Callable[[nn.Module], None]
 
@@ -91,25 +107,30 @@ def train(
     masks: Mapping[str, Tensor] | None = None,
     loss: Loss = own_loss,
     adjust: Adjust | None = None,
+    progress: Progress | None = None,
 ) -> list[float]:
     """Train `model` in place on `images` images and leave it with its averaged weights.
 
-    Masked entries are zeroed again after every step. `adjust` may change the gradients after each
-    backward pass, before they are clipped. Returns the loss of every step.
+    With `progress` this is one part of a longer training: schedule and average go on from the part
+    before, and the model has its plain weights until the last part is done. Masked entries are
+    zeroed again after every step. `adjust` may change the gradients after each backward pass,
+    before they are clipped. Returns the loss of every step.
 
     Raises:
         CellError: the loss is no longer a finite number.
     """
     steps = images // settings.batch
+    progress = progress or Progress(steps)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     optimizers = _optimizers(model, settings, muon_names)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, _cosine(steps, settings)) for o in optimizers]
+    rate = _cosine(progress, settings)
+    schedules = [torch.optim.lr_scheduler.LambdaLR(o, rate) for o in optimizers]
     masks = {name: mask.to(device) for name, mask in (masks or {}).items()}
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
+    average = _average(model, settings, progress)
     losses = []
     model.train()
-    for step in progress(steps, "train"):
+    for step in counted(steps, "train"):
         batch = data.draw(settings.batch, generator, device)
         batch = _drop_classes(batch, model, settings.class_dropout, generator)
         with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
@@ -127,7 +148,9 @@ def train(
             optimizer.zero_grad()
         _mask(model, masks)
         average.update_parameters(model)
-    if steps and settings.ema:
+    progress.done += steps
+    progress.average = {_plain(n): p.detach() for n, p in average.module.named_parameters()}
+    if settings.ema and 0 < progress.total <= progress.done and steps:
         model.load_state_dict(average.module.state_dict())
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise CellError(f"training left weights that are not finite numbers after {steps} steps")
@@ -135,7 +158,23 @@ def train(
     return losses
 
 
-def progress(total: int, label: str) -> Iterator[int]:
+def _average(model: nn.Module, settings: Settings, progress: Progress) -> AveragedModel:
+    """The moving average, which goes on from the part before where there was one."""
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
+    if progress.average:
+        average.n_averaged.fill_(1)  # else the first update would overwrite it
+        with torch.no_grad():
+            for name, parameter in average.module.named_parameters():
+                parameter.copy_(progress.average[_plain(name)])
+    return average
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without what torch adds to it when it is parametrized."""
+    return re.sub(r"\.parametrizations\.(\w+)\.original$", r".\1", name)
+
+
+def counted(total: int, label: str) -> Iterator[int]:
     """A progress bar on a terminal, plain log lines at every tenth elsewhere."""
     bar = tqdm(range(total), desc=label, disable=None, leave=False)
     for index in bar:
@@ -158,10 +197,12 @@ def _optimizers(
     return optimizers
 
 
-def _cosine(steps: int, settings: Settings) -> Callable[[int], float]:
+def _cosine(progress: Progress, settings: Settings) -> Callable[[int], float]:
+    steps, done = progress.total, progress.done
     warmup = max(1, round(settings.warmup * steps))
 
     def factor(step: int) -> float:
+        step += done
         if step < warmup:
             return (step + 1) / warmup
         return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
