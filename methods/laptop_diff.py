@@ -45,7 +45,7 @@ def select(context, draws=256, batch=64, granularity="block", slack=0.5):
     Args:
         granularity: "block" or "branch" (a transformer's attention and MLP on their own).
         slack: share of the smallest layer by which the removed parameters may fall short of the
-            target. 0 is the strict constraint; 0.5 is to the nearest layer, as for other methods.
+            target. 0 is the strict constraint; with equal layers 0.5 is the nearest number of them.
     """
     layers = context.layers(granularity)
     batches = context.draws(draws, batch)

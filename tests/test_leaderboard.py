@@ -352,3 +352,60 @@ def test_methods_sharing_a_bibtex_key_with_different_entries_are_told():
     assert list(found) == ["key"] and problems == [
         "Two methods give the BibTeX key key different entries."
     ]
+
+
+# Divisions: what differs between the rows that are ranked together.
+
+
+def _ranked(compares: str, *groups: list[dict]) -> dict:
+    sources = [collect.Source(Path("m.json"), b"", one) for group in groups for one in group]
+    rows = collect.aggregate(collect.cell_frame(sources), compares)
+    named = rows[rows["rank"].notna()]
+    return dict(zip(zip(named.method, named.recovery, strict=True), named["rank"], strict=True))
+
+
+def test_methods_are_ranked_across_recoveries_of_one_budget():
+    ranked = _ranked("methods", seeds("own", [2.0], "published-low"),
+                     seeds("control", [3.0], "finetune-low"), seeds("c", [1.0], "none"),
+                     seeds("d", [1.5], "none"))  # fmt: skip
+    assert ranked == {
+        ("own", "published-low"): 1, ("control", "finetune-low"): 2, ("c", "none"): 1,
+        ("d", "none"): 2,
+    }  # fmt: skip
+
+
+def test_recoveries_are_ranked_inside_one_selection():
+    ranked = _ranked("recoveries", seeds("a", [2.0], "finetune-low"),
+                     seeds("a", [1.0], "output_kd-low"), seeds("b", [3.0], "finetune-low"),
+                     seeds("b", [4.0], "output_kd-low"))  # fmt: skip
+    assert ranked == {
+        ("a", "output_kd-low"): 1, ("a", "finetune-low"): 2, ("b", "finetune-low"): 1,
+        ("b", "output_kd-low"): 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("compares", collect.COMPARISONS)
+def test_plans_that_fix_their_own_share_are_ranked_apart(compares):
+    uniform = [seeds(name, [fid], kind="widths") for name, fid in (("u", 1.0), ("v", 2.0))]
+    for group in uniform:
+        group[0]["plan"] = {"pattern": "uniform", "notes": {}}
+    plain = [seeds(name, [fid], kind="widths") for name, fid in (("p", 3.0), ("q", 4.0))]
+    ranked = _ranked(compares, *uniform, *plain)
+    alone = compares == "recoveries"  # every method is a group of its own there
+    assert ranked == {} if alone else set(ranked.values()) == {1, 2}
+    assert alone or ranked["u", "none"] == ranked["p", "none"] == 1
+
+
+def test_a_board_says_what_it_ranks_and_how_rows_were_healed(tmp_path):
+    own = seeds("own", [2.0, 2.1], "published-low", title="Own")
+    for metrics in own:
+        metrics["labels"]["healing"] = "normalised_kd"
+        metrics["plan"] = {"pattern": "uniform", "notes": {"summary": "joint/sum = 0.9"}}
+    cells = own + seeds("control", [3.0, 3.1], "finetune-low", title="Control")
+    files = [write_cell(tmp_path, metrics) for metrics in cells]
+    build(files, tmp_path / "out", expected_cells=None, title="t", compares="methods")
+    text = (tmp_path / "out/leaderboard.md").read_text()
+    assert "## sit, low" in text and "inside one model, sparsity and budget" in text
+    assert "Own (normalised\\_kd)" in text and "25% uniform" in text
+    assert "joint/sum = 0.9" in (tmp_path / "out/leaderboard.html").read_text()
+    assert "sparsity 25\\% uniform" in (tmp_path / "out/leaderboard.tex").read_text()
