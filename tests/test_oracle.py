@@ -48,7 +48,7 @@ def test_masks_of_unequal_layers_meet_the_target():
 def _record(mask: int, fid: float | None, seed: int = 0) -> dict:
     return {
         "status": "ok", "layers": [f"blocks.{mask}"], "masks": 5, "exhaustive": True, "fid": fid,
-        "budget": {"student_forward": 0},
+        "budget": {"student_backward": 0},
         "cell": {"track": "embedded", "model": "sit", "sparsity": 0.25, "recovery": "none",
                  "seed": seed, "mask": mask},
         "provenance": {},
@@ -68,7 +68,7 @@ def test_a_selection_is_placed_among_the_other_masks(written, tmp_path):
     chosen = {"a": "blocks.2", "b": "blocks.0", "t": "blocks.0"}
     cells = [make_metrics(a_cell("a"), fid=5.0), make_metrics(a_cell("w"), fid=5.0, kind="widths")]
     cells += [make_metrics(a_cell("b", seed=1), fid=6.0), make_metrics(a_cell("t"), fid=6.0)]
-    cells[-1]["budget"]["recovery"] |= {"student_forward": 7}  # it trained while it selected
+    cells[-1]["budget"]["recovery"] |= {"student_backward": 7}  # it trained while it selected
     for metrics in cells:
         metrics["plan"] = {"layers": [chosen.get(metrics["cell"]["method"], "")], "pattern": None}
     files = [write_cell(tmp_path, metrics) for metrics in cells]

@@ -30,8 +30,8 @@ class Mask:
 
     @property
     def spent(self) -> int:
-        """Images its recovery trained on."""
-        return self.record["budget"]["student_forward"]
+        """Images its recovery trained on; its forwards include those of sampling."""
+        return self.record["budget"]["student_backward"]
 
     @property
     def name(self) -> str:
@@ -80,7 +80,7 @@ def placed(metrics: Mapping, found: list[Mask]) -> dict:
     chosen = sorted(metrics["plan"]["layers"])
     fids = {tuple(sorted(mask.record["layers"])): mask for mask in found}
     own, fid = fids.pop(tuple(chosen), None), metrics["quality"]["fid"]
-    if own and own.spent == metrics["budget"]["recovery"]["student_forward"]:
+    if own and own.spent == metrics["budget"]["recovery"]["student_backward"]:
         fid = own.record["fid"]
     others = [mask.record["fid"] for mask in fids.values() if mask.record["fid"] is not None]
     best = min(mask.record["fid"] for mask in found if mask.record["fid"] is not None)
