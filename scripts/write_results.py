@@ -159,7 +159,9 @@ def filled(text: str, content: str, name: str = "result") -> str:
 
 def board(division: str = "") -> pd.DataFrame:
     rows = pd.read_csv(RESULTS / division / "leaderboard.csv")
-    return rows.assign(budget=rows.recovery.str.rpartition("-")[2], share=rows["share"].fillna(""))
+    return rows.assign(
+        budget=rows.recovery.str.rpartition("-")[2], share=rows["share"].astype(object).fillna("")
+    )
 
 
 def written() -> dict[Path, str]:
