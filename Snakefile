@@ -21,10 +21,17 @@ wildcard_constraints:
 
 onstart:
     start_warm_server()
+    mark_run(TRACK.name, workflow.local_exec, workflow.cores)  # for `prunebench progress`
 
 
 onsuccess:
+    unmark_run()
     report_failed_cells()
+
+
+onerror:
+    unmark_run()
+    report_unfinished_run()
 
 
 localrules:
