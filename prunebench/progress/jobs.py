@@ -62,7 +62,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        return "/".join(self.fields)
+        return "/".join(self.fields) or self.stage
 
     @property
     def model(self) -> str:
@@ -83,10 +83,16 @@ class Job:
 
 @dataclass
 class Plan:
-    """Jobs by record, and of each cell the records that it rests on, its score's last."""
+    """Jobs by record.
+
+    Attributes:
+        cells: of each cell the records of its own stages, its score's last.
+        shared: of each cell the records that others start from too.
+    """
 
     jobs: dict[str, Job] = field(default_factory=dict)
     cells: dict[Cell, list[str]] = field(default_factory=dict)
+    shared: dict[Cell, list[str]] = field(default_factory=dict)
 
 
 def plan(track: Track, divisions: Iterable[str], runs: Path, oracle: bool = False) -> Plan:
@@ -104,13 +110,12 @@ def plan(track: Track, divisions: Iterable[str], runs: Path, oracle: bool = Fals
     for cell in itertools.chain.from_iterable(map(track.cells, divisions)):
         if cell not in made.cells:
             paths = Paths(track, cell, runs)
-            shared = [layout.extractor, add("dense", paths.trained, cell.model)]
-            root = len(layout.root) + 1
-            own = [
-                add(stage, record, *record[root:].split("/")[:-1])
+            dense = add("dense", paths.trained, cell.model)
+            made.shared[cell] = [layout.extractor, dense, paths.dense_sample]
+            made.cells[cell] = [
+                add(stage, record, *record[len(layout.root) + 1 :].split("/")[:-1])
                 for stage, record in _stages(cell, paths)
             ]
-            made.cells[cell] = [*shared, paths.dense_sample, *own]
     for model, recovery, seed, mask in track.oracle() if oracle else ():
         add("dense", layout.trained(model), model)
         record = layout.oracle(model, recovery, seed, mask)
@@ -220,7 +225,7 @@ def survey(track: Track, planned: Plan, runs: Path, records: Records) -> Survey:
     costs = records.read(planned.jobs)
     run = activity.read_run(runs.parent)
     work, blind = _work(track, planned, runs, run)
-    slurm = SlurmLogs(runs.parent / ".snakemake" / "slurm_logs")
+    slurm = SlurmLogs(runs.parent)
     found = {}
     for record, job in planned.jobs.items():
         if record in costs:
@@ -299,8 +304,9 @@ def _touched(path: str | Path) -> float:
 class SlurmLogs:
     """What Slurm wrote of the jobs; the plugin deletes the logs of those that went well."""
 
-    def __init__(self, folder: Path):
-        self.folder, self.names = folder, {}
+    def __init__(self, home: Path):
+        self.home, self.folder = f"{home}/", home / ".snakemake" / "slurm_logs"
+        self.names: dict[str, set[str]] = {}  # of the folders, by rule
 
     def newest(self, part: Part) -> Path | None:
         """The part's last log that names its record: the folders do not tell tracks apart."""
@@ -311,17 +317,23 @@ class SlurmLogs:
         if not names or (part.fields and part.wildcards not in names):
             return None
         logs = sorted((rule / part.wildcards).glob("*.log"), key=_touched, reverse=True)
-        return next((log for log in logs if part.record in log.read_text()), None)
+        record = part.record.removeprefix(self.home)
+        return next((log for log in logs if record in _text(log)), None)
 
 
-def read_tail(log: str | Path) -> str:
-    """The end of a log, "" without one."""
+def _text(log: str | Path, most: int | None = None) -> str:
+    """A log, or its last `most` bytes; "" without one."""
     try:
         with Path(log).open("rb") as handle:
-            handle.seek(max(0, os.fstat(handle.fileno()).st_size - TAIL))
+            if most:
+                handle.seek(max(0, os.fstat(handle.fileno()).st_size - most))
             return handle.read().decode(errors="replace")
     except OSError:
         return ""
+
+
+def read_tail(log: str | Path) -> str:
+    return _text(log, TAIL)
 
 
 STAMP = re.compile(r"^\d\d:\d\d:\d\d ")

@@ -168,7 +168,7 @@ def _stopped(seen: Survey) -> list[str]:
     stopped = {r: finding for r, finding in seen.found.items() if finding.state == "stopped"}
     waiting: dict[str, set] = {record: set() for record in stopped}
     for cell, records in seen.plan.cells.items() if stopped else ():
-        for record in waiting.keys() & set(records):
+        for record in waiting.keys() & {*records, *seen.plan.shared[cell]}:
             waiting[record].add(cell)
     blocks = []
     for alike in _alike({r: (seen.plan.jobs[r].stage, f.reason) for r, f in stopped.items()}):
