@@ -20,7 +20,10 @@ wildcard_constraints:
 
 
 onstart:
-    start_warm_server()
+    if workflow.local_exec:
+        prepare_machine()
+    elif workflow.executor_plugin.name == "slurm":
+        cancel_leftover_jobs()
 
 
 onsuccess:
