@@ -17,6 +17,7 @@ wildcard_constraints:
     selection="selection(-[a-z0-9_-]+)?",
     seed="[0-9]+",
     mask="[0-9]+",
+    shard="[0-9]+",
 
 
 onstart:

@@ -82,6 +82,9 @@ def _cell_arguments(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
             "--batch", type=int, help="images in memory; the images do not depend on it"
         )
+        sub.add_argument(
+            "--shard", type=int, help="draw only this one of sampling.shards, counted from 0"
+        )
 
 
 def _prepare() -> None:
@@ -125,6 +128,7 @@ def _cell_stage(arguments: argparse.Namespace) -> None:
         arguments.recovery,
         arguments.seed,
     )
+    options = _sampling_options(track, arguments) if arguments.stage == "sample" else {}
     _prepare()
     from prunebench import stages
 
@@ -136,9 +140,22 @@ def _cell_stage(arguments: argparse.Namespace) -> None:
         "score": stages.score,
     }
     paths = config.Paths(track, cell, arguments.runs)
-    record = getattr(paths, CELL_STAGES[arguments.stage][0])
-    options = {"batch": arguments.batch} if arguments.stage == "sample" else {}
-    stages.guarded(functions[arguments.stage], track, cell, paths, record, arguments.log, **options)
+    stage, record = functions[arguments.stage], getattr(paths, CELL_STAGES[arguments.stage][0])
+    if "index" in options:
+        stage, record = stages.shard, paths.shards[options["index"]][0]
+    stages.guarded(stage, track, cell, paths, record, arguments.log, **options)
+
+
+def _sampling_options(track: config.Track, arguments: argparse.Namespace) -> dict:
+    if arguments.shard is not None:
+        track.shard(arguments.shard)
+        return {"index": arguments.shard, "batch": arguments.batch}
+    if arguments.batch and track.shards > 1:
+        raise UserError(
+            f"--batch: track {track.name} draws a cell in {track.shards} shards (sampling.shards); "
+            "give it with --shard, gathering them draws nothing"
+        )
+    return {"batch": arguments.batch}
 
 
 def _oracle(arguments: argparse.Namespace) -> None:

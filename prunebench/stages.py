@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from prunebench import artefacts, assets, methods, models, recovery, selection
 from prunebench.config import Cell, Layout, Paths, Track, as_dict
 from prunebench.diffusion.objectives import objective
-from prunebench.diffusion.sampling import Sampler
+from prunebench.diffusion.sampling import Sampler, shard_range
 from prunebench.errors import CellError, UserError
 from prunebench.evaluation import (
     classifier,
@@ -299,21 +299,74 @@ def _teaching(
 
 
 def sample(track: Track, cell: Cell, paths: Paths, batch: int | None = None) -> None:
-    """Draw the cell's images."""
+    """Draw the cell's images, or gather what its shards drew: the same file, byte by byte."""
+    start = time.perf_counter()
+    checkpoint = _upstream(paths.checkpoint)
+    if paths.shards:
+        drawn, report, seconds = _gathered(paths, _origin(track, cell, checkpoint))
+        start -= seconds  # wall_s is the compute, as if one job had drawn all
+    else:
+        every = range(track.content["sampling"]["count"])
+        drawn, report = _drawn(track, cell, paths, every, batch)
+    file = Path(paths.sample).parent / IMAGES
+    artefacts.write_tensors(file, drawn)
+    finish(paths.sample, track, start, [file], sampling=report, shards=track.shards)
+    _forget_other_shards(paths)
+
+
+def shard(track: Track, cell: Cell, paths: Paths, index: int, batch: int | None = None) -> None:
+    """Draw one shard of the cell's images, which `sample` gathers."""
     start, settings = time.perf_counter(), track.content["sampling"]
-    _upstream(paths.checkpoint)
+    origin = _origin(track, cell, _upstream(paths.checkpoint))
+    indices = shard_range(index, track.shards, settings["count"], settings["lanes"])
+    drawn, report = _drawn(track, cell, paths, indices, batch)
+    record, images = paths.shards[index]
+    artefacts.write_tensors(images, drawn)
+    finish(record, track, start, [Path(images)], sampling=report, origin=origin)
+
+
+def _drawn(
+    track: Track, cell: Cell, paths: Paths, indices: range, batch: int | None
+) -> tuple[dict[str, Tensor], dict]:
+    """The cell's images of some indices with their labels, and how they were drawn."""
+    settings = track.content["sampling"]
     network, plan = surgery.load(Path(paths.checkpoint).parent)
     sampler = sampler_for(track, cell.model, network.to(parallel.device()), plan)
-    count, batch = settings["count"], batch or settings["batch"]
     images = []
-    for part in sampler.images(cell.seed, 0, count, batch):
+    for part in sampler.images(cell.seed, indices.start, indices.stop, batch or settings["batch"]):
         images.append(part)
-        log.info("%d of %d images", sum(map(len, images)), count)
-    file = Path(paths.sample).parent / IMAGES
-    labels = sampler.labels(range(count))
-    artefacts.write_tensors(file, {"images": torch.cat(images), "labels": labels})
-    report = {**sampler.settings, "steps": sampler.steps, "count": count}
-    finish(paths.sample, track, start, [file], sampling=report)
+        log.info("%d of %d images", sum(map(len, images)), len(indices))
+    report = {**sampler.settings, "steps": sampler.steps, "count": settings["count"]}
+    return {"images": torch.cat(images), "labels": sampler.labels(indices)}, report
+
+
+def _gathered(paths: Paths, origin: dict) -> tuple[dict[str, Tensor], dict, float]:
+    """As `_drawn`, out of the shards' files, and the seconds that drawing them took."""
+    records = [_upstream(record) for record, _ in paths.shards]
+    for (file, _), record in zip(paths.shards, records, strict=True):
+        if record["origin"] != origin:
+            Path(file).unlink()
+            raise UserError(
+                f"{file} was drawn from another checkpoint, track or code than there is now; it "
+                "was removed, run the same command again"
+            )
+    parts = [artefacts.read_tensors(Path(images)) for _, images in paths.shards]
+    drawn = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return drawn, records[0]["sampling"], sum(record["wall_s"] for record in records)
+
+
+def _origin(track: Track, cell: Cell, checkpoint: dict) -> dict:
+    """What images depend on besides their indices; shards of unequal origin are not gathered."""
+    settings = track.fingerprint("sample", cell.model)
+    return {"checkpoint": checkpoint["files"], "settings": settings, "code": code_hash(PACKAGE)}
+
+
+def _forget_other_shards(paths: Paths) -> None:
+    """Remove what a killed run with another number of shards left."""
+    own = {Path(file).name for files in paths.shards for file in files}
+    for file in Path(paths.sample).parent.glob("shard*of*"):
+        if file.name not in own:
+            file.unlink(missing_ok=True)
 
 
 def measure(track: Track, cell: Cell, paths: Paths) -> None:
@@ -475,13 +528,12 @@ def _size(whole: nn.Module, pruned: nn.Module, plan: Plan) -> dict:
 def sampler_for(track: Track, model: str, network: nn.Module, plan: Plan) -> Sampler:
     """The sampler of a model's settings over a network of its kind."""
     settings = track.model(model)
-    images = dataset(track)
-    shape = (images.channels, images.resolution, images.resolution)
+    images = assets.data_set(track.content["dataset"]["name"])
     return Sampler(
         network,
         objective(settings["objective"]),
-        shape,
-        images.num_classes,
+        images.shape,
+        images.classes,
         {**settings["sampling"], "lanes": track.content["sampling"]["lanes"]},
         plan.steps,
     )

@@ -150,6 +150,11 @@ def artefact(name):
     return lambda wildcards: getattr(paths(wildcards), name)
 
 
+def shards(wildcards):
+    """Records and images of the shards a cell is drawn in; none where it is drawn in one piece."""
+    return [file for files in paths(wildcards).shards for file in files]
+
+
 def fingerprint(stage):
     """Params function: changes, and so reruns the stage, when settings it depends on change."""
     return lambda wildcards: TRACK.fingerprint(
