@@ -285,6 +285,7 @@ CHANGED = {
     "parameter": ("methods.parameters.mine.power", 2, {"select"}, "", "mine"),
     "count": ("sampling.count", 41, {"sample", "oracle"}, "", ""),
     "latency": ("latency.rounds", 3, {"cost"}, "", ""),
+    "patience": ("latency.wait", 9, set(), "", ""),
     "evaluation": ("evaluation.batch", 51, {"score", "oracle"}, "", ""),
 }
 
