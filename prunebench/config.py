@@ -40,7 +40,14 @@ DEPENDS = {
     "select": ("models.*.sampling", "methods.parameters.*"),
     "recover": ("budgets", "models.*.recovery"),
     "sample": ("models.*.sampling", "sampling.count", "sampling.lanes"),
-    "cost": ("models.*.sampling", "latency"),
+    "cost": (  # but not latency.wait, which changes no result
+        "models.*.sampling",
+        "latency.batch",
+        "latency.rounds",
+        "latency.warmup",
+        "latency.images",
+        "latency.variants",
+    ),
     "score": ("evaluation",),
     "oracle": (
         "models.*.recovery",

@@ -381,23 +381,27 @@ def measure(track: Track, cell: Cell, paths: Paths) -> None:
     theirs = sampler_for(track, cell.model, plain, Plan())
     settings = track.content["latency"]
     one, many = (_forwards(ours, theirs, size) for size in (1, settings["batch"]))
+    images = settings["images"]
+    sampling = [_whole_sampling(sampler, images) for sampler in (ours, theirs)]
     timed = functools.partial(
         latency.interleaved_latency,
         rounds=settings["rounds"],
         warmup=settings["warmup"],
         device=parallel.device(),
     )
+    with latency.conditions(parallel.device(), settings.get("wait", latency.WAIT)) as conditions:
+        times = {
+            "forward_batch1": timed(*one),
+            "forward_batch": timed(*many),
+            "sampling": _per_image(timed(*sampling), images),
+        }
     full = functools.partial(pruned, *_inputs(ours, settings["batch"]))
-    images = settings["images"]
-    end_to_end = timed(*(_whole_sampling(sampler, images) for sampler in (ours, theirs)))
     report = {
-        "forward_batch1": timed(*one),
-        "forward_batch": timed(*many),
-        "sampling": _per_image(end_to_end, images),
+        **times,
         "batch": settings["batch"],
         "peak_memory_mb": cost.peak_memory(full, pruned),
         "kernels": kernels,
-        **latency.conditions(parallel.device()),
+        **conditions,
     }
     macs = cost.count_macs(pruned, *_inputs(ours, 1))
     dense_macs = {f"dense_{k}": v for k, v in cost.count_macs(whole, *_inputs(theirs, 1)).items()}

@@ -308,6 +308,7 @@ CHANGED = {
     "count": ("sampling.count", 41, {"sample", "oracle"}, "", ""),
     "shards": ("sampling.shards", 2, set(), "", ""),
     "latency": ("latency.rounds", 3, {"cost"}, "", ""),
+    "patience": ("latency.wait", 9, set(), "", ""),
     "evaluation": ("evaluation.batch", 51, {"score", "oracle"}, "", ""),
 }
 

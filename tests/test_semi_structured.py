@@ -244,6 +244,7 @@ def test_measure_records_the_kernels(kind, tmp_path, monkeypatch):
     stages.measure(track, SimpleNamespace(model="dit"), paths)
     found = artefacts.read_record(paths.cost)["latency"]
     assert found["forward_batch1"]["ratio"] > 0 and found["peak_memory_mb"] > 0
+    assert found["alone"] in (True, False) and found["others"]["during"]["cpu"] >= 0
     if kind == "2:4":
         assert found["kernels"]["reason"] == CPU_REASON
         assert found["kernels"]["of"] == len(plan.masks)

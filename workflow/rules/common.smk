@@ -166,5 +166,13 @@ def method_file(wildcards):
     return str(TRACK.method(wildcards.method).file)
 
 
+def alone(wildcards):
+    """Threads function: every core of this machine, so that no job runs beside a measurement.
+
+    On a cluster a job has its node or GPU to itself where the profile asks for that.
+    """
+    return workflow.cores if workflow.local_exec else 1
+
+
 def finished(records):
     return [path for path in records if Path(path).exists()]
