@@ -69,7 +69,7 @@ class Flux(FluxTransformer2DModel):
         patches = pixel_unshuffle(x, PATCH)
         scale = self.guidance_scale
         tokens = super().forward(
-            hidden_states=patches.flatten(2).transpose(1, 2),
+            hidden_states=patches.flatten(2).transpose(1, 2).contiguous(),
             encoder_hidden_states=y["context"],
             pooled_projections=y["pooled"],
             timestep=t,
