@@ -365,6 +365,29 @@ def test_the_queue_says_what_runs_and_what_waits_in_it(track, tmp_path, monkeypa
     assert table_of(show_with_queue(track, tmp_path, monkeypatch, QUEUE))["dense"]["running"] == "-"
 
 
+def test_a_cell_is_drawn_in_shards(track, tmp_path, monkeypatch):
+    """A drawn one is not lost while the next waits; two at work are two jobs of one cell."""
+    runs = tmp_path / "runs"
+    paths = Paths(track, a_cell(track, "random_layers"), runs)
+    for record in (paths.extractor, paths.trained, paths.select, paths.cost):
+        write_stage(record, 60.0)
+    folder = tmp_path / "runs/small/logs/shard/dit/random_layers/0.25/none/seed0"
+    folder.mkdir(parents=True)
+    (folder / "shard0.log").write_text("07:00:00 20 of 20 images\n")
+    write_stage(paths.shards[0][0])
+    assert table_of(progress.show(track, None, runs))["sample"]["stopped"] == "-"
+    (folder / "shard1.log").write_text("07:00:00 10 of 20 images\nMemoryError\n")
+    text = progress.show(track, None, runs)
+    assert "1 x sample: MemoryError" in text
+    assert f"log: {folder}/shard1.log" in text
+    comment = "rule_shard_wildcards_dit_random_layers_0.25_none_0"
+    queue = "".join(f"{7 + k}|RUNNING|0:30|cpu1|{comment}_{k}|{{home}}\n" for k in range(2))
+    text = show_with_queue(track, tmp_path, monkeypatch, queue)
+    assert re.search(r"  sample +dit/random_layers/\S+ +30 s +Slurm job 7 on cpu1 and 1 more", text)
+    assert table_of(text)["sample"]["running"] == "1"
+    assert "; 2 at a time, as now" in text
+
+
 @pytest.mark.parametrize("problem", ["squeue failed: Unable to contact slurm controller", ""])
 def test_jobs_out_of_sight_run_as_long_as_their_logs_are_fresh(
     track, tmp_path, monkeypatch, problem

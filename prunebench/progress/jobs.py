@@ -5,7 +5,7 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -51,14 +51,14 @@ class Job:
     Attributes:
         stage: one of STAGES.
         fields: the folders of its record, which are those of its log too.
-        shards: how many jobs draw the images that this one gathers, if more than one.
+        shards: the jobs that draw the images which this one gathers, if several do.
     """
 
     stage: str
     fields: tuple[str, ...]
     record: str
     log: str
-    shards: int = 1
+    shards: tuple[Part, ...] = ()
 
     @property
     def name(self) -> str:
@@ -69,16 +69,9 @@ class Job:
         return self.fields[0] if self.fields else ""
 
     @property
-    def parts(self) -> list[Part]:
+    def parts(self) -> tuple[Part, ...]:
         """The job itself and its shards, whose records go when they are gathered."""
-        own = Part(self.stage, self.fields, self.record, self.log)
-        return [own, *map(self._shard, range(self.shards if self.shards > 1 else 0))]
-
-    def _shard(self, index: int) -> Part:
-        record = self.record.replace("/sample.json", f"/shard{index}of{self.shards}.json")
-        folder = self.log.replace("/logs/sample/", "/logs/shard/").removesuffix(".log")
-        fields = (*self.fields, f"shard{index}")
-        return Part("shard", fields, record, f"{folder}/shard{index}.log")
+        return Part(self.stage, self.fields, self.record, self.log), *self.shards
 
 
 @dataclass
@@ -90,44 +83,48 @@ class Plan:
         shared: of each cell the records that others start from too.
     """
 
+    layout: Layout
     jobs: dict[str, Job] = field(default_factory=dict)
     cells: dict[Cell, list[str]] = field(default_factory=dict)
     shared: dict[Cell, list[str]] = field(default_factory=dict)
 
+    def add(self, stage: str, record: str, *fields: str, shards: Iterable[str] = ()) -> str:
+        """Take up a job, given its record and those of its shards; returns its record."""
+        if record not in self.jobs:
+            log = self.layout.log("oracle" if stage == "mask" else stage, *fields)
+            parts = tuple(self._shard(fields, i, shard) for i, shard in enumerate(shards))
+            self.jobs[record] = Job(stage, fields, record, log, parts)
+        return record
+
+    def _shard(self, fields: tuple[str, ...], index: int, record: str) -> Part:
+        place = (*fields, f"shard{index}")
+        return Part("shard", place, record, self.layout.log("shard", *place))
+
+    def add_cell(self, cell: Cell, paths: Paths) -> None:
+        dense = self.add("dense", paths.trained, cell.model)
+        self.shared[cell] = [paths.extractor, dense, paths.dense_sample]
+        own = self.cells[cell] = []
+        for stage in STAGES:
+            if stage in CELL_STAGES and (stage != "recover" or cell.recovery != "none"):
+                record = getattr(paths, CELL_STAGES[stage][0])
+                fields = record[len(self.layout.root) + 1 :].split("/")[:-1]
+                shards = (record for record, _ in paths.shards) if stage == "sample" else ()
+                own.append(self.add(stage, record, *fields, shards=shards))
+
 
 def plan(track: Track, divisions: Iterable[str], runs: Path, oracle: bool = False) -> Plan:
     """What the divisions ask for, as the rules of the workflow make it."""
-    layout, made = Layout(track.name, runs), Plan()
-    shards = track.content["sampling"].get("shards", 1)
-
-    def add(stage: str, record: str, *fields: str) -> str:
-        if record not in made.jobs:
-            log = layout.log("oracle" if stage == "mask" else stage, *fields)
-            made.jobs[record] = Job(stage, fields, record, log, shards if stage == "sample" else 1)
-        return record
-
-    add("extractor", layout.extractor)
+    layout = Layout(track.name, runs)
+    made = Plan(layout)
+    made.add("extractor", layout.extractor)
     for cell in itertools.chain.from_iterable(map(track.cells, divisions)):
         if cell not in made.cells:
-            paths = Paths(track, cell, runs)
-            dense = add("dense", paths.trained, cell.model)
-            made.shared[cell] = [layout.extractor, dense, paths.dense_sample]
-            made.cells[cell] = [
-                add(stage, record, *record[len(layout.root) + 1 :].split("/")[:-1])
-                for stage, record in _stages(cell, paths)
-            ]
+            made.add_cell(cell, Paths(track, cell, runs))
     for model, recovery, seed, mask in track.oracle() if oracle else ():
-        add("dense", layout.trained(model), model)
+        made.add("dense", layout.trained(model), model)
         record = layout.oracle(model, recovery, seed, mask)
-        add("mask", record, model, recovery, f"seed{seed}", f"mask{mask}")
+        made.add("mask", record, model, recovery, f"seed{seed}", f"mask{mask}")
     return made
-
-
-def _stages(cell: Cell, paths: Paths) -> Iterator[tuple[str, str]]:
-    """A cell's own stages in their order, with their records."""
-    for stage in STAGES:
-        if stage in CELL_STAGES and (stage != "recover" or cell.recovery != "none"):
-            yield stage, getattr(paths, CELL_STAGES[stage][0])
 
 
 # ---- what is known of a job
