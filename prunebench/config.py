@@ -48,7 +48,7 @@ DEPENDS = {
         "latency.images",
         "latency.variants",
     ),
-    "score": ("evaluation",),
+    "score": ("evaluation", "models.*.reference"),
     "oracle": (
         "models.*.recovery",
         "models.*.sampling",

@@ -463,3 +463,31 @@ def test_training_that_was_cut_into_parts_is_said_on_the_row(tmp_path):
         file.write_text(json.dumps(metrics))
         (details,) = collect.cell_frame(collect.read_sources([file]))["details"]
         assert details == words
+
+
+@pytest.mark.parametrize(
+    ("dense_fid", "reason"),
+    [
+        (4.6, ""),
+        (4.66, "the dense model's FID is 4.66, not 4.5 ± 0.15 (the paper)"),
+        (4.34, "the dense model's FID is 4.34, not 4.5 ± 0.15 (the paper)"),
+        (None, "the dense model's FID is not known, not 4.5 ± 0.15 (the paper)"),
+    ],
+)
+def test_nothing_is_ranked_until_the_dense_model_is_as_published(tmp_path, dense_fid, reason):
+    files = []
+    for method, fid, label in (("dense", dense_fid, DENSE), ("a", 7.0, {}), ("b", 8.0, {})):
+        if fid is None:
+            continue
+        cell = a_cell(method) | ({"sparsity": 0.0} if label else {})
+        metrics = make_metrics(cell, fid=fid, **label)
+        expected = {"fid": 4.5, "tolerance": 0.15, "source": "the paper"}
+        metrics["settings"] = {"model": {"reference": expected, "recovery": {"batch": 8}}}
+        files.append(write_cell(tmp_path / "runs", metrics))
+    out = tmp_path / "out"
+    build(files, out, expected_cells=[], title="Gate")
+    rows = pd.read_csv(out / "leaderboard.csv", keep_default_na=False).set_index("method")
+    table = (out / "leaderboard.md").read_text()
+    assert [rows["rank"][name] for name in ("a", "b")] == (["", ""] if reason else ["1", "2"])
+    assert (reason in rows.unpublished["a"]) if reason else rows.unpublished["a"] == ""
+    assert (reason in table and "(unpublished)" in table) == bool(reason)
