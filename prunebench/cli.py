@@ -65,6 +65,9 @@ def parser() -> argparse.ArgumentParser:
     board.add_argument("--division", help="a division of the track; default: its first")
     board.add_argument("--out", type=Path, help="default: results/<track>[/<division>]")
     board.add_argument("--partial", action="store_true", help="build from what is finished")
+    view = command("progress", _progress, "print how far a run is: from disk, queue and processes")
+    view.add_argument("--division", help="a division of the track, or all; default: its first")
+    view.add_argument("--watch", type=float, metavar="SECONDS", help="look again every so often")
     listing = commands.add_parser("methods", help="list the methods of a track")
     listing.add_argument("--track", default="embedded")
     listing.set_defaults(run=_methods, stage="methods")
@@ -189,6 +192,16 @@ def _leaderboard(arguments: argparse.Namespace) -> None:
         compares=track.divisions[division]["compares"],
         oracle_files=[file for file in masks if file.exists()],
     )
+
+
+def _progress(arguments: argparse.Namespace) -> None:
+    from prunebench import progress
+
+    track = config.load(arguments.track)
+    if arguments.watch is not None:
+        progress.watch(track, arguments.division, arguments.runs, arguments.watch)
+    else:
+        sys.stdout.write(progress.show(track, arguments.division, arguments.runs) + "\n")
 
 
 def _methods(arguments: argparse.Namespace) -> None:

@@ -303,8 +303,18 @@ def to_markdown(title: str, rows: pd.DataFrame, caption: dict[str, str], warning
     if failed:
         blocks += ["## Failed cells", "\n".join(_markdown_failure(cell) for cell in failed)]
     if missing:
-        blocks += ["## Cells not finished", "\n".join(f"- `{name}`" for name in missing)]
+        blocks += ["## Cells not finished", unfinished(len(missing), caption["Track"])]
+        blocks.append("\n".join(f"- `{name}`" for name in missing))
     return "\n\n".join(blocks) + "\n"
+
+
+def unfinished(count: int, track: str) -> str:
+    """Where to look for the reasons: logs of this moment are no part of a leaderboard."""
+    return (
+        f"{count:,} cells wait for jobs that have not run, are running or were lost to the "
+        f"machine; `prunebench progress --track {track} --division all` says which, why and names "
+        "the logs."
+    )
 
 
 def _markdown_failure(cell: dict) -> str:

@@ -14,6 +14,7 @@ from prunebench import config as tracks
 from prunebench import gpus, slurm, warm
 from prunebench.artefacts import read_json
 from prunebench.errors import UserError
+from prunebench.progress.activity import mark_run, unmark_run
 
 try:
     TRACK = tracks.load(config.get("track", "embedded"))
@@ -97,6 +98,15 @@ def prepare_machine():
     socket = warm.start(os.getpid(), PRELOAD, "prunebench.cli:main")
     if socket:
         os.environ[warm.VARIABLE] = socket
+
+
+def report_unfinished_run():
+    logger.error(
+        "Not everything was made; what is finished is kept. "
+        f"`prunebench progress --track {ARGUMENT}` lists lost jobs with their reasons and logs, "
+        "the same snakemake command tries them again, and "
+        f"`snakemake --cores 1 partial --config track={ARGUMENT}` makes leaderboards of the rest."
+    )
 
 
 def report_failed_cells():
