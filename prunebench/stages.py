@@ -29,6 +29,7 @@ from prunebench.evaluation import (
     latency,
     quality,
     semi_structured,
+    variants,
 )
 from prunebench.evaluation.grid import write_grid
 from prunebench.provenance import PACKAGE, code_hash, provenance
@@ -391,8 +392,8 @@ def measure(track: Track, cell: Cell, paths: Paths) -> None:
     )
     with latency.conditions(parallel.device(), settings.get("wait", latency.WAIT)) as conditions:
         times = {
-            "forward_batch1": timed(*one),
-            "forward_batch": timed(*many),
+            "forward_batch1": latency.with_throughput(timed(*one), 1),
+            "forward_batch": latency.with_throughput(timed(*many), settings["batch"]),
             "sampling": _per_image(timed(*sampling), images),
         }
     full = functools.partial(pruned, *_inputs(ours, settings["batch"]))
@@ -403,6 +404,10 @@ def measure(track: Track, cell: Cell, paths: Paths) -> None:
         "kernels": kernels,
         **conditions,
     }
+    if wanted := settings.get("variants"):
+        sizes = {"forward_batch1": 1, "forward_batch": settings["batch"]}
+        inputs = {name: _inputs(ours, size) for name, size in sizes.items()}
+        report["variants"] = variants.measure(wanted, (fast, plain), inputs, timed)
     macs = cost.count_macs(pruned, *_inputs(ours, 1))
     dense_macs = {f"dense_{k}": v for k, v in cost.count_macs(whole, *_inputs(theirs, 1)).items()}
     size = {**chosen["size"], **macs, **dense_macs}

@@ -315,6 +315,23 @@ def test_rows_timed_beside_other_load_are_marked(tmp_path):
     assert table.loc["quiet", "others_cpu_mean"] == 0.03
 
 
+def test_variants_of_timing_have_columns_where_a_row_has_them(tmp_path):
+    fast, failed = make_metrics(a_cell("fast")), make_metrics(a_cell("failed"))
+    timing = {"ratio": 0.5, "images_per_s": 4000.0}
+    fast["latency"]["variants"] = {
+        "bf16": {"forward_batch1": timing, "forward_batch": timing, "alone": True},
+        "compiled": {"failure": "no compiler"},
+    }
+    failed["latency"]["variants"] = {"bf16": {"failure": "too large"}}
+    files = [write_cell(tmp_path, metrics) for metrics in (fast, failed)]
+    build(files, tmp_path / "out", expected_cells=None, title="t")
+    rows = pd.read_csv(tmp_path / "out/leaderboard.csv").set_index("method")
+    assert rows.loc["fast", "throughput_bf16_mean"] == 4000
+    assert rows.loc["fast", "forward_batch1_ratio_bf16_mean"] == 0.5
+    assert math.isnan(rows.loc["failed", "throughput_bf16_mean"])
+    assert not [name for name in rows.columns if "compiled" in name]
+
+
 def test_records_from_before_conditions_were_kept_are_read(board):
     assert "- **Timing:** 17 not recorded" in (board[0] / "leaderboard.md").read_text()
     assert "not recorded</td>" in (board[0] / "leaderboard.html").read_text().replace("\n", "")

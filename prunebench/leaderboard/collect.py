@@ -188,6 +188,34 @@ METRICS = {
         "lower", format=".2f", spread=True, optional=True),
 }  # fmt: skip
 
+# Conditions of timing besides the suite's own, where a track asks for them (latency.variants).
+VARIANTS = {"compiled": "compiled", "bf16": "bf16", "compiled_bf16": "compiled, bf16"}
+
+
+def _forward_metrics(name: str, words: str) -> dict[str, Metric]:
+    """Both forwards and the throughput under one variant; not every board or row has them."""
+    place = f"latency.variants.{name}"
+    ratios = {
+        f"{size}_ratio_{name}": Metric(
+            (f"{place}.{size}.ratio",), f"Forward, {batch}, {words}", "Time of one denoiser "
+            f"forward ({words}) relative to dense under the same conditions", "lower", "× dense",
+            format=".2f", optional=True)
+        for size, batch in (("forward_batch1", "batch 1"), ("forward_batch", "batch n"))
+    }  # fmt: skip
+    return ratios | {f"throughput_{name}": _throughput(place, f", {words}")}
+
+
+def _throughput(place: str, words: str = "") -> Metric:
+    return Metric(
+        (f"{place}.forward_batch.images_per_s",), f"Throughput{words}", "Images of a full batch "
+        f"that one denoiser forward{words} takes per second", "higher", "images/s", format="sig",
+        optional=True)  # fmt: skip
+
+
+METRICS["throughput"] = _throughput("latency")
+for variant in VARIANTS.items():
+    METRICS |= _forward_metrics(*variant)
+
 
 @dataclass(frozen=True)
 class Source:
