@@ -54,6 +54,7 @@ class Flux(FluxTransformer2DModel):
 
     H and W are even; 2x2 patches are packed into tokens here. t runs from 0 (clean) to 1 (noise),
     as in the objective `flow` with its `time_scale` of 1: the network itself multiplies by 1000.
+    As in diffusers' pipeline, latents in half precision round their time to it.
 
     y is a mapping: "context" [N, tokens, dim], the text's tokens (T5), and "pooled" [N, dim], its
     pooled embedding (CLIP). With `classes`, which no released FLUX has, y [N] are class indices;
