@@ -1,6 +1,7 @@
 """2:4 kernels: which layers have one, what is reported, and what `measure` makes of it."""
 
 import copy
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -244,9 +245,12 @@ def test_measure_records_the_kernels(kind, tmp_path, monkeypatch):
         files = surgery.save(tmp_path / name, model, removed, "dit", instance.config)
         content = {"status": "ok", "size": {}}
         artefacts.write_record(Path(_record(tmp_path, name)), content, files)
+    settings = {**track.content["latency"], "variants": ["bf16"]}
+    track = dataclasses.replace(track, content={**track.content, "latency": settings})
     stages.measure(track, SimpleNamespace(model="dit"), paths)
     found = artefacts.read_record(paths.cost)["latency"]
     assert found["forward_batch1"]["ratio"] > 0 and found["peak_memory_mb"] > 0
+    assert found["variants"]["bf16"]["forward_batch"]["images_per_s"] > 0
     assert found["alone"] in (True, False) and found["others"]["during"]["cpu"] >= 0
     if kind == "2:4":
         assert found["kernels"]["reason"] == CPU_REASON
