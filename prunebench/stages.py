@@ -119,6 +119,7 @@ def _adopt(track: Track, layout: Layout, model: str) -> None:
     weights = settings["weights"]
     file = assets.locate(weights["asset"]) if "asset" in weights else Path(weights["file"])
     network = official.load(settings["family"], settings["config"], file, weights["layout"])
+    log.info("%s: %d parameters from %s", model, cost.count_parameters(network), file)
     _check_sparsities(track, model, network)
     source = {**weights, "name": file.name, "sha256": artefacts.sha256(file)}
     record = layout.trained(model)
