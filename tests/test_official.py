@@ -104,7 +104,8 @@ def _close(ours: Tensor, theirs: Tensor) -> None:
 # Published sizes and costs.
 
 # Parameters in millions, and GMACs with and without attention products, as counted independently
-# of prunebench or printed by the authors (whole numbers: rounded so). The GFLOPs that Peebles & Xie (2023, Table 4) print are multiply-accumulates.
+# of prunebench or printed by the authors (whole numbers: rounded so). What Peebles & Xie (2023,
+# Table 4) call GFLOPs are multiply-accumulates.
 KNOWN = {
     "ddpm_cifar10": (35.746, 6.222, 6.054),
     "ddpm_church_256": (113.67, 248.51, 248.17),
