@@ -25,6 +25,8 @@ class Asset:
 
     `file` is its name in the mirror folder, in the cache and in the package; `sources` are the
     public addresses of the original, which may be compressed, while `sha256` is of `file` itself.
+    `shape` (C, H, W) and `classes` are of a data set's images, so that drawing others like them
+    needs no file.
     """
 
     name: str
@@ -35,6 +37,8 @@ class Asset:
     sources: tuple[str, ...]
     needed_by: str
     packaged: bool = False
+    shape: tuple[int, int, int] | None = None
+    classes: int | None = None
 
 
 def _fashion_mnist(file: str, sha256: str) -> Asset:
@@ -62,6 +66,8 @@ _REGISTRY = (
         sources=("https://github.com/zalandoresearch/fashion-mnist",),
         needed_by="track embedded",
         packaged=True,
+        shape=(1, 16, 16),
+        classes=10,
     ),
     _fashion_mnist(
         "train-images-idx3-ubyte",
@@ -118,9 +124,6 @@ class Dataset:
     train_labels: torch.Tensor
     reference_images: torch.Tensor
     reference_labels: torch.Tensor
-    num_classes: int
-    channels: int
-    resolution: int
 
 
 def asset(name: str) -> Asset:
@@ -128,6 +131,14 @@ def asset(name: str) -> Asset:
     if name not in ASSETS:
         raise UserError(f"unknown asset {name!r}; known are {', '.join(sorted(ASSETS))}")
     return ASSETS[name]
+
+
+def data_set(name: str) -> Asset:
+    """The registry's entry of a data set; UserError if it is something else."""
+    if asset(name).shape is None:
+        known = ", ".join(sorted(entry.name for entry in ASSETS.values() if entry.shape))
+        raise UserError(f"dataset.name: '{name}' is not a data set; known are {known}")
+    return asset(name)
 
 
 def locate(name: str, mirror: Path | None = None) -> Path:
@@ -194,17 +205,8 @@ def load_dataset(
             arrays = {key: torch.from_numpy(file[key]) for key in file.files}
     except (ValueError, BadZipFile) as error:
         raise UserError(f"asset {name} ({path}) is not a data set: {error}") from error
-    num_classes = int(arrays["train_labels"].max()) + 1
-    train_images, train_labels = _prefix(arrays, "train", limit_train)
-    reference_images, reference_labels = _prefix(arrays, "reference", limit_reference)
     return Dataset(
-        train_images,
-        train_labels,
-        reference_images,
-        reference_labels,
-        num_classes,
-        channels=train_images.shape[1],
-        resolution=train_images.shape[-1],
+        *_prefix(arrays, "train", limit_train), *_prefix(arrays, "reference", limit_reference)
     )
 
 

@@ -53,13 +53,13 @@ DDPM = {
     "norm_num_groups": 4,
 }
 LATENT = {  # what releases.ldm_layout needs to know of each published network
-    "ldm4_imagenet256": (192, (1, 2, 3, 5), (0, 1, 1, 1), 512, 3),
+    "ldm_cin256": (192, (1, 2, 3, 5), (0, 1, 1, 1), 512, 3),
     "sd15": (320, (1, 2, 4, 4), (1, 1, 1, 0), 768, 4),
     "sd21_base": (320, (1, 2, 4, 4), (1, 1, 1, 0), 1024, 4, True),
     "sdxl_base": (320, (1, 2, 4), (0, 2, 10), 2048, 4, True),
 }
 SMALL_LDM = {
-    **models.published("conditional_unet")["ldm4_imagenet256"].config,
+    **models.published("conditional_unet")["ldm_cin256"].config,
     "sample_size": 8,
     "block_out_channels": [8, 16],
     "cross_attention_dim": 12,
@@ -108,10 +108,10 @@ def _close(ours: Tensor, theirs: Tensor) -> None:
 # Table 4) call GFLOPs are multiply-accumulates.
 KNOWN = {
     "ddpm_cifar10": (35.746, 6.222, 6.054),
-    "ddpm_church_256": (113.67, 248.51, 248.17),
-    "ddpm_bedroom_256": (113.67, 248.51, 248.17),
+    "ddpm_church256": (113.67, 248.51, 248.17),
+    "ddpm_bedroom256": (113.67, 248.51, 248.17),
     "ddpm_celeba64": (78.7, None, 23.9),
-    "ldm4_imagenet256": (400.92 + 0.51, 104.23, 99.77),
+    "ldm_cin256": (400.92 + 0.51, 104.23, 99.77),
     "dit_xl_2_256": (675.13, 118.64, 114.44),
     "dit_xl_2_512": (None, 524.6, None),
     "dit_l_2_256": (458, 80.71, None),
@@ -573,6 +573,11 @@ def test_a_track_may_name_a_published_configuration(tmp_path):
             {"training": {"images": 16, "batch": 16, "learning_rate": 1.0},
              "weights": {"file": "a", "layout": "dit"}},
             r"models.dit: needs either 'training', .*; not both",
+        ),
+        (
+            {"family": "uvit", "config": "uvit_m_4_imagenet64", "weights": {"file": "a"},
+             "sampling": {"sampler": "ddim", "steps": 4, "guidance": 2.0}},
+            r"dit.sampling.guidance: the model has no class for 'no class'",
         ),
         (
             {"config": "dit_xl_2_256", "objective": {"name": "noise", "beta_end": 0.03}},

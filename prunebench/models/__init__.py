@@ -5,6 +5,9 @@ A family module offers `build(config)` and, for a model m with `m(x, t, y) -> pr
 `refresh(m)`. Where the authors' checkpoints differ from its own state dicts, `LAYOUTS` says how
 (prunebench/official.py). `<family>.yaml` beside it is the table of published configurations.
 
+`config["classes"]` is the number of classes, and m.null_class the label of "no class"; a model
+without classes has None for both.
+
 `features(m)` names the modules whose outputs (or their first elements) distillation compares, in
 pruned models too. Each goes with the parameter whose axis 0 holds the channels (axis 1) of that
 output, or None where pruning never changes its width.
