@@ -3,6 +3,7 @@
 Free of torch, because the Snakefile imports it every time it is parsed.
 """
 
+import copy
 import functools
 import hashlib
 import itertools
@@ -36,6 +37,7 @@ DEPENDS = {
         "models.*.config",
         "models.*.objective",
         "models.*.training",
+        "models.*.weights",
     ),
     "select": ("models.*.sampling", "methods.parameters.*"),
     "recover": ("budgets", "models.*.recovery"),
@@ -322,8 +324,39 @@ def _check_model(file: Path, name: str, model: Mapping, content: Mapping) -> Non
     for budget, images in content["budgets"].items():
         if images < model["recovery"]["batch"]:
             raise UserError(f"{file}: budgets.{budget}: less than one batch of model '{name}'")
-    if model["training"]["images"] < model["training"]["batch"]:
+    if ("training" in model) == ("weights" in model):
+        raise UserError(f"{where}: needs either 'training', from scratch, or 'weights'; not both")
+    if "training" in model and model["training"]["images"] < model["training"]["batch"]:
         raise UserError(f"{where}.training.images: less than one batch")
+
+
+def _take_published(where: str, model: dict) -> None:
+    """Put the published configuration that a model's `config` names in its place.
+
+    Its checkpoint's layout is the default of `weights`, and what it was trained for must be the
+    model's objective.
+    """
+    known, entry = models.published(model["family"]), None
+    if isinstance(model["config"], str):
+        entry = known.get(model["config"])
+        if entry is None:
+            names = ", ".join(known) or "none"
+            raise UserError(f"{where}.config: unknown name '{model['config']}'; known: {names}")
+        model["config"] = copy.deepcopy(entry.config)
+    if "weights" not in model:
+        return
+    if ("asset" in model["weights"]) == ("file" in model["weights"]):
+        raise UserError(f"{where}.weights: needs either the key 'asset' or 'file'")
+    model["weights"] = weights = {"layout": entry and entry.layout, **model["weights"]}
+    layouts = sorted({"suite", *(other.layout for other in known.values())})
+    if weights["layout"] not in layouts:
+        raise UserError(
+            f"{where}.weights.layout: '{weights['layout']}' is no layout of family "
+            f"{model['family']}; known: {', '.join(layouts)}"
+        )
+    trained = {key: value for key, value in model["objective"].items() if key != "times"}
+    if entry and weights["layout"] == entry.layout and trained != entry.objective:
+        raise UserError(f"{where}.objective: the checkpoint was trained for {entry.objective}")
 
 
 @functools.cache
@@ -342,6 +375,7 @@ def _validate(file: Path, content: object) -> None:
             raise UserError(
                 f"{file}: models.{name}.family: unknown family '{model['family']}'; known: {known}"
             )
+        _take_published(f"{file}: models.{name}", model)
         _check_model(file, name, model, content)
     extractor, lpips = content["extractor"], content["evaluation"]["lpips"]
     needed = "training" if extractor["name"] == "domain" else "asset"

@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from prunebench import artefacts, assets, methods, models, recovery, selection
+from prunebench import artefacts, assets, methods, models, official, recovery, selection
 from prunebench.config import Cell, Layout, Paths, Track, as_dict
 from prunebench.diffusion.objectives import objective
 from prunebench.diffusion.sampling import Sampler
@@ -84,8 +84,10 @@ def extractor(track: Track, layout: Layout) -> None:
 
 
 def dense(track: Track, layout: Layout, model: str) -> None:
-    """Train the dense model from scratch."""
+    """Train the dense model from scratch, or take the checkpoint that the track names."""
     start, settings = time.perf_counter(), track.model(model)
+    if "weights" in settings:
+        return _adopt(track, layout, model)
     family, data = models.family(settings["family"]), training_data(track, model)
     torch.manual_seed(0)
     network = _built(track, model).to(device())
@@ -109,6 +111,19 @@ def dense(track: Track, layout: Layout, model: str) -> None:
     files = _save(record, network, Plan(), settings)
     tail = losses[-max(1, len(losses) // 10) :]
     finish(record, track, start, files, budget=meter.report(), loss=sum(tail) / len(tail))
+
+
+def _adopt(track: Track, layout: Layout, model: str) -> None:
+    """Convert an official checkpoint into the suite's own dense record."""
+    start, settings = time.perf_counter(), track.model(model)
+    weights = settings["weights"]
+    file = assets.locate(weights["asset"]) if "asset" in weights else Path(weights["file"])
+    network = official.load(settings["family"], settings["config"], file, weights["layout"])
+    _check_sparsities(track, model, network)
+    source = {**weights, "name": file.name, "sha256": artefacts.sha256(file)}
+    record = layout.trained(model)
+    files = _save(record, network, Plan(), settings)
+    finish(record, track, start, files, budget=unspent(), loss=None, weights=source)
 
 
 def _built(track: Track, model: str) -> nn.Module:

@@ -107,6 +107,12 @@ def fingerprint(stage):
     )
 
 
+def checkpoint_file(wildcards):
+    """The file of a model's weights, where the track names one by its path."""
+    file = TRACK.model(wildcards.model).get("weights", {}).get("file")
+    return [file] if file else []
+
+
 def method_file(wildcards):
     return str(TRACK.method(wildcards.method).file)
 

@@ -18,6 +18,8 @@ rule extractor:
 
 
 rule dense:
+    input:
+        checkpoint_file,
     output:
         LAYOUT.trained("{model}"),
     log:
