@@ -20,9 +20,14 @@ def affine(name: str, *shape: int) -> Shapes:
 
 
 def random(shapes: Shapes, seed: int = 0) -> dict[str, Tensor]:
+    """Matrices that keep variance; tables, norms and biases so large that their place matters."""
     generator = torch.Generator().manual_seed(seed)
-    scale = {name: 0.5 / math.sqrt(max(1, math.prod(s[1:]))) for name, s in shapes.items()}
-    return {n: torch.randn(s, generator=generator) * scale[n] for n, s in shapes.items()}
+    state = {}
+    for name, shape in shapes.items():
+        matrix = name.endswith(".weight") and len(shape) > 1 and "emb.weight" not in name
+        scale = 1 / math.sqrt(math.prod(shape[1:])) if matrix else 0.5
+        state[name] = torch.randn(shape, generator=generator) * scale
+    return state
 
 
 def _linear(state: dict, name: str, x: Tensor) -> Tensor:

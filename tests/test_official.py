@@ -11,6 +11,7 @@ import importlib.util
 import json
 import pickle
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -422,26 +423,22 @@ def _same(file: Path) -> None:
         assert torch.equal(model.state_dict()[name], tensor), name
 
 
-def test_what_training_scripts_save_is_unwrapped(tmp_path):
+def test_what_training_scripts_save_is_unwrapped(tmp_path, monkeypatch):
     file, average, raw = tmp_path / "release.pt", _dit(), _dit(seed=1)
-    callback = type("ModelCheckpoint", (), {})
-    callback.__module__ = "pytorch_lightning.callbacks.model_checkpoint"
-    module = type(sys)(callback.__module__)
-    module.ModelCheckpoint = callback
-    options = argparse.Namespace(lr=1e-4)
-    sys.modules[callback.__module__] = module
-    try:
-        for content in (
-            average,
-            {"model": raw, "ema": average, "opt": {"state": {}}, "args": options},
-            {"state_dict": average, "callbacks": {callback: {"best": None}}, "epoch": 3},
-            [{f"module.{name}": tensor for name, tensor in raw.items()}, {}, 3, 100, average],
-            {f"module.{name}": tensor for name, tensor in average.items()},
-        ):
-            torch.save(content, file)
-            _same(file)
-    finally:
-        del sys.modules[callback.__module__]
+    callback, path = type("ModelCheckpoint", (), {}), ""
+    for part in ("pytorch_lightning", ".callbacks", ".model_checkpoint"):
+        path += part
+        monkeypatch.setitem(sys.modules, path, types.ModuleType(path))
+    callback.__module__, sys.modules[path].ModelCheckpoint = path, callback
+    for content in (
+        average,
+        {"model": raw, "ema": average, "opt": {"state": {}}, "args": argparse.Namespace(lr=1e-4)},
+        {"state_dict": average, "callbacks": {callback: {"best": None}}, "epoch": 3},
+        [{f"module.{name}": tensor for name, tensor in raw.items()}, {}, 3, 100, average],
+        {f"module.{name}": tensor for name, tensor in average.items()},
+    ):
+        torch.save(content, file)
+        _same(file)
     torch.save(average, file, _use_new_zipfile_serialization=False)
     _same(file)
 
@@ -492,7 +489,7 @@ def test_bad_files_are_named(tmp_path, name_):
             torch.save(content, file)
             with pytest.raises(UserError, match=words):
                 official.read(file)
-        file.write_bytes(pickle.dumps({"a": 1}))
+        file.write_bytes(pickle.dumps({"a": 1}, protocol=2))
         with pytest.raises(UserError, match=r"release\.pt"):
             official.read(file)
 
