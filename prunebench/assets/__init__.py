@@ -1,0 +1,12 @@
+"""Everything the suite needs from outside: where it comes from, its hash, its licence.
+
+`registry.yaml` lists it, `store` finds and verifies files, `fetch` downloads and converts them,
+`datasets` loads data sets. Only `fetch` ever uses the network. Importing the package is free of
+torch.
+"""
+
+from prunebench.assets.datasets import Dataset, load_dataset
+from prunebench.assets.registry import ASSETS, Asset, File, asset
+from prunebench.assets.store import DATA, locate
+
+__all__ = ["ASSETS", "DATA", "Asset", "Dataset", "File", "asset", "load_dataset", "locate"]
