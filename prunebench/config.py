@@ -15,7 +15,7 @@ from pathlib import Path
 import jsonschema
 import yaml
 
-from prunebench import methods, models
+from prunebench import assets, methods, models
 from prunebench import recovery as recoveries
 from prunebench.errors import UserError
 
@@ -56,7 +56,7 @@ DEPENDS = {
 
 
 # Targets and rules of the workflow and folders of results, which no division may be called.
-RESERVED = ("all", "everything", "partial", "oracle", "mask", "raw", *DEPENDS)
+RESERVED = ("all", "everything", "partial", "assets", "fetch", "oracle", "mask", "raw", *DEPENDS)
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,15 @@ class Track:
         places = (settings["models"], settings["recoveries"], settings["seeds"])
         return list(itertools.product(*places, range(settings["masks"])))
 
+    def assets(self) -> list[str]:
+        """Names of everything from outside that the track's stages read."""
+        lpips = self.content["evaluation"]["lpips"]
+        return [
+            self.content["dataset"]["name"],
+            *filter(None, [self.content["extractor"].get("asset")]),
+            *([f"lpips-{lpips}"] if lpips in ("alex", "vgg") else []),
+        ]
+
     def budget(self, cell: Cell) -> int:
         """Images the student may train on, in selection and recovery together."""
         return 0 if cell.recovery == "none" else self.content["budgets"][cell.budget]
@@ -233,6 +242,7 @@ class Layout:
 
     def __init__(self, track: str, runs: Path = RUNS):
         self.root = f"{runs}/{track}"
+        self.assets = f"{self.root}/assets.json"
         self.extractor = f"{self.root}/extractor/extractor.json"
 
     def trained(self, model: str) -> str:
@@ -298,7 +308,17 @@ def load(name: str) -> Track:
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not valid YAML: {error}") from None
     _validate(file, content)
-    return Track(file.stem, content, _methods(file, content))
+    track = Track(file.stem, content, _methods(file, content))
+    for asset in track.assets():
+        _check_asset(file, asset)
+    return track
+
+
+def _check_asset(file: Path, name: str) -> None:
+    try:
+        assets.asset(name)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 def _check_model(file: Path, name: str, model: Mapping, content: Mapping) -> None:

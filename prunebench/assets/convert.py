@@ -1,4 +1,4 @@
-"""Published archives -> the suite's npz layout. Nothing is unpickled and nothing is unpacked to disk.
+"""Published archives -> the suite's npz layout. Nothing is unpickled or unpacked to disk.
 
 Arrays are stored uncompressed with fixed timestamps, so equal pixels give equal bytes with every
 zlib. Images are read one by one: memory does not grow with the data set.

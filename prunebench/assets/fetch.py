@@ -30,18 +30,18 @@ from prunebench.errors import UserError
 
 log = logging.getLogger(__name__)
 
-CHUNK = 1 << 20
+CHUNK = 1 << 16  # what a broken connection may lose
 ATTEMPTS = 5  # in a row that bring no new byte
 BACKOFF = 1.0  # seconds before the second attempt; doubled before each further one
 TIMEOUT = (15, 60)  # seconds to connect, and without a byte
 AGAIN = (408, 425, 429, 500, 502, 503, 504)
 
 
-class _Failure(Exception):
+class _SourceError(Exception):
     """This source will not give the file; another one may."""
 
 
-class _Interruption(Exception):
+class _TransferError(Exception):
     """The transfer broke; the same source may go on."""
 
 
@@ -116,7 +116,9 @@ def _convert(wanted: Asset, mirror: Path | None) -> None:
     (made,) = wanted.files
     target = store.cache_folder() / made.path
     log.info("converting %s to %s", ", ".join(map(str, files)), target)
-    write_atomically(target, lambda part: _converted(wanted, made, files, conversion, convert, part))
+    write_atomically(
+        target, lambda part: _converted(wanted, made, files, conversion, convert, part)
+    )
     if made.checksum is None:
         _note(target, sha256(target))
 
@@ -156,11 +158,10 @@ def download(wanted: Asset, file: File, target: Path) -> None:
                 try:
                     _from_source(file, source, part, target)
                     return
-                except _Failure as failure:
+                except _SourceError as failure:
                     failures.append(f"{source}: {failure}")
     raise UserError(
-        f"asset {wanted.name} could not be fetched ({'; '.join(failures)}). "
-        f"{store.by_hand(wanted)}"
+        f"asset {wanted.name} could not be fetched ({'; '.join(failures)}). {store.by_hand(wanted)}"
     )
 
 
@@ -207,7 +208,7 @@ def _from_source(file: File, source: str, part: Path, target: Path) -> None:
         _discard(part)
         if whole != part:
             whole.unlink()
-        raise _Failure(f"gave a file with {checksum[0]} {found} instead of {checksum[1]}")
+        raise _SourceError(f"gave a file with {checksum[0]} {found} instead of {checksum[1]}")
     with whole.open("rb") as handle:
         os.fsync(handle.fileno())
     whole.replace(target)
@@ -237,7 +238,7 @@ def _unpacked(part: Path) -> Path:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         whole.unlink()
         _discard(part)
-        raise _Failure(f"gave a broken gzip file ({error})") from error
+        raise _SourceError(f"gave a broken gzip file ({error})") from error
     return whole
 
 
@@ -255,21 +256,21 @@ def _note_of_part(part: Path) -> Path:
 
 
 def _transfer(file: File, source: str, part: Path) -> str | None:
-    """Fill `part` from `source`, again and again while it goes on; the sha256 a hub tells, if any."""
+    """Fill `part` from `source`, trying again while it goes on; the sha256 a hub tells, if any."""
     failed = 0
     while True:
         before = part.stat().st_size
         try:
             return _attempt(file, source, part)
-        except (_Interruption, requests.ConnectionError, requests.Timeout,
+        except (_TransferError, requests.ConnectionError, requests.Timeout,
                 requests.exceptions.ChunkedEncodingError) as error:  # fmt: skip
             failed = 1 if part.stat().st_size > before else failed + 1
             if failed >= ATTEMPTS:
-                raise _Failure(f"{_reason(error)} ({failed} attempts)") from error
+                raise _SourceError(f"{_reason(error)} ({failed} attempts)") from error
             log.info("%s: %s; trying again", source, _reason(error))
             time.sleep(BACKOFF * 2 ** (failed - 1))
         except requests.RequestException as error:
-            raise _Failure(_reason(error)) from error
+            raise _SourceError(_reason(error)) from error
 
 
 def _reason(error: Exception) -> str:
@@ -296,7 +297,7 @@ def _attempt(file: File, source: str, part: Path) -> str | None:
         _write_note(part, source, response)
         _receive(response, part, start, total)
         if total is not None and part.stat().st_size != total:
-            raise _Interruption(f"the connection ended at {part.stat().st_size} of {total} bytes")
+            raise _TransferError(f"the connection ended at {part.stat().st_size} of {total} bytes")
         return _hub_hash(response)
 
 
@@ -331,23 +332,23 @@ def _beyond(response: requests.Response, part: Path) -> str | None:
     if total == str(part.stat().st_size):
         return _hub_hash(response)
     _truncate(part)
-    raise _Interruption("the part was longer than the file")
+    raise _TransferError("the part was longer than the file")
 
 
 def _start(response: requests.Response, offset: int) -> int:
-    """At which byte the answer begins; _Failure or _Interruption if it is not the file."""
+    """At which byte the answer begins; _SourceError or _TransferError if it is not the file."""
     status = response.status_code
     if status in AGAIN:
-        raise _Interruption(f"HTTP {status} {response.reason}")
+        raise _TransferError(f"HTTP {status} {response.reason}")
     if status not in (200, 206):
-        raise _Failure(f"HTTP {status} {response.reason}")
+        raise _SourceError(f"HTTP {status} {response.reason}")
     if "text/html" in response.headers.get("Content-Type", ""):
-        raise _Failure("answers with a web page (a log-in or a proxy?) instead of the file")
+        raise _SourceError("answers with a web page (a log-in or a proxy?) instead of the file")
     if status == 200:  # the server knows no ranges, or the file has changed
         return 0
     begin = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
     if begin is None or int(begin.group(1)) != offset:
-        raise _Failure("answers with another range than it was asked for")
+        raise _SourceError("answers with another range than it was asked for")
     return offset
 
 
@@ -358,7 +359,7 @@ def _total(file: File, source: str, response: requests.Response, start: int) -> 
         return None
     total = start + int(length)
     if file.size and total != file.size and not _packed(file, source):
-        raise _Failure(f"offers {total} bytes instead of {file.size}")
+        raise _SourceError(f"offers {total} bytes instead of {file.size}")
     return total
 
 

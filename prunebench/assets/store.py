@@ -162,11 +162,18 @@ def _originals(wanted: Asset) -> str:
 
 
 def _placing(wanted: Asset, mirror: Path | None) -> str:
-    files = [file.path + _from(file) for file in wanted.files]
-    folders = " or ".join(map(str, roots(wanted, mirror)[:2]))
+    folders = roots(wanted, mirror)
+    if len(wanted.files) == 1:
+        (file,) = wanted.files
+        what, where = Path(file.path).name + _from(file), [root / file.path for root in folders]
+    else:
+        what = "; ".join(
+            str(Path(f.path).relative_to(wanted.name)) + _from(f) for f in wanted.files
+        )
+        where = [root / wanted.name for root in folders]
     return (
-        f"By hand: put {'; '.join(files)} below {folders}, or name the folder that holds it in "
-        "PRUNEBENCH_MIRROR."
+        f"By hand: put {what} at {' or '.join(map(str, where))}, or name the folder that holds "
+        f"{wanted.files[0].path} in PRUNEBENCH_MIRROR."
     )
 
 

@@ -2,6 +2,8 @@
 
 
 rule extractor:
+    input:
+        ancient(LAYOUT.assets),
     output:
         LAYOUT.extractor,
     log:
@@ -18,6 +20,8 @@ rule extractor:
 
 
 rule dense:
+    input:
+        ancient(LAYOUT.assets),
     output:
         LAYOUT.trained("{model}"),
     log:
