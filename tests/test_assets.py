@@ -1,4 +1,5 @@
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from prunebench import assets, cli
 from prunebench.assets import convert, registry, store
@@ -289,6 +291,34 @@ def test_a_track_names_its_assets(capsys, tmp_path):
     assert "7992ba25e7dd12cf" in (tmp_path / "r.json").read_text()
     assert cli.main(["assets", "fetch"]) == 2
     assert "name assets, or a track" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_missing_asset_stops_the_workflow_before_any_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNEBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PRUNEBENCH_MIRROR", str(tmp_path / "mirror"))
+    root, project = Path(__file__).parents[1], tmp_path / "project"
+    project.mkdir()
+    for part in ("Snakefile", "workflow", "methods", "config", "envs"):
+        (project / part).symlink_to(root / part)
+    track = yaml.safe_load((root / "config" / "smoke.yaml").read_text())
+    track["dataset"] = {"name": "celeba64"}
+    (project / "faces.yaml").write_text(yaml.safe_dump(track))
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    result = subprocess.run(
+        ["snakemake", "--cores", "1", "--config", "track=faces.yaml"],
+        cwd=project,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    output = result.stdout + result.stderr
+    assert result.returncode == 1
+    assert "asset celeba64 cannot be downloaded" in output
+    assert "agree to the terms" in output
+    assert f"{tmp_path}/mirror/celeba_aligned" in output
+    assert "rule dense" not in output
 
 
 # ---- scripts/build_fashion_mnist_16.py

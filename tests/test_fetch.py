@@ -406,6 +406,17 @@ def test_what_is_placed_by_hand_is_not_downloaded(serve, register, cache):
     assert fetch.fetch("big") == cache / "big.bin"
 
 
+def test_many_files_have_one_address(register, cache, monkeypatch):
+    monkeypatch.setattr(fetch, "BACKOFF", 0.0)
+    names = ["config.json", *(f"unet/{i}" for i in range(5))]
+    files = [assets.File(f"hub/{name}", (f"http://127.0.0.1:9/r/{name}",)) for name in names]
+    register("hub", *files)
+    message = refused("hub")
+    assert "put config.json, unet/0, unet/1" in message
+    assert "(all from http://127.0.0.1:9/r)" in message
+    assert f"{cache}/hub, or name the folder that holds hub" in message
+
+
 def test_several_files_and_one_that_fails(serve, register, cache, capsys):
     server = serve({"a": BYTES}, status=[])
     files = [assets.File(f"pair/{n}", (f"{server.url}/{n}",), SHA) for n in ("a", "b")]

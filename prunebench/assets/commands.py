@@ -9,16 +9,18 @@ from prunebench.assets import fetch, store
 from prunebench.assets.registry import ASSETS, Asset, File, asset
 from prunebench.errors import UserError
 
-COLUMNS = "{:22} {:10} {:>9}  {:12} {:18} {}\n"
+TITLES = ("NAME", "KIND", "SIZE", "STATE", "NEEDED BY", "LICENCE")
 
 
 def list_assets(names: Iterable[str]) -> None:
     """Print a line per asset; what is there is not verified."""
-    line = ("NAME", "KIND", "SIZE", "STATE", "LICENCE", "NEEDED BY")
-    sys.stdout.write(COLUMNS.format(*line))
-    for wanted in _wanted(names):
-        line = (wanted.name, wanted.kind, readable(wanted.size), state(wanted))
-        sys.stdout.write(COLUMNS.format(*line, wanted.licence, wanted.needed_by))
+    rows = [TITLES] + [
+        (w.name, w.kind, readable(w.size), state(w), w.needed_by, w.licence) for w in _wanted(names)
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        sys.stdout.write("  ".join(cells).rstrip() + "\n")
 
 
 def fetch_assets(names: Iterable[str], record: Path | None = None) -> None:

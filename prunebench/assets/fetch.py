@@ -274,11 +274,10 @@ def _transfer(file: File, source: str, part: Path) -> str | None:
 
 
 def _reason(error: Exception) -> str:
-    """The innermost cause: requests and urllib3 wrap the system's error several times."""
+    """The cause in a line: requests and urllib3 wrap the system's error several times."""
     text = str(error)
-    for pattern in (r"NameResolutionError", r"Failed to resolve '([^']+)'"):
-        if found := re.search(pattern, text):
-            return f"no network, or the name of the server cannot be resolved ({found.group(0)})"
+    if "Failed to resolve" in text or "NameResolutionError" in text:
+        return "no network, or the name of the server cannot be resolved"
     return text if len(text) < 200 else f"{text[:200]}..."
 
 

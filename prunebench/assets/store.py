@@ -162,19 +162,25 @@ def _originals(wanted: Asset) -> str:
 
 
 def _placing(wanted: Asset, mirror: Path | None) -> str:
-    folders = roots(wanted, mirror)
-    if len(wanted.files) == 1:
-        (file,) = wanted.files
-        what, where = Path(file.path).name + _from(file), [root / file.path for root in folders]
-    else:
-        what = "; ".join(
-            str(Path(f.path).relative_to(wanted.name)) + _from(f) for f in wanted.files
-        )
-        where = [root / wanted.name for root in folders]
+    single = len(wanted.files) == 1
+    own = wanted.files[0].path if single else wanted.name
+    where = " or ".join(str(root / own) for root in roots(wanted, mirror))
     return (
-        f"By hand: put {what} at {' or '.join(map(str, where))}, or name the folder that holds "
-        f"{wanted.files[0].path} in PRUNEBENCH_MIRROR."
+        f"By hand: put {_contents(wanted)} at {where}, or name the folder that holds {own} in "
+        "PRUNEBENCH_MIRROR."
     )
+
+
+def _contents(wanted: Asset) -> str:
+    """The files with their addresses; of many files, which a hub has, the one address of all."""
+    names = [Path(file.path).name for file in wanted.files]
+    if len(names) > 1:
+        names = [str(Path(file.path).relative_to(wanted.name)) for file in wanted.files]
+    if len(names) <= 4:
+        pairs = zip(names, wanted.files, strict=True)
+        return "; ".join(name + _from(file) for name, file in pairs)
+    address = os.path.commonprefix([source for file in wanted.files for source in file.sources])
+    return f"{', '.join(names)} (all from {address.rpartition('/')[0]})"
 
 
 def _from(file: File) -> str:
