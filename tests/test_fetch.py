@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from prunebench import assets, cli
-from prunebench.assets import convert, fetch, store
+from prunebench.assets import convert, download, fetch, store
 from prunebench.errors import UserError
 
 BYTES = np.random.default_rng(0).bytes(3 << 20)
@@ -94,7 +94,7 @@ class Server:
 @pytest.fixture
 def serve(monkeypatch):
     """Start a server on this machine: Server options -> the running Server."""
-    monkeypatch.setattr(fetch, "BACKOFF", 0.0)
+    monkeypatch.setattr(download, "BACKOFF", 0.0)
     running = []
 
     def start(files: dict[str, bytes], **options) -> Server:
@@ -240,7 +240,7 @@ def test_a_killed_download_goes_on_where_it_was(serve, offer, cache):
 def test_parts_of_two_versions_are_never_joined(serve, register, cache):
     """Without a published hash only the server can tell that the file has changed."""
     old, new = BYTES, bytes(reversed(BYTES))
-    server = serve({"big.bin": old}, cut=[1 << 20] + [0] * (fetch.ATTEMPTS - 1))
+    server = serve({"big.bin": old}, cut=[1 << 20] + [0] * (download.ATTEMPTS - 1))
     register("big", assets.File("big.bin", (f"{server.url}/big.bin",)))
     assert "attempts" in refused()
     assert contents(cache) == ["big.bin.part", "big.bin.part.json"]
@@ -249,7 +249,7 @@ def test_parts_of_two_versions_are_never_joined(serve, register, cache):
     assert (cache / "big.bin").read_bytes() == new
     (cache / "big.bin").unlink()
     store.note_of(cache / "big.bin").unlink()
-    server.tag, server.cut = None, [1 << 20] + [0] * (fetch.ATTEMPTS - 1)  # nothing to tell by
+    server.tag, server.cut = None, [1 << 20] + [0] * (download.ATTEMPTS - 1)  # nothing to tell by
     refused()
     server.asked.clear()
     fetch.fetch("big")
@@ -257,7 +257,7 @@ def test_parts_of_two_versions_are_never_joined(serve, register, cache):
 
 
 def test_a_corrupt_part_is_thrown_away(serve, offer, cache):
-    server = serve({"big.bin": BYTES}, cut=[1 << 20] + [0] * (fetch.ATTEMPTS - 1))
+    server = serve({"big.bin": BYTES}, cut=[1 << 20] + [0] * (download.ATTEMPTS - 1))
     offer(f"{server.url}/big.bin")
     refused()
     part = cache / "big.bin.part"
@@ -305,7 +305,7 @@ def test_404_403_and_web_pages_are_not_files(serve, offer, cache):
 
 
 def test_no_network(offer, cache, monkeypatch):
-    monkeypatch.setattr(fetch, "BACKOFF", 0.0)
+    monkeypatch.setattr(download, "BACKOFF", 0.0)
     offer("http://127.0.0.1:9/big.bin", "http://no-such-host.invalid/big.bin")
     message = refused()
     assert "127.0.0.1:9/big.bin: " in message
@@ -407,7 +407,7 @@ def test_what_is_placed_by_hand_is_not_downloaded(serve, register, cache):
 
 
 def test_many_files_have_one_address(register, cache, monkeypatch):
-    monkeypatch.setattr(fetch, "BACKOFF", 0.0)
+    monkeypatch.setattr(download, "BACKOFF", 0.0)
     names = ["config.json", *(f"unet/{i}" for i in range(5))]
     files = [assets.File(f"hub/{name}", (f"http://127.0.0.1:9/r/{name}",)) for name in names]
     register("hub", *files)

@@ -1,8 +1,8 @@
 """Everything the suite needs from outside: where it comes from, its hash, its licence.
 
-`registry.yaml` lists it, `store` finds and verifies files, `fetch` downloads and converts them,
-`datasets` loads data sets. Only `fetch` ever uses the network. Importing the package is free of
-torch.
+`registry.yaml` lists it, `store` finds and verifies files, `fetch` gets what is missing by
+`download` or by `convert`, `datasets` loads data sets. Only `download` ever uses the network.
+Importing the package is free of torch.
 """
 
 from prunebench.assets.datasets import Dataset, load_dataset

@@ -11,6 +11,7 @@ import os
 from functools import cache
 from pathlib import Path
 
+from prunebench.artefacts import write_atomically
 from prunebench.assets.registry import Asset, File, asset
 from prunebench.errors import UserError
 
@@ -112,6 +113,12 @@ def note_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.sha256")
 
 
+def note(path: Path, value: str) -> None:
+    """Record `value` as the sha256 of `path`."""
+    line = f"{value}  {path.name}\n"
+    write_atomically(note_of(path), lambda temporary: temporary.write_text(line))
+
+
 def _noted(note: Path) -> str:
     value = (note.read_text(errors="replace").split() or [""])[0].lower()
     if len(value) != 64 or set(value) - set("0123456789abcdef"):
@@ -179,8 +186,8 @@ def _contents(wanted: Asset) -> str:
     if len(names) <= 4:
         pairs = zip(names, wanted.files, strict=True)
         return "; ".join(name + _from(file) for name, file in pairs)
-    address = os.path.commonprefix([source for file in wanted.files for source in file.sources])
-    return f"{', '.join(names)} (all from {address.rpartition('/')[0]})"
+    addresses = [source.removesuffix(f"/{names[0]}") for source in wanted.files[0].sources]
+    return f"{', '.join(names)} (all from {' or '.join(addresses)})"
 
 
 def _from(file: File) -> str:
