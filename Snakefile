@@ -18,10 +18,14 @@ wildcard_constraints:
     selection="selection(-[a-z0-9_-]+)?",
     seed="[0-9]+",
     mask="[0-9]+",
+    shard="[0-9]+",
 
 
 onstart:
-    start_warm_server()
+    if workflow.local_exec:
+        prepare_machine()
+    elif workflow.executor_plugin.name == "slurm":
+        cancel_leftover_jobs()
 
 
 onsuccess:

@@ -10,7 +10,7 @@ import logging
 import sys
 from pathlib import Path
 
-from prunebench import __version__, config
+from prunebench import __version__, config, gpus
 from prunebench.errors import UserError
 from prunebench.offline import forbid_network
 
@@ -31,6 +31,8 @@ def main(argv: list[str]) -> int:
     )
     arguments = parser().parse_args(argv)
     try:
+        if arguments.gpus is not None:
+            gpus.prepare(arguments.gpus, argv, arguments.stage in config.SEVERAL_GPUS)
         arguments.run(arguments)
         return 0
     except UserError as error:
@@ -41,12 +43,14 @@ def main(argv: list[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="prunebench", description=__doc__.split("\n")[0])
     top.add_argument("--version", action="version", version=__version__)
+    top.set_defaults(gpus=None)
     commands = top.add_subparsers(required=True, metavar="STAGE")
 
     def command(name: str, run, help_: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help_, description=help_)
         sub.add_argument("--track", default="embedded", help="a track of config/, or a YAML file")
         sub.add_argument("--runs", type=Path, default=config.RUNS, help="folder of the artefacts")
+        sub.add_argument("--gpus", type=int, help="how many the workflow gave the command")
         sub.set_defaults(run=run, stage=name)
         return sub
 
@@ -88,6 +92,9 @@ def _cell_arguments(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
             "--batch", type=int, help="images in memory; the images do not depend on it"
         )
+        sub.add_argument(
+            "--shard", type=int, help="draw only this one of sampling.shards, counted from 0"
+        )
 
 
 def _prepare() -> None:
@@ -95,7 +102,10 @@ def _prepare() -> None:
     forbid_network()
     import torch
 
+    from prunebench.training import parallel
+
     torch.set_num_threads(1)  # two jobs side by side beat two threads on models of this size
+    parallel.start()
     with contextlib.suppress(AttributeError, OSError):  # not glibc
         libc = ctypes.CDLL(None)
         # Returning every activation to the system and faulting it in again doubled a UNet's time.
@@ -129,6 +139,7 @@ def _cell_stage(arguments: argparse.Namespace) -> None:
         arguments.recovery,
         arguments.seed,
     )
+    options = _sampling_options(track, arguments) if arguments.stage == "sample" else {}
     _prepare()
     from prunebench import stages
 
@@ -140,9 +151,22 @@ def _cell_stage(arguments: argparse.Namespace) -> None:
         "score": stages.score,
     }
     paths = config.Paths(track, cell, arguments.runs)
-    record = getattr(paths, CELL_STAGES[arguments.stage][0])
-    options = {"batch": arguments.batch} if arguments.stage == "sample" else {}
-    stages.guarded(functions[arguments.stage], track, cell, paths, record, arguments.log, **options)
+    stage, record = functions[arguments.stage], getattr(paths, CELL_STAGES[arguments.stage][0])
+    if "index" in options:
+        stage, record = stages.shard, paths.shards[options["index"]][0]
+    stages.guarded(stage, track, cell, paths, record, arguments.log, **options)
+
+
+def _sampling_options(track: config.Track, arguments: argparse.Namespace) -> dict:
+    if arguments.shard is not None:
+        track.shard(arguments.shard)
+        return {"index": arguments.shard, "batch": arguments.batch}
+    if arguments.batch and track.shards > 1:
+        raise UserError(
+            f"--batch: track {track.name} draws a cell in {track.shards} shards (sampling.shards); "
+            "give it with --shard, gathering them draws nothing"
+        )
+    return {"batch": arguments.batch}
 
 
 def _oracle(arguments: argparse.Namespace) -> None:

@@ -40,7 +40,14 @@ DEPENDS = {
     "select": ("models.*.sampling", "methods.parameters.*"),
     "recover": ("budgets", "models.*.recovery"),
     "sample": ("models.*.sampling", "sampling.count", "sampling.lanes"),
-    "cost": ("models.*.sampling", "latency"),
+    "cost": (  # but not latency.wait, which changes no result
+        "models.*.sampling",
+        "latency.batch",
+        "latency.rounds",
+        "latency.warmup",
+        "latency.images",
+        "latency.variants",
+    ),
     "score": ("evaluation",),
     "oracle": (
         "models.*.recovery",
@@ -55,8 +62,29 @@ DEPENDS = {
 }
 
 
+# What a job of each rule needs of a cluster where the track's `needs` say nothing. Enough for the
+# embedded track on one CPU core, several times over; a track of larger models states its own.
+# Memory (MB): a job peaks at 1,000 to 1,200, most of it imports; Snakemake takes 250 more in a
+# Slurm job. Time (minutes): several times what the longest job of a rule takes on one slow core.
+NEEDS = {
+    "extractor": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
+    "dense": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
+    "select": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
+    "recover": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
+    "sample": {"mem_mb": 2000, "runtime": 10, "gpu": 0, "cpus": 1},
+    "gather": {"mem_mb": 2000, "runtime": 10, "gpu": 0, "cpus": 1},  # `sample`, drawn in shards
+    "cost": {"mem_mb": 2000, "runtime": 10, "gpu": 0, "cpus": 1},
+    "score": {"mem_mb": 2000, "runtime": 10, "gpu": 0, "cpus": 1},
+    "mask": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
+}
+SEVERAL_GPUS = ("dense", "recover")  # rules that train data-parallel; one job of another uses one
+
+
 # Targets and rules of the workflow and folders of results, which no division may be called.
-RESERVED = ("all", "everything", "partial", "assets", "fetch", "oracle", "mask", "raw", *DEPENDS)
+RESERVED = (
+    *("all", "everything", "partial", "assets", "fetch", "oracle", "mask", "raw", "shard"),
+    *DEPENDS,
+)
 
 
 @dataclass(frozen=True)
@@ -202,6 +230,19 @@ class Track:
         if index < 0:
             raise UserError(f"--mask {index}: masks are counted from 0")
 
+    @property
+    def shards(self) -> int:
+        """How many jobs draw a cell's images between them; the images do not depend on it."""
+        return self.content["sampling"].get("shards", 1)
+
+    def shard(self, index: int) -> None:
+        """Check the number of a shard given by hand."""
+        if not 0 <= index < self.shards > 1:
+            split = f"{self.shards} shards, counted from 0" if self.shards > 1 else "one piece"
+            raise UserError(
+                f"--shard {index}: track {self.name} draws a cell in {split} (sampling.shards)"
+            )
+
     def oracle(self) -> list[tuple[str, str, int, int]]:
         """(model, recovery, seed, mask) of every job of the oracle."""
         settings = self.content.get("oracle")
@@ -222,6 +263,11 @@ class Track:
     def budget(self, cell: Cell) -> int:
         """Images the student may train on, in selection and recovery together."""
         return 0 if cell.recovery == "none" else self.content["budgets"][cell.budget]
+
+    def needs(self, rule: str) -> dict[str, int]:
+        """What a job of a rule needs: mem_mb, runtime (minutes), gpu, cpus."""
+        given = self.content.get("needs", {})
+        return {**NEEDS[rule], **given.get("default", {}), **given.get(rule, {})}
 
     def fingerprint(self, stage: str, model: str = "", method: str = "") -> str:
         """Hash of the settings a stage depends on; a change of it recomputes the stage."""
@@ -260,6 +306,21 @@ class Layout:
         """Record of "recover", "sample" or "metrics"."""
         return f"{self.root}/{model}/{method}/{sparsity}/{recovery}/seed{seed}/{stage}.json"
 
+    def shard(
+        self,
+        index: object,
+        count: int,
+        model: str,
+        method: str,
+        sparsity: object,
+        recovery: str,
+        seed: object,
+    ) -> tuple[str, str]:
+        """Record and images of one of the `count` shards that a cell is drawn in."""
+        name = f"shard{index}of{count}"
+        record = self.cell(name, model, method, sparsity, recovery, seed)
+        return record, record.removesuffix("json") + "safetensors"
+
     def results(self, division: str, default: str) -> str:
         """Folder of a division's leaderboard: the default division's is the track's own."""
         folder = f"results/{Path(self.root).name}"
@@ -286,6 +347,10 @@ class Paths:
         self.cost = layout.selection("cost", *shared, cell.seed, kind)
         self.recover = layout.cell("recover", *shared, cell.recovery, cell.seed)
         self.sample = layout.cell("sample", *shared, cell.recovery, cell.seed)
+        self.shards = [  # none where the cell is drawn in one piece
+            layout.shard(index, track.shards, *shared, cell.recovery, cell.seed)
+            for index in range(track.shards if track.shards > 1 else 0)
+        ]
         self.metrics = layout.cell("metrics", *shared, cell.recovery, cell.seed)
         self.checkpoint = self.select if cell.recovery == "none" else self.recover
         self.dense_sample = layout.cell("sample", cell.model, "dense", 0.0, "none", cell.seed)
@@ -309,14 +374,15 @@ def load(name: str) -> Track:
         raise UserError(f"{file} is not valid YAML: {error}") from None
     _validate(file, content)
     track = Track(file.stem, content, _methods(file, content))
-    for asset in track.assets():
-        _check_asset(file, asset)
+    _check_assets(file, track)
     return track
 
 
-def _check_asset(file: Path, name: str) -> None:
+def _check_assets(file: Path, track: Track) -> None:
     try:
-        assets.asset(name)
+        assets.data_set(track.content["dataset"]["name"])
+        for name in track.assets():
+            assets.asset(name)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
 
@@ -337,6 +403,7 @@ def _check_model(file: Path, name: str, model: Mapping, content: Mapping) -> Non
                 f"{where}.sampling.steps: {fraction} fewer of {sampling['steps']} steps is {left}; "
                 "change steps or fewer_steps"
             )
+    _check_classes(where, model)
     if "images" in model["recovery"]:
         raise UserError(f"{where}.recovery.images: budgets say how long recovery trains")
     for budget, images in content["budgets"].items():
@@ -344,6 +411,20 @@ def _check_model(file: Path, name: str, model: Mapping, content: Mapping) -> Non
             raise UserError(f"{file}: budgets.{budget}: less than one batch of model '{name}'")
     if model["training"]["images"] < model["training"]["batch"]:
         raise UserError(f"{where}.training.images: less than one batch")
+
+
+def _check_classes(where: str, model: Mapping) -> None:
+    """Dropping classes and guidance need a model that has classes."""
+    used = {
+        "training.class_dropout": model["training"].get("class_dropout", 0) != 0,
+        "recovery.class_dropout": model["recovery"].get("class_dropout", 0) != 0,
+        "sampling.guidance": model["sampling"].get("guidance", 1) != 1,
+    }
+    for key in (key for key, asked in used.items() if asked):
+        if model["config"].get("classes") is None:
+            raise UserError(
+                f"{where}.{key}: the model is unconditional; leave it out, or give config.classes"
+            )
 
 
 @functools.cache
@@ -377,7 +458,29 @@ def _validate(file: Path, content: object) -> None:
             raise UserError(f"{file}: divisions.{division}: the name is taken; choose another")
         for name in settings["recoveries"]:
             _check_recovery(f"{file}: divisions.{division}", name, content["budgets"])
+    _check_shards(file, content["sampling"])
     _check_oracle(file, content)
+    _check_needs(file, content.get("needs", {}))
+
+
+def _check_needs(file: Path, needs: Mapping) -> None:
+    for rule, given in needs.items():
+        if rule not in ("default", *NEEDS):
+            known = ", ".join(("default", *NEEDS))
+            raise UserError(f"{file}: needs: unknown rule '{rule}'; known: {known}")
+        if given.get("gpu", 0) > 1 and rule not in SEVERAL_GPUS:
+            able = " and ".join(SEVERAL_GPUS)
+            raise UserError(f"{file}: needs.{rule}.gpu: only {able} can use more than one GPU")
+
+
+def _check_shards(file: Path, sampling: Mapping) -> None:
+    blocks = -(-sampling["count"] // sampling["lanes"])
+    if sampling.get("shards", 1) > blocks:
+        raise UserError(
+            f"{file}: sampling.shards: {sampling['shards']} shards, but {sampling['count']} images "
+            f"are {blocks} blocks of {sampling['lanes']} (sampling.lanes), which are never split; "
+            f"use at most {blocks}"
+        )
 
 
 def _check_oracle(file: Path, content: Mapping) -> None:

@@ -42,7 +42,9 @@ def test_dataset_shapes_and_balance():
     assert data.reference_images.shape == (10_000, 1, 16, 16)
     assert data.train_images.dtype == data.reference_images.dtype == torch.uint8
     assert data.train_labels.dtype == data.reference_labels.dtype == torch.int64
-    assert (data.num_classes, data.channels, data.resolution) == (10, 1, 16)
+    entry = assets.data_set("fashion_mnist_16")
+    assert data.train_images.shape[1:] == entry.shape
+    assert data.train_labels.unique().tolist() == list(range(entry.classes))
     assert data.reference_labels.bincount().tolist() == [1000] * 10
     assert data.train_labels.bincount().min() >= 1900
     assert data.train_labels[:5].tolist() == [9, 0, 0, 3, 0]  # as in the official file
@@ -53,7 +55,6 @@ def test_limits_give_the_first_images():
     part = assets.load_dataset("fashion_mnist_16", limit_train=7, limit_reference=3)
     assert torch.equal(part.train_images, whole.train_images[:7])
     assert torch.equal(part.reference_labels, whole.reference_labels[:3])
-    assert part.num_classes == 10
     for limit in (0, 20_001):
         with pytest.raises(UserError, match="1 to 20000"):
             assets.load_dataset("fashion_mnist_16", limit_train=limit)
@@ -156,6 +157,13 @@ def test_unknown_names_and_other_files(small):
         assets.load_dataset("small")
 
 
+def test_only_data_sets_have_a_shape():
+    with pytest.raises(UserError, match=r"'lpips-alex' is not a data set; .*fashion_mnist_16"):
+        assets.data_set("lpips-alex")
+    with pytest.raises(UserError, match="unknown asset 'cifar'"):
+        assets.data_set("cifar")
+
+
 def test_pickled_data_is_never_loaded(small, monkeypatch):
     path = small / "cache" / "small.bin"
     with path.open("wb") as file:
@@ -212,6 +220,7 @@ def test_every_entry_is_whole(entry):
         assert (store.DATA / file.path).exists() == entry.packaged
     assert set(entry.alternatives) | set(entry.made_from or ()) <= set(assets.ASSETS)
     assert set((entry.made_from or {}).values()) <= set(convert.CONVERSIONS)
+    assert (entry.kind == "dataset") == bool(entry.shape) == bool(entry.classes)
     # There is always a way: a source for every file, the package, originals, or words.
     assert entry.downloadable or entry.packaged or entry.made_from or entry.by_hand
 

@@ -232,9 +232,8 @@ def _record(folder: Path, name: str) -> str:
 def test_measure_records_the_kernels(kind, tmp_path, monkeypatch):
     track, plan = tiny.smoke(), tiny.plan("dit", kind)
     instance = tiny.INSTANCES["dit"]
-    monkeypatch.setattr(stages, "dataset", lambda _: SimpleNamespace(
-        channels=instance.channels, resolution=instance.resolution, num_classes=tiny.CLASSES
-    ))  # fmt: skip
+    images = SimpleNamespace(shape=instance.shape, classes=tiny.CLASSES)
+    monkeypatch.setattr(stages.assets, "data_set", lambda _: images)
     monkeypatch.setattr(stages, "device", lambda: torch.device("cpu"))
     paths = SimpleNamespace(**{n: _record(tmp_path, n) for n in ("trained", "select", "cost")})
     for name, removed in (("trained", Plan()), ("select", plan)):
@@ -245,6 +244,7 @@ def test_measure_records_the_kernels(kind, tmp_path, monkeypatch):
     stages.measure(track, SimpleNamespace(model="dit"), paths)
     found = artefacts.read_record(paths.cost)["latency"]
     assert found["forward_batch1"]["ratio"] > 0 and found["peak_memory_mb"] > 0
+    assert found["alone"] in (True, False) and found["others"]["during"]["cpu"] >= 0
     if kind == "2:4":
         assert found["kernels"]["reason"] == CPU_REASON
         assert found["kernels"]["of"] == len(plan.masks)

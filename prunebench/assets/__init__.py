@@ -6,7 +6,17 @@ Importing the package is free of torch.
 """
 
 from prunebench.assets.datasets import Dataset, load_dataset
-from prunebench.assets.registry import ASSETS, Asset, File, asset
+from prunebench.assets.registry import ASSETS, Asset, File, asset, data_set
 from prunebench.assets.store import DATA, locate
 
-__all__ = ["ASSETS", "DATA", "Asset", "Dataset", "File", "asset", "load_dataset", "locate"]
+__all__ = [
+    "ASSETS",
+    "DATA",
+    "Asset",
+    "Dataset",
+    "File",
+    "asset",
+    "data_set",
+    "load_dataset",
+    "locate",
+]

@@ -23,9 +23,6 @@ class Dataset:
     train_labels: "Tensor"
     reference_images: "Tensor"
     reference_labels: "Tensor"
-    num_classes: int
-    channels: int
-    resolution: int
 
 
 def load_dataset(
@@ -47,18 +44,10 @@ def load_dataset(
         UserError: as `locate`; not a data set; or a limit that the data set cannot give.
     """
     arrays = _arrays(name, locate(name, mirror))
-    num_classes = int(arrays["train_labels"].max()) + 1
-    train_images, train_labels = _prefix(arrays, "train", "train", limit_train)
     judged = {"held_out": "reference", "train": "train"}[reference]
-    reference_images, reference_labels = _prefix(arrays, "reference", judged, limit_reference)
     return Dataset(
-        train_images,
-        train_labels,
-        reference_images,
-        reference_labels,
-        num_classes,
-        channels=train_images.shape[1],
-        resolution=train_images.shape[-1],
+        *_prefix(arrays, "train", "train", limit_train),
+        *_prefix(arrays, "reference", judged, limit_reference),
     )
 
 

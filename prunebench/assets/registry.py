@@ -51,6 +51,8 @@ class Asset:
         packaged: whether it ships with the package.
         made_from: originals a data set can be made of -> name of the conversion.
         alternatives: assets that serve as well where this one is absent.
+        shape, classes: (C, H, W) of a data set's images, and how many labels there are, so that
+            drawing others like them needs no file.
     """
 
     name: str
@@ -64,6 +66,8 @@ class Asset:
     packaged: bool = False
     made_from: Mapping[str, str] | None = None
     alternatives: tuple[str, ...] = ()
+    shape: tuple[int, int, int] | None = None
+    classes: int | None = None
 
     @property
     def size(self) -> int | None:
@@ -90,7 +94,8 @@ def _asset(name: str, content: Mapping) -> Asset:
     hub = f"{HUB}/{repository}/resolve/{revision}" if repository else None
     listed, alternatives = entry.pop("files"), tuple(entry.pop("or", ()))
     files = tuple(_file(name, file, len(listed), hub) for file in listed)
-    return Asset(name=name, files=files, alternatives=alternatives, **entry)
+    shape = tuple(entry.pop("shape", ())) or None
+    return Asset(name=name, files=files, alternatives=alternatives, shape=shape, **entry)
 
 
 def read(path: Path) -> dict[str, Asset]:
@@ -108,6 +113,14 @@ def asset(name: str) -> Asset:
     if name not in ASSETS:
         raise UserError(f"unknown asset {name!r}; known are {', '.join(sorted(ASSETS))}")
     return ASSETS[name]
+
+
+def data_set(name: str) -> Asset:
+    """The registry's entry of a data set; UserError if it is something else."""
+    if asset(name).shape is None:
+        known = ", ".join(sorted(entry.name for entry in ASSETS.values() if entry.shape))
+        raise UserError(f"dataset.name: '{name}' is not a data set; known are {known}")
+    return asset(name)
 
 
 def pinned(wanted: Asset) -> bool:

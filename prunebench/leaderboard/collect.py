@@ -27,6 +27,7 @@ CLEANFID_TOLERANCE = 1e-3  # relative
 LABELS = ("family", "kind", "control", "reconstruction", "title", "paper", "bibtex", "notes",
           "healing")  # fmt: skip
 PROVENANCE = ("commit", "dirty", "code", "date", "cpu", "cores", "gpu", "packages")
+ALONE = {True: "alone", False: "beside other load", None: "not recorded"}  # how it was timed
 OUTCOMES = {"ok": 0, "failed": 1, "missing": 2}  # and the order inside a group
 SAFE_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)  # names become files
 
@@ -73,9 +74,12 @@ class Metric:
     optional: bool = False  # not every board has it
 
     def read(self, metrics: Mapping) -> float:
-        if self.optional and self.paths[0].partition(".")[0] not in metrics:
-            return math.nan
-        values = [lookup(metrics, path) for path in self.paths]
+        try:
+            values = [lookup(metrics, path) for path in self.paths]
+        except KeyError:
+            if self.optional:
+                return math.nan
+            raise
         return math.nan if None in values else float(sum(values)) ** self.power
 
 
@@ -145,6 +149,12 @@ METRICS = {
         ("latency.peak_memory_mb",), "Peak memory", "Peak memory of one denoiser forward of a full "
         "batch: the model and its activations", "lower", "MB",
         format="sig"),
+    "others_cpu": Metric(
+        ("latency.others.during.cpu",), "Others' CPU", "CPU that other processes used while this "
+        "row was timed", "lower", "cores", format=".2f", optional=True),
+    "waited_s": Metric(
+        ("latency.waited_s",), "Waited", "Time that timing waited for other processes to end",
+        "", "s", format="sig", optional=True),
     "student_images": Metric(
         ("budget.selection.student_forward", "budget.recovery.student_forward"), "Budget",
         "Images sent forward through the model, dense or pruned, in selection and recovery "
@@ -287,7 +297,7 @@ def cell_frame(sources: list[Source], expected: Iterable[Mapping] | None = None)
         known = labels.get(key[1], {"title": key[1]})
         cells[key] = dict(zip(CELL, key, strict=True)) | {"status": "missing"} | _labels(known)
     columns = [*CELL, "status", *LABELS, "share", "details", "samples", "sampler", "steps",
-               *METRICS]  # fmt: skip
+               "alone", *METRICS]  # fmt: skip
     frame = pd.DataFrame([cells[key] for key in sorted(cells)], columns=columns)
     return frame.astype(dict.fromkeys(METRICS, float))
 
@@ -304,6 +314,7 @@ def _cell(source: Source) -> dict:
         cell |= {name: metric.read(metrics) for name, metric in METRICS.items()}
         cell |= {"samples": metrics["quality"]["samples"]}
         cell |= {"share": _share(metrics), "details": _details(metrics)}
+        cell |= {"alone": ALONE[metrics["latency"].get("alone")]}
         cell |= {name: metrics["sampling"][name] for name in ("sampler", "steps")}
     return cell
 
@@ -318,7 +329,19 @@ def _details(metrics: Mapping) -> str:
     """What a method and the timing want said beside the row, in one line."""
     kernels = metrics["latency"].get("kernels") or {}
     summary = metrics.get("plan", {}).get("notes", {}).get("summary", "")
-    return "; ".join(filter(None, (summary, kernels.get("reason", ""))))
+    return "; ".join(filter(None, (summary, kernels.get("reason", ""), _training(metrics))))
+
+
+def _training(metrics: Mapping) -> str:
+    """How training differed from whole batches on one device, if it did."""
+    batch = metrics.get("settings", {}).get("model", {}).get("recovery", {}).get("batch")
+    words = {}
+    for how in metrics.get("training", {}).values():
+        if how["micro_batch"] and how["micro_batch"] * how["processes"] < batch:
+            words[f"micro-batches of {how['micro_batch']} for a batch of {batch}"] = None
+        if how["processes"] > 1:
+            words[f"trained on {how['processes']} GPUs"] = None
+    return ", ".join(words)
 
 
 def aggregate(cells: pd.DataFrame, compares: str = "selections") -> pd.DataFrame:
@@ -342,6 +365,8 @@ def _row(key: tuple, cells: pd.DataFrame) -> dict:
     row |= {"seeds_ok": len(ok), "seeds_expected": len(cells)}
     row |= {"samples": ok.samples.min(), "sampler": best.sampler, "steps": ok.steps.max()}
     row |= {name: best[name] if best.status == "ok" else "" for name in ("share", "details")}
+    row |= {"timed_alone": (ok.alone == ALONE[True]).sum()}
+    row |= {"timed_beside": (ok.alone == ALONE[False]).sum()}
     row["budget"] = row["recovery"].rpartition("-")[2]
     row["smoke"] = bool((ok.samples < MINIMUM_SAMPLES).any())
     for name in METRICS:
@@ -451,6 +476,7 @@ def caption(sources: list[Source], cells: pd.DataFrame) -> dict[str, str]:
         "Date": max(p["date"] for p in found)[:10],
         "Commit": ", ".join(sorted(commits)),
         "Hardware": "; ".join(hardware(sources)),
+        "Timing": _timing(cells),
         "Software": ", ".join(sorted({f"torch {p['packages'].get('torch')}" for p in found})),
         "Samples": _counts(sources, "samples") + " images per cell",
         "Reference": _counts(sources, "reference_samples") + " images",
@@ -475,6 +501,12 @@ def _progress(cells: pd.DataFrame) -> str:
     text = f"{count.get('ok', 0):,} of {len(cells):,} cells finished"
     names = {"failed": "failed", "missing": "not finished"}
     return text + "".join(f", {count[s]:,} {name}" for s, name in names.items() if s in count)
+
+
+def _timing(cells: pd.DataFrame) -> str:
+    """How many cells had the machine to themselves while they were timed."""
+    count = cells[cells.status == "ok"].alone.value_counts()
+    return ", ".join(f"{count[words]:,} {words}" for words in ALONE.values() if words in count)
 
 
 def _sampling(cells: pd.DataFrame) -> list[str]:

@@ -4,6 +4,9 @@ A family module offers `build(config)` and, for a model m with `m(x, t, y) -> pr
 `layers(m, granularity)`, `remove_layer(m, name)`, `widths(m)`, `weights(m)`, `features(m)` and
 `refresh(m)`.
 
+`config["classes"]` is the number of classes, and m.null_class the label of "no class"; a model
+without classes has None for both.
+
 `features(m)` names the modules whose outputs (or their first elements) distillation compares, in
 pruned models too. Each goes with the parameter whose axis 0 holds the channels (axis 1) of that
 output, or None where pruning never changes its width.

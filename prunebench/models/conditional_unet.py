@@ -7,7 +7,6 @@ output convolutions, samplers, embeddings and the projections around transformer
 
 from collections.abc import Mapping
 
-import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
@@ -15,7 +14,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from prunebench.models import unet
-from prunebench.pruning.units import Layer, Member, Width, parameter_count
+from prunebench.pruning.units import Layer, Width, inner_width, parameter_count
 
 BRANCHES = {"attn1": "norm1", "attn2": "norm2", "ff": "norm3"}  # sub-layers, each with its norm
 
@@ -133,43 +132,23 @@ def widths(model: ConditionalUNet) -> list[Width]:
         if isinstance(module, ResnetBlock2D):
             units.append(_channels(name, module))
         elif isinstance(module, Attention) and module.heads > 1:
-            units.append(_heads(name, module))
+            units.append(unet.heads(name, module))
         elif isinstance(module, FeedForward):
-            units.append(_neurons(name, module))
+            units.append(neurons(name, module))
     return units
 
 
 def _channels(name: str, block: ResnetBlock2D) -> Width:
     """Channels between the two convolutions; the time embedding's scales and shifts go along."""
-    size = block.conv1.out_channels
-    members = _rows(f"{name}.conv1", block.conv1, size)
-    members += _rows(f"{name}.time_emb_proj", block.time_emb_proj, size)
-    members += _rows(f"{name}.norm2", block.norm2, size)
-    members.append(Member(f"{name}.conv2.weight", 1, torch.arange(size).view(size, 1)))
-    return Width(f"{name}.channels", size, tuple(members), block.norm2.num_groups)
+    size, writers = block.conv1.out_channels, ("conv1", "time_emb_proj", "norm2")
+    groups = block.norm2.num_groups
+    return inner_width(name, block, "channels", size, writers, ("conv2",), groups=groups)
 
 
-def _neurons(name: str, feed_forward: FeedForward) -> Width:
+def neurons(name: str, feed_forward: FeedForward) -> Width:
     """Hidden neurons; in a GEGLU each has a row of values and, in the other half, one of gates."""
     size = feed_forward.net[2].in_features
-    members = _rows(f"{name}.net.0.proj", feed_forward.net[0].proj, size)
-    members.append(Member(f"{name}.net.2.weight", 1, torch.arange(size).view(size, 1)))
-    return Width(f"{name}.neurons", size, tuple(members))
-
-
-def _heads(name: str, attention: Attention) -> Width:
-    columns = torch.arange(attention.to_q.out_features).view(attention.heads, -1)
-    members = [
-        Member(f"{name}.{projection}.weight", 0, columns) for projection in ("to_q", "to_k", "to_v")
-    ]
-    members.append(Member(f"{name}.to_out.0.weight", 1, columns))
-    return Width(f"{name}.heads", attention.heads, tuple(members))
-
-
-def _rows(name: str, module: nn.Module, size: int) -> list[Member]:
-    """Rows of a weight and its bias, which hold the `size` channels once or several times over."""
-    index = torch.arange(len(module.weight)).view(-1, size).T
-    return [Member(f"{name}.{leaf}", 0, index) for leaf in ("weight", "bias")]
+    return inner_width(name, feed_forward, "neurons", size, ("net.0.proj",), ("net.2",))
 
 
 def features(model: ConditionalUNet) -> dict[str, str | None]:

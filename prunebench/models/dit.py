@@ -12,7 +12,7 @@ from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from prunebench.pruning.units import Layer, Member, Width, parameter_count
+from prunebench.pruning.units import Layer, Width, inner_width, parameter_count
 
 BRANCHES = ("attn", "mlp")
 
@@ -67,10 +67,15 @@ class Block(nn.Module):
         linear = self.adaLN_modulation[1]
         middle = 3 * linear.in_features
         kept = slice(middle, None) if branch == "attn" else slice(0, middle)
-        linear.weight = nn.Parameter(linear.weight.detach()[kept].clone())
-        linear.bias = nn.Parameter(linear.bias.detach()[kept].clone())
-        linear.out_features = linear.weight.shape[0]
+        keep_rows(linear, kept)
         setattr(self, branch, None)
+
+
+def keep_rows(linear: nn.Linear, kept: slice) -> None:
+    """Cut a linear layer with a bias down to some of its outputs, in place."""
+    linear.weight = nn.Parameter(linear.weight.detach()[kept].clone())
+    linear.bias = nn.Parameter(linear.bias.detach()[kept].clone())
+    linear.out_features = linear.weight.shape[0]
 
 
 class Bypass(nn.Module):
@@ -199,27 +204,25 @@ def widths(model: DiT) -> list[Width]:
 
 
 def _block_widths(prefix: str, block: Block) -> list[Width]:
-    units = []
-    if block.attn is not None:
-        heads, size = block.attn.num_heads, block.attn.head_dim
-        rows = torch.arange(3 * heads * size).view(3, heads, size)
-        rows = rows.transpose(0, 1).reshape(heads, -1)
-        columns = torch.arange(heads * size).view(heads, size)
-        members = (
-            Member(f"{prefix}.attn.qkv.weight", 0, rows),
-            Member(f"{prefix}.attn.qkv.bias", 0, rows),
-            Member(f"{prefix}.attn.proj.weight", 1, columns),
-        )
-        units.append(Width(f"{prefix}.attn.heads", heads, members))
-    if block.mlp is not None:
-        neurons = torch.arange(block.mlp.fc1.out_features).unsqueeze(1)
-        members = (
-            Member(f"{prefix}.mlp.fc1.weight", 0, neurons),
-            Member(f"{prefix}.mlp.fc1.bias", 0, neurons),
-            Member(f"{prefix}.mlp.fc2.weight", 1, neurons),
-        )
-        units.append(Width(f"{prefix}.mlp.neurons", len(neurons), members))
-    return units
+    kinds = {"attn": heads, "mlp": neurons}
+    return [
+        kinds[branch](f"{prefix}.{branch}", getattr(block, branch))
+        for branch in BRANCHES
+        if getattr(block, branch) is not None
+    ]
+
+
+def heads(name: str, attention: Attention) -> Width:
+    """Heads of timm's attention, whose fused matrix holds all queries, then keys, then values."""
+    size = attention.num_heads
+    return inner_width(
+        name, attention, "heads", size, ("qkv",), ("proj",), block=attention.head_dim
+    )
+
+
+def neurons(name: str, mlp: Mlp) -> Width:
+    """Hidden neurons of timm's MLP."""
+    return inner_width(name, mlp, "neurons", mlp.fc1.out_features, ("fc1",), ("fc2",))
 
 
 def weights(model: DiT) -> list[str]:
@@ -237,9 +240,9 @@ def features(model: DiT) -> dict[str, str | None]:
     return {f"blocks.{index}": None for index in range(len(model.blocks))}
 
 
-def refresh(model: DiT) -> None:
-    """Derive the attributes that follow from tensor shapes after surgery."""
-    for block in model.blocks:
-        if isinstance(block, Block) and block.attn is not None:
-            block.attn.attn_dim = block.attn.proj.in_features
-            block.attn.num_heads = block.attn.attn_dim // block.attn.head_dim
+def refresh(model: nn.Module) -> None:
+    """Derive the attributes of timm's attention that follow from tensor shapes after surgery."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.attn_dim = module.proj.in_features
+            module.num_heads = module.attn_dim // module.head_dim

@@ -9,7 +9,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from prunebench.pruning.units import Layer, Member, Width, parameter_count
+from prunebench.pruning.units import Layer, Member, Width, inner_width, parameter_count
 
 
 class UNet(UNet2DModel):
@@ -78,7 +78,7 @@ def widths(model: UNet) -> list[Width]:
         ignored_layers=[model.conv_out], root_module_types=[nn.Conv2d, nn.Linear]
     )
     units = [_channels(group, names) for group in groups if group[0].dep.target.module not in inner]
-    units += [_heads(name, attention) for name, attention in _attentions(model).items()]
+    units += [heads(name, attention) for name, attention in _attentions(model).items()]
     return sorted(units, key=lambda unit: unit.name)
 
 
@@ -111,14 +111,17 @@ def _channels(group: torch_pruning.Group, names: dict[nn.Module, str]) -> Width:
     return Width(names[group[0].dep.target.module], size, packed, norm_groups)
 
 
-def _heads(name: str, attention: Attention) -> Width:
-    rows = torch.arange(attention.to_q.out_features).view(attention.heads, attention.head_dim)
-    members = [Member(f"{name}.to_out.0.weight", 1, rows)]
-    for projection in ("to_q", "to_k", "to_v"):
-        members.append(Member(f"{name}.{projection}.weight", 0, rows))
-        if getattr(attention, projection).bias is not None:
-            members.append(Member(f"{name}.{projection}.bias", 0, rows))
-    return Width(f"{name}.heads", attention.heads, tuple(members))
+def heads(name: str, attention: Attention) -> Width:
+    """Heads of diffusers' attention with a projection each for queries, keys and values."""
+    return inner_width(
+        name,
+        attention,
+        "heads",
+        attention.heads,
+        ("to_q", "to_k", "to_v"),
+        ("to_out.0",),
+        block=attention.head_dim,
+    )
 
 
 def weights(model: UNet) -> list[str]:

@@ -18,9 +18,12 @@ from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from prunebench.pruning.units import Layer, Member, Width, parameter_count
+from prunebench.models import dit
+from prunebench.pruning.units import Layer, Width, parameter_count
 
 NORMS = {"attn": "norm1", "mlp": "norm2"}  # of each residual branch, in the order they run
+
+refresh = dit.refresh  # both are built on timm's attention
 
 
 class Block(nn.Module):
@@ -175,30 +178,12 @@ def remove_layer(model: UViT, name: str) -> None:
 
 def widths(model: UViT) -> list[Width]:
     """Attention heads and MLP hidden neurons of each block; the residual stream keeps its width."""
-    kinds = {"attn": _heads, "mlp": _neurons}
+    kinds = {"attn": dit.heads, "mlp": dit.neurons}
     return [
         kinds[branch](f"{name}.{branch}", getattr(block, branch))
         for name, block in _blocks(model).items()
         for branch in block.branches()
     ]
-
-
-def _heads(name: str, attention: Attention) -> Width:
-    heads, size = attention.num_heads, attention.head_dim
-    columns = torch.arange(heads * size).view(heads, size)
-    # The fused matrix holds all queries, then all keys, then all values.
-    rows = torch.cat([columns + part * heads * size for part in range(3)], dim=1)
-    members = [Member(f"{name}.qkv.weight", 0, rows), Member(f"{name}.proj.weight", 1, columns)]
-    if attention.qkv.bias is not None:
-        members.insert(1, Member(f"{name}.qkv.bias", 0, rows))
-    return Width(f"{name}.heads", heads, tuple(members))
-
-
-def _neurons(name: str, mlp: Mlp) -> Width:
-    index = torch.arange(mlp.fc1.out_features).unsqueeze(1)
-    members = (("fc1.weight", 0), ("fc1.bias", 0), ("fc2.weight", 1))
-    packed = tuple(Member(f"{name}.{tensor}", axis, index) for tensor, axis in members)
-    return Width(f"{name}.neurons", len(index), packed)
 
 
 def weights(model: UViT) -> list[str]:
@@ -218,11 +203,3 @@ def weights(model: UViT) -> list[str]:
 def features(model: UViT) -> dict[str, str | None]:
     """The tokens [N, L, width] after every block; a bypassed block passes them on and compares."""
     return dict.fromkeys(_blocks(model))
-
-
-def refresh(model: UViT) -> None:
-    """Derive the attributes that follow from tensor shapes after surgery."""
-    for block in _blocks(model).values():
-        if block.attn is not None:
-            block.attn.attn_dim = block.attn.proj.in_features
-            block.attn.num_heads = block.attn.attn_dim // block.attn.head_dim

@@ -1,12 +1,15 @@
 # The track, its paths and the functions the rules share. Everything here is free of torch.
+import atexit
 import fcntl
 import os
+import socket
+import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
 from prunebench import config as tracks
-from prunebench import warm
+from prunebench import gpus, slurm, warm
 from prunebench.artefacts import read_json
 from prunebench.errors import UserError
 
@@ -35,14 +38,25 @@ def forget_killed_run():
     The kernel gives up our own lock with the process that holds it: if we get it, no run is alive
     and Snakemake's lock is stale. Its list of incomplete outputs is too, because records appear
     complete or not at all: a job cut short has left none.
+
+    A run on a cluster writes its machine's name into the lock file and takes it back when it ends.
+    On some file systems locks are seen on their own machine only, so that a name that is not ours
+    may be of a run that is alive.
     """
     state = Path(".snakemake")
     state.mkdir(exist_ok=True)
-    handle = (state / "prunebench.lock").open("w")
+    handle = (state / "prunebench.lock").open("a+")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return None
+    handle.seek(0)
+    if handle.read() not in ("", socket.gethostname()):
+        raise WorkflowError(
+            f"A run on another machine was killed or is alive: see {handle.name}. Give the command "
+            "there; or, if nothing runs there, delete the file and give it here."
+        )
+    atexit.register(handle.truncate, 0)
     for mark in (*state.glob("locks/*.lock"), *state.glob("incomplete/*")):
         mark.unlink()
     return handle
@@ -50,16 +64,37 @@ def forget_killed_run():
 
 RUN_LOCK = forget_killed_run() if workflow.is_main_process else None
 
+
+def cancel_leftover_jobs():
+    """A killed run's Slurm jobs go on without it; ours would do the same work beside them."""
+    if RUN_LOCK is None:
+        return
+    try:
+        found, left = slurm.cancel_leftovers(workflow.executor_settings.jobname_prefix, Path.cwd())
+    except UserError as error:
+        raise WorkflowError(str(error))
+    RUN_LOCK.truncate(0)
+    RUN_LOCK.write(socket.gethostname())
+    RUN_LOCK.flush()
+    if left:
+        logger.warning(f"Cancelled Slurm jobs of a killed run do not end, going on: {left}")
+    elif found:
+        logger.warning(f"Cancelled {len(found)} Slurm jobs of a killed run; planning anew.")
+        os.execv(sys.executable, sys.orig_argv)  # some may have finished since the jobs were listed
+
+
 # What the short stage commands import; once for the whole run instead of once per command.
 PRELOAD = ["prunebench.stages"]
 
 
-def start_warm_server():
-    """On one machine stage commands fork from a process that has imported everything already."""
-    if workflow.local_exec:
-        socket = warm.start(os.getpid(), PRELOAD, "prunebench.cli:main")
-        if socket:
-            os.environ[warm.VARIABLE] = socket
+def prepare_machine():
+    """For jobs on this machine: its GPUs are shared out, and the imports done once for all."""
+    os.environ[gpus.CLAIM] = "1"
+    if gpus.devices() and not any(TRACK.needs(rule)["gpu"] for rule in tracks.NEEDS):
+        logger.warning(f"Track {TRACK.name} asks for no GPU (key `needs`): it runs on the CPU.")
+    socket = warm.start(os.getpid(), PRELOAD, "prunebench.cli:main")
+    if socket:
+        os.environ[warm.VARIABLE] = socket
 
 
 def report_failed_cells():
@@ -74,6 +109,21 @@ def report_failed_cells():
 
 def is_failed(record):
     return read_json(record)["status"] == "failed"
+
+
+def needs(rule):
+    """What the track says that the rule's jobs need; memory and time grow with every attempt.
+
+    CPUs are no `threads`, because `--cores all` would cap those at the cores of the submit host.
+    """
+    asked = TRACK.needs(rule)
+    return {
+        "mem_mb": lambda wildcards, attempt: asked["mem_mb"] * attempt,
+        "runtime": lambda wildcards, attempt: asked["runtime"] * attempt,
+        "gpu": asked["gpu"],
+        "cpus_per_task": asked["cpus"],
+        "nodes": 1,  # or Slurm may spread a job's GPUs over several
+    }
 
 
 def recovery_of(wildcards):
@@ -100,6 +150,11 @@ def artefact(name):
     return lambda wildcards: getattr(paths(wildcards), name)
 
 
+def shards(wildcards):
+    """Records and images of the shards a cell is drawn in; none where it is drawn in one piece."""
+    return [file for files in paths(wildcards).shards for file in files]
+
+
 def fingerprint(stage):
     """Params function: changes, and so reruns the stage, when settings it depends on change."""
     return lambda wildcards: TRACK.fingerprint(
@@ -109,6 +164,14 @@ def fingerprint(stage):
 
 def method_file(wildcards):
     return str(TRACK.method(wildcards.method).file)
+
+
+def alone(wildcards):
+    """Threads function: every core of this machine, so that no job runs beside a measurement.
+
+    On a cluster a job has its node or GPU to itself where the profile asks for that.
+    """
+    return workflow.cores if workflow.local_exec else 1
 
 
 def finished(records):
