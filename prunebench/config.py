@@ -254,11 +254,13 @@ class Track:
     def assets(self) -> list[str]:
         """Names of everything from outside that the track's stages read."""
         lpips = self.content["evaluation"]["lpips"]
-        return [
+        names = [
             self.content["dataset"]["name"],
-            *filter(None, [self.content["extractor"].get("asset")]),
-            *([f"lpips-{lpips}"] if lpips in ("alex", "vgg") else []),
+            self.content["extractor"].get("asset"),
+            f"lpips-{lpips}" if lpips in ("alex", "vgg") else None,
+            *(model.get("weights", {}).get("asset") for model in self.content["models"].values()),
         ]
+        return [name for name in dict.fromkeys(names) if name]
 
     def budget(self, cell: Cell) -> int:
         """Images the student may train on, in selection and recovery together."""

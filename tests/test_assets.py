@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from prunebench import assets, cli
+from prunebench import assets, cli, config
 from prunebench.assets import convert, registry, store
 from prunebench.errors import UserError
 
@@ -298,6 +298,14 @@ def test_a_track_names_its_assets(capsys, tmp_path):
     assert cli.main(["assets", "fetch", "--track", track, "--record", f"{tmp_path}/r.json"]) == 0
     assert "fashion_mnist_16.npz" in capsys.readouterr().out
     assert "7992ba25e7dd12cf" in (tmp_path / "r.json").read_text()
+    content = {
+        "dataset": {"name": "cifar10"},
+        "extractor": {"name": "inception-v3-compat", "asset": "inception"},
+        "evaluation": {"lpips": "vgg"},
+        "models": {"a": {"weights": {"asset": "dit_xl_2_256"}}, "b": {"weights": {"file": "x"}}},
+    }
+    names = ["cifar10", "inception", "lpips-vgg", "dit_xl_2_256"]
+    assert config.Track("t", content, {}).assets() == names
     assert cli.main(["assets", "fetch"]) == 2
     assert "name assets, or a track" in capsys.readouterr().err
 
