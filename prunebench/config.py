@@ -16,7 +16,7 @@ from pathlib import Path
 import jsonschema
 import yaml
 
-from prunebench import methods, models
+from prunebench import assets, methods, models
 from prunebench import recovery as recoveries
 from prunebench.errors import UserError
 
@@ -83,7 +83,10 @@ SEVERAL_GPUS = ("dense", "recover")  # rules that train data-parallel; one job o
 
 
 # Targets and rules of the workflow and folders of results, which no division may be called.
-RESERVED = ("all", "everything", "partial", "oracle", "mask", "raw", "shard", *DEPENDS)
+RESERVED = (
+    *("all", "everything", "partial", "assets", "fetch", "oracle", "mask", "raw", "shard"),
+    *DEPENDS,
+)
 
 
 @dataclass(frozen=True)
@@ -250,6 +253,17 @@ class Track:
         places = (settings["models"], settings["recoveries"], settings["seeds"])
         return list(itertools.product(*places, range(settings["masks"])))
 
+    def assets(self) -> list[str]:
+        """Names of everything from outside that the track's stages read."""
+        lpips = self.content["evaluation"]["lpips"]
+        names = [
+            self.content["dataset"]["name"],
+            self.content["extractor"].get("asset"),
+            f"lpips-{lpips}" if lpips in ("alex", "vgg") else None,
+            *(model.get("weights", {}).get("asset") for model in self.content["models"].values()),
+        ]
+        return [name for name in dict.fromkeys(names) if name]
+
     def budget(self, cell: Cell) -> int:
         """Images the student may train on, in selection and recovery together."""
         return 0 if cell.recovery == "none" else self.content["budgets"][cell.budget]
@@ -278,6 +292,7 @@ class Layout:
 
     def __init__(self, track: str, runs: Path = RUNS):
         self.root = f"{runs}/{track}"
+        self.assets = f"{self.root}/assets.json"
         self.extractor = f"{self.root}/extractor/extractor.json"
 
     def trained(self, model: str) -> str:
@@ -362,7 +377,18 @@ def load(name: str) -> Track:
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not valid YAML: {error}") from None
     _validate(file, content)
-    return Track(file.stem, content, _methods(file, content))
+    track = Track(file.stem, content, _methods(file, content))
+    _check_assets(file, track)
+    return track
+
+
+def _check_assets(file: Path, track: Track) -> None:
+    try:
+        assets.data_set(track.content["dataset"]["name"])
+        for name in track.assets():
+            assets.asset(name)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 def _check_model(file: Path, name: str, model: Mapping, content: Mapping) -> None:
