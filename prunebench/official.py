@@ -76,6 +76,23 @@ def load(
     return network.eval()
 
 
+def denoiser_of(place: Path) -> Path:
+    """The file with the denoiser's weights: `place` itself, or that of a diffusers repository.
+
+    Raises:
+        UserError: the folder has no such file.
+    """
+    if not place.is_dir():
+        return place
+    endings = ("safetensors.index.json", "safetensors", "bin")
+    for folder in (place / "unet", place / "transformer", place):
+        for ending in endings:
+            file = folder / f"diffusion_pytorch_model.{ending}"
+            if file.is_file():
+                return file
+    raise UserError(f"{place}: no diffusion_pytorch_model.* in it, nor in its unet or transformer")
+
+
 def assign(
     network: nn.Module, stored: dict[str, Tensor], layout: Layout, where: str, dtype: torch.dtype
 ) -> None:

@@ -152,7 +152,8 @@ def _adopt(track: Track, layout: Layout, model: str) -> None:
     """Convert an official checkpoint into the suite's own dense record."""
     start, settings = time.perf_counter(), track.model(model)
     weights = settings["weights"]
-    file = assets.locate(weights["asset"]) if "asset" in weights else Path(weights["file"])
+    place = assets.locate(weights["asset"]) if "asset" in weights else Path(weights["file"])
+    file = official.denoiser_of(place)
     network = official.load(settings["family"], settings["config"], file, weights["layout"])
     log.info("%s: %d parameters from %s", model, cost.count_parameters(network), file)
     _check_sparsities(track, model, network)

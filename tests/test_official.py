@@ -611,3 +611,15 @@ def test_the_document_shows_the_table():
     for family in FAMILIES:
         for layout in models.family(family).LAYOUTS:
             assert f"| {family} | `{layout}` |" in page
+
+
+def test_a_repository_of_diffusers_is_searched_for_its_denoiser(tmp_path):
+    for name in ("vae/diffusion_pytorch_model.safetensors", "unet/config.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="no diffusion_pytorch_model"):
+        official.denoiser_of(tmp_path)
+    for name in ("unet/diffusion_pytorch_model.bin", "unet/diffusion_pytorch_model.safetensors"):
+        (tmp_path / name).touch()
+        assert official.denoiser_of(tmp_path) == tmp_path / name
+    assert official.denoiser_of(tmp_path / name) == tmp_path / name
