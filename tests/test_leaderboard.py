@@ -235,6 +235,8 @@ def test_failed_and_missing_rows_are_last_show_dashes_and_are_listed(board):
     assert "`sit/broken/0.25/none/seed2` failed in select: loss &lt;NaN> at 50%\\_step" in text
     assert "- `sit/mask/0.25/none/seed2`" in text and "- `sit/absent/0.25/none/seed0`" in text
     assert "17 of 22 cells finished, 3 failed, 2 not finished" in text
+    assert "2 cells wait for jobs" in text
+    assert "`prunebench progress --track embedded --division all` says which" in text
 
 
 def test_incomplete_smoke_and_reconstruction_are_marked():

@@ -284,7 +284,7 @@ def test_a_job_that_ends_while_we_look_is_not_lost(track, tmp_path, monkeypatch)
          "killed, or its machine lost: the log ends without an error, after “train 1/4”"),
         ("", "", "killed, or its machine lost: the log ends without an error"),
         ("07:35:12 train 1/4\n",
-         "slurmstepd: error: *** JOB 12 ON cpu1 CANCELLED AT 2026-11-21T13:00:00 DUE TO TIME "
+         "slurmstepd-cpu1: error: *** JOB 12 ON cpu1 CANCELLED AT 2026-11-21T13:00:00 DUE TO TIME "
          "LIMIT ***\n",
          "JOB 12 ON cpu1 CANCELLED AT 2026-11-21T13:00:00 DUE TO TIME LIMIT"),
         ("07:35:12 train 1/4\n",
@@ -311,6 +311,8 @@ def test_slurms_log_is_read_if_it_is_of_the_same_track(track, tmp_path):
     text = progress.show(track, None, runs)
     assert "1 x select: JOB 6 ON cpu1 CANCELLED DUE TO NODE FAILURE" in text
     assert f"log: {folder}/6.log" in text
+    (folder / "8.log").write_text(killed.format(8))  # before Snakemake could say what it runs
+    assert "1 x select: JOB 8 ON cpu1" in progress.show(track, None, runs)
 
 
 # ---- who is at work

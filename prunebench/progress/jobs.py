@@ -13,7 +13,7 @@ from pathlib import Path
 
 from prunebench.artefacts import skim_record
 from prunebench.cli import CELL_STAGES
-from prunebench.config import Cell, Layout, Paths, Track
+from prunebench.config import RUNS, Cell, Layout, Paths, Track
 from prunebench.progress import activity
 from prunebench.progress.activity import Run, Work
 
@@ -306,7 +306,7 @@ class SlurmLogs:
         self.names: dict[str, set[str]] = {}  # of the folders, by rule
 
     def newest(self, part: Part) -> Path | None:
-        """The part's last log that names its record: the folders do not tell tracks apart."""
+        """The part's last log, if it is of the same track, which the folders do not tell."""
         rule = self.folder / f"rule_{part.rule}"
         if part.rule not in self.names:
             self.names[part.rule] = {path.name for path in rule.glob("*")}
@@ -314,8 +314,11 @@ class SlurmLogs:
         if not names or (part.fields and part.wildcards not in names):
             return None
         logs = sorted((rule / part.wildcards).glob("*.log"), key=_touched, reverse=True)
-        record = part.record.removeprefix(self.home)
-        return next((log for log in logs if record in _text(log)), None)
+        return next((log for log in logs if self._concerns(_text(log), part)), None)
+
+    def _concerns(self, text: str, part: Part) -> bool:
+        """A log names the records of its job, unless that was killed before it could write them."""
+        return part.record.removeprefix(self.home) in text or f" {RUNS}/" not in text
 
 
 def _text(log: str | Path, most: int | None = None) -> str:
@@ -338,7 +341,8 @@ ERROR = re.compile(
     r"^(prunebench: (?!.*importing everything here$)|[\w.]*(Error|Exception|Interrupt)\b)"
     r"|\b(Killed|Terminated|Segmentation fault|Bus error)\b"
 )
-SLURM = re.compile(r"slurmstepd: error|DUE TO|CANCELLED|oom.kill|out.of.memory", re.IGNORECASE)
+STEP = re.compile(r"^slurmstepd\S*: error: ")
+SLURM = re.compile(STEP.pattern + r"|DUE TO|CANCELLED|oom.kill|out.of.memory", re.IGNORECASE)
 
 
 def last_word(text: str) -> str:
@@ -352,7 +356,7 @@ def why_stopped(own: str, slurm: str = "") -> str:
     for text, pattern in ((own, ERROR), (slurm, SLURM), (slurm, ERROR)):
         lines = [line.strip() for line in text.splitlines() if pattern.search(line)]
         if lines:
-            return lines[-1].removeprefix("slurmstepd: error: ").strip("* ")
+            return STEP.sub("", lines[-1]).strip("* ")
     word = last_word(own)
     return "killed, or its machine lost: the log ends without an error" + (
         f", after “{word}”" if word else ""

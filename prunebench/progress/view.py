@@ -80,10 +80,9 @@ def _run(seen: Survey) -> str:
         working = any(finding.state in ("running", "queued") for finding in seen.found.values())
         return "No workflow is running" + (", but jobs of it are." if working else ".")
     began = time.strftime("%Y-%m-%d %H:%M", time.localtime(run.started))
-    where = (
-        f"process {run.pid}" if run.here else f"process {run.pid}, which can't be seen from here"
-    )
-    return f"The workflow (track {run.track}) was started on {run.host} at {began}: {where}."
+    known = "" if run.here else ", which can't be seen from here"
+    place = f"on {run.host} at {began}: process {run.pid}{known}"
+    return f"The workflow (track {run.track}) was started {place}."
 
 
 def _hours(seen: Survey) -> str:
