@@ -4,6 +4,7 @@
 # snakemake --cores all everything                all divisions and the oracle
 # snakemake --cores all --config track=smoke      another track: config/<track>.yaml, or a YAML file
 # snakemake --cores all partial                   the leaderboards of what is finished so far
+# snakemake --cores all assets                    only download what the track needs
 
 
 include: "workflow/rules/common.smk"
@@ -74,6 +75,7 @@ for division in METRICS:
             LEADERBOARD[division],
 
 
+include: "workflow/rules/assets.smk"
 include: "workflow/rules/dense.smk"
 include: "workflow/rules/select.smk"
 include: "workflow/rules/recover.smk"

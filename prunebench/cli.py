@@ -12,6 +12,7 @@ from pathlib import Path
 
 from prunebench import __version__, config, gpus
 from prunebench.errors import UserError
+from prunebench.offline import forbid_network
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -71,7 +72,16 @@ def parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("methods", help="list the methods of a track")
     listing.add_argument("--track", default="embedded")
     listing.set_defaults(run=_methods, stage="methods")
+    _asset_arguments(commands.add_parser("assets", help="list, fetch or verify what is downloaded"))
     return top
+
+
+def _asset_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("action", choices=("list", "fetch", "verify"))
+    sub.add_argument("names", nargs="*", metavar="NAME", help="see `prunebench assets list`")
+    sub.add_argument("--track", help="the assets of a track of config/, or of a YAML file")
+    sub.add_argument("--record", type=Path, help="fetch: write the files' hashes here")
+    sub.set_defaults(run=_assets, stage="assets")
 
 
 def _cell_arguments(sub: argparse.ArgumentParser) -> None:
@@ -91,7 +101,8 @@ def _cell_arguments(sub: argparse.ArgumentParser) -> None:
 
 
 def _prepare() -> None:
-    """One thread, and memory that is kept: what makes small models on a CPU fast."""
+    """No network; one thread, and memory that is kept: what makes small models on a CPU fast."""
+    forbid_network()
     import torch
 
     from prunebench.training import parallel
@@ -207,3 +218,17 @@ def _progress(arguments: argparse.Namespace) -> None:
 def _methods(arguments: argparse.Namespace) -> None:
     for method in config.load(arguments.track).methods.values():
         sys.stdout.write(f"{method.name:24} {method.kind:8} {method.idea}\n")
+
+
+def _assets(arguments: argparse.Namespace) -> None:
+    from prunebench.assets import commands
+
+    names = [*arguments.names, *(config.load(arguments.track).assets() if arguments.track else ())]
+    if arguments.action == "fetch":
+        if not (names or arguments.track):
+            raise UserError("assets fetch: name assets, or a track with --track")
+        commands.fetch_assets(names, arguments.record)
+    elif arguments.action == "list":
+        commands.list_assets(names)
+    else:
+        commands.verify_assets(names)

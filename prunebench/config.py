@@ -3,6 +3,7 @@
 Free of torch, because the Snakefile imports it every time it is parsed.
 """
 
+import copy
 import functools
 import hashlib
 import itertools
@@ -15,7 +16,7 @@ from pathlib import Path
 import jsonschema
 import yaml
 
-from prunebench import methods, models
+from prunebench import assets, methods, models
 from prunebench import recovery as recoveries
 from prunebench.errors import UserError
 
@@ -36,6 +37,7 @@ DEPENDS = {
         "models.*.config",
         "models.*.objective",
         "models.*.training",
+        "models.*.weights",
     ),
     "select": ("models.*.sampling", "methods.parameters.*"),
     "recover": ("budgets", "models.*.recovery"),
@@ -48,7 +50,7 @@ DEPENDS = {
         "latency.images",
         "latency.variants",
     ),
-    "score": ("evaluation",),
+    "score": ("evaluation", "models.*.reference"),
     "oracle": (
         "models.*.recovery",
         "models.*.sampling",
@@ -81,7 +83,10 @@ SEVERAL_GPUS = ("dense", "recover")  # rules that train data-parallel; one job o
 
 
 # Targets and rules of the workflow and folders of results, which no division may be called.
-RESERVED = ("all", "everything", "partial", "oracle", "mask", "raw", "shard", *DEPENDS)
+RESERVED = (
+    *("all", "everything", "partial", "assets", "fetch", "oracle", "mask", "raw", "shard"),
+    *DEPENDS,
+)
 
 
 @dataclass(frozen=True)
@@ -248,6 +253,17 @@ class Track:
         places = (settings["models"], settings["recoveries"], settings["seeds"])
         return list(itertools.product(*places, range(settings["masks"])))
 
+    def assets(self) -> list[str]:
+        """Names of everything from outside that the track's stages read."""
+        lpips = self.content["evaluation"]["lpips"]
+        names = [
+            self.content["dataset"]["name"],
+            self.content["extractor"].get("asset"),
+            f"lpips-{lpips}" if lpips in ("alex", "vgg") else None,
+            *(model.get("weights", {}).get("asset") for model in self.content["models"].values()),
+        ]
+        return [name for name in dict.fromkeys(names) if name]
+
     def budget(self, cell: Cell) -> int:
         """Images the student may train on, in selection and recovery together."""
         return 0 if cell.recovery == "none" else self.content["budgets"][cell.budget]
@@ -276,6 +292,7 @@ class Layout:
 
     def __init__(self, track: str, runs: Path = RUNS):
         self.root = f"{runs}/{track}"
+        self.assets = f"{self.root}/assets.json"
         self.extractor = f"{self.root}/extractor/extractor.json"
 
     def trained(self, model: str) -> str:
@@ -360,7 +377,18 @@ def load(name: str) -> Track:
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not valid YAML: {error}") from None
     _validate(file, content)
-    return Track(file.stem, content, _methods(file, content))
+    track = Track(file.stem, content, _methods(file, content))
+    _check_assets(file, track)
+    return track
+
+
+def _check_assets(file: Path, track: Track) -> None:
+    try:
+        assets.data_set(track.content["dataset"]["name"])
+        for name in track.assets():
+            assets.asset(name)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 def _check_model(file: Path, name: str, model: Mapping, content: Mapping) -> None:
@@ -385,14 +413,45 @@ def _check_model(file: Path, name: str, model: Mapping, content: Mapping) -> Non
     for budget, images in content["budgets"].items():
         if images < model["recovery"]["batch"]:
             raise UserError(f"{file}: budgets.{budget}: less than one batch of model '{name}'")
-    if model["training"]["images"] < model["training"]["batch"]:
+    if ("training" in model) == ("weights" in model):
+        raise UserError(f"{where}: needs either 'training', from scratch, or 'weights'; not both")
+    if "training" in model and model["training"]["images"] < model["training"]["batch"]:
         raise UserError(f"{where}.training.images: less than one batch")
+
+
+def _take_published(where: str, model: dict) -> None:
+    """Put the published configuration that a model's `config` names in its place.
+
+    Its checkpoint's layout is the default of `weights`, and what it was trained for must be the
+    model's objective.
+    """
+    known, entry = models.published(model["family"]), None
+    if isinstance(model["config"], str):
+        entry = known.get(model["config"])
+        if entry is None:
+            names = ", ".join(known) or "none"
+            raise UserError(f"{where}.config: unknown name '{model['config']}'; known: {names}")
+        model["config"] = copy.deepcopy(entry.config)
+    if "weights" not in model:
+        return
+    if ("asset" in model["weights"]) == ("file" in model["weights"]):
+        raise UserError(f"{where}.weights: needs either the key 'asset' or 'file'")
+    model["weights"] = weights = {"layout": entry and entry.layout, **model["weights"]}
+    layouts = sorted({"suite", *(other.layout for other in known.values())})
+    if weights["layout"] not in layouts:
+        raise UserError(
+            f"{where}.weights.layout: '{weights['layout']}' is no layout of family "
+            f"{model['family']}; known: {', '.join(layouts)}"
+        )
+    trained = {key: value for key, value in model["objective"].items() if key != "times"}
+    if entry and weights["layout"] == entry.layout and trained != entry.objective:
+        raise UserError(f"{where}.objective: the checkpoint was trained for {entry.objective}")
 
 
 def _check_classes(where: str, model: Mapping) -> None:
     """Dropping classes and guidance need a model that has classes."""
     used = {
-        "training.class_dropout": model["training"].get("class_dropout", 0) != 0,
+        "training.class_dropout": model.get("training", {}).get("class_dropout", 0) != 0,
         "recovery.class_dropout": model["recovery"].get("class_dropout", 0) != 0,
         "sampling.guidance": model["sampling"].get("guidance", 1) != 1,
     }
@@ -401,6 +460,8 @@ def _check_classes(where: str, model: Mapping) -> None:
             raise UserError(
                 f"{where}.{key}: the model is unconditional; leave it out, or give config.classes"
             )
+        if not model["config"].get("null_class", True):
+            raise UserError(f"{where}.{key}: the model has no class for 'no class'; leave it out")
 
 
 @functools.cache
@@ -419,6 +480,7 @@ def _validate(file: Path, content: object) -> None:
             raise UserError(
                 f"{file}: models.{name}.family: unknown family '{model['family']}'; known: {known}"
             )
+        _take_published(f"{file}: models.{name}", model)
         _check_model(file, name, model, content)
     extractor, lpips = content["extractor"], content["evaluation"]["lpips"]
     needed = "training" if extractor["name"] == "domain" else "asset"

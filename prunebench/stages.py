@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from prunebench import artefacts, assets, methods, models, recovery, selection
+from prunebench import artefacts, assets, methods, models, official, recovery, selection
 from prunebench.config import Cell, Layout, Paths, Track, as_dict
 from prunebench.diffusion.objectives import objective
 from prunebench.diffusion.sampling import Sampler, shard_range
@@ -29,6 +29,7 @@ from prunebench.evaluation import (
     latency,
     quality,
     semi_structured,
+    variants,
 )
 from prunebench.evaluation.grid import write_grid
 from prunebench.provenance import PACKAGE, code_hash, provenance
@@ -81,8 +82,10 @@ def extractor(track: Track, layout: Layout) -> None:
 
 
 def dense(track: Track, layout: Layout, model: str) -> None:
-    """Train the dense model from scratch."""
+    """Train the dense model from scratch, or take the checkpoint that the track names."""
     start, settings = time.perf_counter(), track.model(model)
+    if "weights" in settings:
+        return _adopt(track, layout, model)
     family, data = models.family(settings["family"]), training_data(track, model)
     torch.manual_seed(0)
     network = _built(track, model).to(parallel.device())
@@ -143,6 +146,21 @@ def _training(progress: loop.Progress, checkpoints: Checkpoints) -> dict:
         "processes": parallel.world(),
         "resumed": checkpoints.resumed,
     }
+
+
+def _adopt(track: Track, layout: Layout, model: str) -> None:
+    """Convert an official checkpoint into the suite's own dense record."""
+    start, settings = time.perf_counter(), track.model(model)
+    weights = settings["weights"]
+    place = assets.locate(weights["asset"]) if "asset" in weights else Path(weights["file"])
+    file = official.denoiser_of(place)
+    network = official.load(settings["family"], settings["config"], file, weights["layout"])
+    log.info("%s: %d parameters from %s", model, cost.count_parameters(network), file)
+    _check_sparsities(track, model, network)
+    source = {**weights, "name": file.name, "sha256": artefacts.sha256(file)}
+    record = layout.trained(model)
+    files = _save(record, network, Plan(), settings)
+    finish(record, track, start, files, budget=unspent(), loss=None, weights=source)
 
 
 def _built(track: Track, model: str) -> nn.Module:
@@ -391,8 +409,8 @@ def measure(track: Track, cell: Cell, paths: Paths) -> None:
     )
     with latency.conditions(parallel.device(), settings.get("wait", latency.WAIT)) as conditions:
         times = {
-            "forward_batch1": timed(*one),
-            "forward_batch": timed(*many),
+            "forward_batch1": latency.with_throughput(timed(*one), 1),
+            "forward_batch": latency.with_throughput(timed(*many), settings["batch"]),
             "sampling": _per_image(timed(*sampling), images),
         }
     full = functools.partial(pruned, *_inputs(ours, settings["batch"]))
@@ -403,6 +421,10 @@ def measure(track: Track, cell: Cell, paths: Paths) -> None:
         "kernels": kernels,
         **conditions,
     }
+    if wanted := settings.get("variants"):
+        sizes = {"forward_batch1": 1, "forward_batch": settings["batch"]}
+        inputs = {name: _inputs(ours, size) for name, size in sizes.items()}
+        report["variants"] = variants.measure(wanted, (fast, plain), inputs, timed)
     macs = cost.count_macs(pruned, *_inputs(ours, 1))
     dense_macs = {f"dense_{k}": v for k, v in cost.count_macs(whole, *_inputs(theirs, 1)).items()}
     size = {**chosen["size"], **macs, **dense_macs}

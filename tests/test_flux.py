@@ -6,6 +6,7 @@ class, sizes with the facts collected for the suite (tooling) and EcoDiff's shee
 
 import copy
 import itertools
+from pathlib import Path
 
 import pytest
 import tiny
@@ -13,8 +14,10 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import FluxTransformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from prunebench import models, official
 from prunebench.diffusion.objectives import objective
 from prunebench.errors import UserError
 from prunebench.evaluation.cost import count_macs
@@ -24,8 +27,8 @@ from prunebench.pruning.targets import Sizes, most
 from prunebench.pruning.units import parameter_count
 from prunebench.training.distillation import captured
 
-# The public configurations are diffusers' defaults but for the guidance of the distilled model.
-DEV, SCHNELL = {"guidance_embeds": True}, {"guidance_embeds": False}
+PUBLISHED = models.published("flux")
+DEV, SCHNELL = (PUBLISHED[f"flux_{name}"].config for name in ("dev", "schnell"))
 WIDTH, HEAD, TOKENS, TEXT = 3072, 128, 64 * 64, 512  # 1024 pixels: latents of 128 x 128
 TINY = tiny.INSTANCES["flux"].config
 TEXT_TINY = {key: value for key, value in TINY.items() if key != "classes"}
@@ -36,8 +39,8 @@ def _meta(config: dict) -> flux.Flux:
         return flux.build(config)
 
 
-def _full_inputs() -> tuple:
-    y = {"context": torch.zeros(1, TEXT, 4096), "pooled": torch.zeros(1, 768)}
+def _full_inputs(text: int = TEXT) -> tuple:
+    y = {"context": torch.zeros(1, text, 4096), "pooled": torch.zeros(1, 768)}
     y = {name: value.to("meta") for name, value in y.items()}
     return torch.zeros(1, 16, 128, 128, device="meta"), torch.zeros(1, device="meta"), y
 
@@ -97,18 +100,26 @@ def test_the_guidance_embedder_is_what_tells_dev_from_schnell():
     assert _meta({**DEV, "guidance_scale": 1}).guidance_scale == 1
 
 
-def test_published_cost():
+@pytest.mark.parametrize(("name_", "text"), [("flux_dev", 512), ("flux_schnell", 256)])
+def test_published_cost(name_, text):
     """Of the collected facts: 37,192 GMACs of FLUX-dev at 1024 pixels, 29,756 without products."""
-    macs = count_macs(_meta(DEV), *_full_inputs())
-    tokens, square = TOKENS + TEXT, WIDTH**2
+    entry = PUBLISHED[name_]
+    model = _meta(entry.config)
+    macs = count_macs(model, *_full_inputs(text))
+    tokens, square = TOKENS + text, WIDTH**2
     blocks = 19 * (tokens * 12 * square + 12 * square) + 38 * (tokens * 12 * square + 3 * square)
-    embedders = TOKENS * 64 * WIDTH + TEXT * 4096 * WIDTH
-    condition = (2 * 256 + 768) * WIDTH + 3 * square  # time, guidance, pooled text
+    embedders = TOKENS * 64 * WIDTH + text * 4096 * WIDTH
+    condition = (256 + 768) * WIDTH + 2 * square  # time, pooled text
+    if entry.config["guidance_embeds"]:
+        condition += 256 * WIDTH + square
     head = 2 * square + TOKENS * WIDTH * 64
     linears = blocks + embedders + condition + head
     products = 57 * 2 * tokens**2 * WIDTH
     assert macs == {"macs": linears + products, "macs_without_attention_products": linears}
-    assert [round(value / 1e9) for value in macs.values()] == [37_192, 29_756]
+    assert macs == {name: getattr(entry, name) for name in macs}
+    assert parameter_count(model) == entry.parameters
+    if name_ == "flux_dev":
+        assert [round(value / 1e9) for value in macs.values()] == [37_192, 29_756]
 
 
 def test_widths_are_what_ecodiff_masks():
@@ -258,6 +269,41 @@ def test_guidance_reaches_the_output():
 def test_a_wrong_configuration_names_its_key(changes, message):
     with pytest.raises(UserError, match=message):
         flux.build({**TINY, **changes})
+
+
+def _checkpoint(folder: Path, change: dict[str, Tensor]) -> Path:
+    """Diffusers' own network saved as it publishes FLUX, with some tensors changed."""
+    state = FluxTransformer2DModel(**TEXT_TINY).to(torch.bfloat16).state_dict()
+    save_file(state | change, folder / "diffusion_pytorch_model.safetensors")
+    return folder / "diffusion_pytorch_model.safetensors"
+
+
+def test_a_published_checkpoint_is_read_straight_to_its_dtype(tmp_path):
+    file = _checkpoint(tmp_path, {})
+    model = official.load("flux", TEXT_TINY, file, "diffusers", torch.bfloat16)
+    own = official.read(file)
+    tiny.assert_same(dict(model.state_dict()), own)
+    assert next(iter(own.values())).dtype == torch.bfloat16
+
+
+def test_a_checkpoint_that_does_not_fit_names_its_first_wrong_key(tmp_path):
+    key = "transformer_blocks.0.attn.to_q.weight"
+    cases = {
+        rf"'{key}' is bfloat16 \(8, 32\), not float \(32, 32\)": {
+            key: torch.zeros(8, 32, dtype=torch.bfloat16)
+        },
+        "'transformer_blocks.0.spare' is unexpected": {"transformer_blocks.0.spare": torch.ones(1)},
+    }
+    for message, change in cases.items():
+        file = _checkpoint(tmp_path, change)
+        with pytest.raises(UserError, match=message):
+            official.load("flux", TEXT_TINY, file, "diffusers")
+    with pytest.raises(
+        UserError, match=r"'transformer_blocks\.2\.norm1\.linear\.weight' is missing"
+    ):
+        official.load(
+            "flux", {**TEXT_TINY, "num_layers": 3}, _checkpoint(tmp_path, {}), "diffusers"
+        )
 
 
 # Removing layers.

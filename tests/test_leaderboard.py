@@ -317,6 +317,23 @@ def test_rows_timed_beside_other_load_are_marked(tmp_path):
     assert table.loc["quiet", "others_cpu_mean"] == 0.03
 
 
+def test_variants_of_timing_have_columns_where_a_row_has_them(tmp_path):
+    fast, failed = make_metrics(a_cell("fast")), make_metrics(a_cell("failed"))
+    timing = {"ratio": 0.5, "images_per_s": 4000.0}
+    fast["latency"]["variants"] = {
+        "bf16": {"forward_batch1": timing, "forward_batch": timing, "alone": True},
+        "compiled": {"failure": "no compiler"},
+    }
+    failed["latency"]["variants"] = {"bf16": {"failure": "too large"}}
+    files = [write_cell(tmp_path, metrics) for metrics in (fast, failed)]
+    build(files, tmp_path / "out", expected_cells=None, title="t")
+    rows = pd.read_csv(tmp_path / "out/leaderboard.csv").set_index("method")
+    assert rows.loc["fast", "throughput_bf16_mean"] == 4000
+    assert rows.loc["fast", "forward_batch1_ratio_bf16_mean"] == 0.5
+    assert math.isnan(rows.loc["failed", "throughput_bf16_mean"])
+    assert not [name for name in rows.columns if "compiled" in name]
+
+
 def test_records_from_before_conditions_were_kept_are_read(board):
     assert "- **Timing:** 17 not recorded" in (board[0] / "leaderboard.md").read_text()
     assert "not recorded</td>" in (board[0] / "leaderboard.html").read_text().replace("\n", "")
@@ -465,3 +482,31 @@ def test_training_that_was_cut_into_parts_is_said_on_the_row(tmp_path):
         file.write_text(json.dumps(metrics))
         (details,) = collect.cell_frame(collect.read_sources([file]))["details"]
         assert details == words
+
+
+@pytest.mark.parametrize(
+    ("dense_fid", "reason"),
+    [
+        (4.6, ""),
+        (4.66, "the dense model's FID is 4.66, not 4.5 ± 0.15 (the paper)"),
+        (4.34, "the dense model's FID is 4.34, not 4.5 ± 0.15 (the paper)"),
+        (None, "the dense model's FID is not known, not 4.5 ± 0.15 (the paper)"),
+    ],
+)
+def test_nothing_is_ranked_until_the_dense_model_is_as_published(tmp_path, dense_fid, reason):
+    files = []
+    for method, fid, label in (("dense", dense_fid, DENSE), ("a", 7.0, {}), ("b", 8.0, {})):
+        if fid is None:
+            continue
+        cell = a_cell(method) | ({"sparsity": 0.0} if label else {})
+        metrics = make_metrics(cell, fid=fid, **label)
+        expected = {"fid": 4.5, "tolerance": 0.15, "source": "the paper"}
+        metrics["settings"] = {"model": {"reference": expected, "recovery": {"batch": 8}}}
+        files.append(write_cell(tmp_path / "runs", metrics))
+    out = tmp_path / "out"
+    build(files, out, expected_cells=[], title="Gate")
+    rows = pd.read_csv(out / "leaderboard.csv", keep_default_na=False).set_index("method")
+    table = (out / "leaderboard.md").read_text()
+    assert [rows["rank"][name] for name in ("a", "b")] == (["", ""] if reason else ["1", "2"])
+    assert (reason in rows.unpublished["a"]) if reason else rows.unpublished["a"] == ""
+    assert (reason in table and "(unpublished)" in table) == bool(reason)

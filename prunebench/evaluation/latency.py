@@ -60,6 +60,11 @@ def interleaved_latency(
     return {"ms": ms, "iqr_ms": float(high - low), "dense_ms": dense_ms, "ratio": ms / dense_ms}
 
 
+def with_throughput(timing: dict[str, float], images: int) -> dict[str, float]:
+    """A timing of `interleaved_latency` with "images_per_s", where one call makes `images`."""
+    return {**timing, "images_per_s": 1e3 * images / timing["ms"]}
+
+
 @contextmanager
 def conditions(
     device: torch.device | str = "cpu",

@@ -58,7 +58,12 @@ class Watch:
         self.start = self._clock()
 
     def load(self, idle: bool = False) -> Load:
-        """What others used on average; `idle`: we did nothing, so the GPU's work is theirs."""
+        """What others used on average, over WINDOW seconds at least.
+
+        Args:
+            idle: we did nothing meanwhile, so the GPU's work is theirs.
+        """
+        time.sleep(max(0.0, self.start[0] + WINDOW - time.perf_counter()))
         (start, used), (end, using) = self.start, self._clock()
         cpu = max(0.0, (using - used) / (end - start))
         processes, utilisation = gpu_use(self.device)
@@ -74,9 +79,7 @@ class Watch:
 
 def look(device: torch.device | str = "cpu") -> Load:
     """What others use now; takes WINDOW seconds, and on CUDA as long as nvidia-smi."""
-    watch = Watch(device)
-    time.sleep(WINDOW)
-    return watch.load(idle=True)
+    return Watch(device).load(idle=True)
 
 
 def wait(seconds: float, observe: Callable[[], Load]) -> tuple[float, Load]:

@@ -50,7 +50,7 @@ class Board:
 
     @cached_property
     def warnings(self) -> list[str]:
-        return warnings(self.sources, self.cells) + tables.bibliography(self.rows)[1]
+        return warnings(self.sources, self.cells, self.rows) + tables.bibliography(self.rows)[1]
 
     @cached_property
     def failed(self) -> list[dict]:

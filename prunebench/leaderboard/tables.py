@@ -39,6 +39,8 @@ LEGEND = (
     "control: a baseline that a method ought to beat; ranked like a method.",
     "† reconstruction: parts of the paper were not available and had to be filled in.",
     "not alone: timed while other processes used the CPU or the GPU; its speed may be off.",
+    "unpublished: the dense model does not reproduce its published FID; the rows of this model are "
+    "not ranked and not to be cited.",
     f"smoke: fewer than {MINIMUM_SAMPLES:,} samples, too few for a FID to be cited.",
     f"{NOTHING}: not measured; failed and unfinished rows come last in their group.",
 )
@@ -97,6 +99,8 @@ def marks(row: pd.Series) -> list[str]:
         found.append("control")
     if row.recovery not in ("none", row.section):
         found.append(row.healing)
+    if row.unpublished:
+        found.append("unpublished")
     if row.smoke:
         found.append("smoke")
     if row.timed_beside:
@@ -250,8 +254,8 @@ def to_csv(rows: pd.DataFrame) -> str:
     """Every row at full precision, in the units of metrics.json; absent numbers are empty."""
     found = [name for name in METRICS if name not in _absent(rows)]
     first = [*ROW, "healing", "share", "title", "kind", "control", "reconstruction", "status",
-             "seeds_ok", "seeds_expected", "samples", "smoke", "sampler", "steps", "rank",
-             "ties", "timed_alone", "timed_beside"]  # fmt: skip
+             "seeds_ok", "seeds_expected", "samples", "smoke", "unpublished", "sampler", "steps",
+             "rank", "ties", "timed_alone", "timed_beside"]  # fmt: skip
     numbers = [f"{name}_{part}" for name in found for part in ("mean", "sd")]
     equal = [name for name in rows.columns if name.startswith("equal_latency_")]
     return rows[[*first, *numbers, *equal, "paper", "notes", "details"]].to_csv(

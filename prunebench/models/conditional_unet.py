@@ -5,7 +5,7 @@ heads in these networks. What can be removed follows LAPTOP-Diff (sheet section 
 output convolutions, samplers, embeddings and the projections around transformer blocks stay.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
@@ -14,6 +14,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from prunebench.models import unet
+from prunebench.official import Layout
 from prunebench.pruning.units import Layer, Width, inner_width, parameter_count
 
 BRANCHES = {"attn1": "norm1", "attn2": "norm2", "ff": "norm3"}  # sub-layers, each with its norm
@@ -160,3 +161,79 @@ def features(model: ConditionalUNet) -> dict[str, str | None]:
     down = [f"down_blocks.{index}" for index in range(len(model.down_blocks))]
     up = [f"up_blocks.{index}" for index in range(len(model.up_blocks))]
     return dict.fromkeys(down + up)
+
+
+# Official checkpoints.
+
+# Parts of a ResNet block, and modules that stand alone, in the releases of CompVis and Stability.
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+SINGLE = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+# Autoencoder, text encoders, moving average and schedule, which share the file with the UNet.
+PIPELINE = (
+    r"(first_stage_model|cond_stage_model|conditioner|model_ema|denoiser)\."
+    r"|(betas|logvar|scale_factor)$|sqrt_|log_one_minus_|alphas_cumprod|posterior_"
+)
+
+
+def _compvis_names(model: ConditionalUNet, _: Iterable[str]) -> dict[str, str]:
+    """Their blocks are flat lists: a ResNet block with its attention, or a sampler, per entry."""
+    modules, places = dict(model.named_modules()), _compvis_places(model)
+
+    def official(name: str) -> str:
+        if name == "class_context.weight":
+            return "cond_stage_model.embedding.weight"
+        own = max((path for path in places if name.startswith(f"{path}.")), key=len)
+        rest, _, leaf = name[len(own) + 1 :].rpartition(".")
+        if isinstance(modules[own], ResnetBlock2D):
+            rest = RESNET[rest]
+        return ".".join(filter(None, ("model.diffusion_model", places[own], rest, leaf)))
+
+    return {name: official(name) for name in model.state_dict()}
+
+
+def _compvis_places(model: ConditionalUNet) -> dict[str, str]:
+    """The releases' names of ResNet blocks, transformers, samplers and single modules."""
+    places, index = dict(SINGLE), 1
+    for level, block in enumerate(model.down_blocks):
+        for part in range(len(block.resnets)):
+            places[f"down_blocks.{level}.resnets.{part}"] = f"input_blocks.{index}.0"
+            places[f"down_blocks.{level}.attentions.{part}"] = f"input_blocks.{index}.1"
+            index += 1
+        if block.downsamplers:
+            places[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{index}.0.op"
+            index += 1
+    index = 0
+    for level, block in enumerate(model.up_blocks):
+        for part in range(len(block.resnets)):
+            places[f"up_blocks.{level}.resnets.{part}"] = f"output_blocks.{index}.0"
+            places[f"up_blocks.{level}.attentions.{part}"] = f"output_blocks.{index}.1"
+            index += 1
+        # The sampler ends the level's last entry, behind its attention where it has one.
+        behind = 2 if hasattr(block, "attentions") else 1
+        sampler = f"output_blocks.{index - 1}.{behind}.conv"
+        places[f"up_blocks.{level}.upsamplers.0.conv"] = sampler
+    return places
+
+
+LAYOUTS = {
+    "diffusers": Layout(),
+    "compvis": Layout(names=_compvis_names, others=PIPELINE),
+}

@@ -12,6 +12,7 @@ from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
+from prunebench.official import Layout
 from prunebench.pruning.units import Layer, Width, inner_width, parameter_count
 
 BRANCHES = ("attn", "mlp")
@@ -25,10 +26,13 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
         self.frequencies = frequencies
 
-    def forward(self, t: Tensor) -> Tensor:
+    def rates(self, device: torch.device | str) -> Tensor:
+        """Angles per unit of time, [frequencies / 2]."""
         half = self.frequencies // 2
-        rates = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
-        angles = t[:, None].float() * rates
+        return torch.exp(-math.log(10_000) * torch.arange(half, device=device) / half)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t[:, None].float() * self.rates(t.device)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight))
 
 
@@ -246,3 +250,38 @@ def refresh(model: nn.Module) -> None:
         if isinstance(module, Attention):
             module.attn_dim = module.proj.in_features
             module.num_heads = module.attn_dim // module.head_dim
+
+
+# Official checkpoints (facebookresearch/DiT, willisma/SiT): the names are our own.
+
+
+def _check_position_table(model: DiT, state: dict[str, Tensor]) -> None:
+    """A transposed or another table would fit in shape; half precision differs by less."""
+    difference = (state["pos_embed"].float() - model.pos_embed.float()).abs().max().item()
+    if not difference < 1e-2:
+        raise ValueError(
+            f"'pos_embed' differs by {difference:.3g} from the fixed sine-cosine table"
+        )
+
+
+def _turn_time(model: DiT, state: dict[str, Tensor]) -> None:
+    """From SiT's convention, data at time 1, to the suite's, data at time 0.
+
+    With x_t = (1 - t) x0 + t noise the suite's velocity is u(x, t) = -v(x, 1 - t), v the release's.
+    cos and sin of w (1 - t) are a rotation of those of w t, which the first matrix takes up; the
+    sign goes to the last layer.
+    """
+    _check_position_table(model, state)
+    name = "t_embedder.mlp.0.weight"
+    rates = model.t_embedder.rates("cpu").double()
+    cosine, sine = state[name].double().chunk(2, dim=1)
+    turned = [
+        cosine * rates.cos() + sine * rates.sin(),
+        cosine * rates.sin() - sine * rates.cos(),
+    ]
+    state[name] = torch.cat(turned, dim=1).to(state[name])
+    for leaf in ("weight", "bias"):
+        state[f"final_layer.linear.{leaf}"] = -state[f"final_layer.linear.{leaf}"]
+
+
+LAYOUTS = {"dit": Layout(convert=_check_position_table), "sit": Layout(convert=_turn_time)}

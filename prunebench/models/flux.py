@@ -33,6 +33,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 from prunebench.errors import UserError
 from prunebench.models.conditional_unet import neurons
 from prunebench.models.dit import keep_rows
+from prunebench.official import Layout
 from prunebench.pruning.units import Layer, Width, inner_width, parameter_count
 
 # Branches of a double-stream block, each with the modulations that have rows for it.
@@ -54,6 +55,7 @@ class Flux(FluxTransformer2DModel):
 
     H and W are even; 2x2 patches are packed into tokens here. t runs from 0 (clean) to 1 (noise),
     as in the objective `flow` with its `time_scale` of 1: the network itself multiplies by 1000.
+    As in diffusers' pipeline, latents in half precision round their time to it.
 
     y is a mapping: "context" [N, tokens, dim], the text's tokens (T5), and "pooled" [N, dim], its
     pooled embedding (CLIP). With `classes`, which no released FLUX has, y [N] are class indices;
@@ -358,3 +360,8 @@ def refresh(model: Flux) -> None:
         if isinstance(module, FluxAttention):
             module.inner_dim = module.to_q.out_features
             module.heads = module.inner_dim // module.head_dim
+
+
+# The names in diffusers' folders of FLUX; the single files of Black Forest Labs, with fused
+# queries, keys and values, are not read.
+LAYOUTS = {"diffusers": Layout()}

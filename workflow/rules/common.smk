@@ -1,6 +1,8 @@
 # The track, its paths and the functions the rules share. Everything here is free of torch.
 import atexit
 import fcntl
+import functools
+import inspect
 import os
 import socket
 import sys
@@ -128,8 +130,8 @@ def needs(rule):
     """
     asked = TRACK.needs(rule)
     return {
-        "mem_mb": lambda wildcards, attempt: asked["mem_mb"] * attempt,
-        "runtime": lambda wildcards, attempt: asked["runtime"] * attempt,
+        "mem_mb": inspected(lambda wildcards, attempt: asked["mem_mb"] * attempt),
+        "runtime": inspected(lambda wildcards, attempt: asked["runtime"] * attempt),
         "gpu": asked["gpu"],
         "cpus_per_task": asked["cpus"],
         "nodes": 1,  # or Slurm may spread a job's GPUs over several
@@ -142,22 +144,30 @@ def recovery_of(wildcards):
     return named.lstrip("-") or "none"
 
 
+@functools.cache
+def cell_paths(model, method, sparsity, recovery, seed):
+    cell = tracks.Cell(TRACK.name, model, method, float(sparsity), recovery, int(seed))
+    return tracks.Paths(TRACK, cell)
+
+
 def paths(wildcards):
     """The artefacts of the cell that a job's wildcards name."""
-    cell = tracks.Cell(
-        TRACK.name,
-        wildcards.model,
-        wildcards.method,
-        float(wildcards.sparsity),
-        recovery_of(wildcards),
-        int(wildcards.seed),
-    )
-    return tracks.Paths(TRACK, cell)
+    names = (wildcards.model, wildcards.method, wildcards.sparsity)
+    return cell_paths(*names, recovery_of(wildcards), wildcards.seed)
+
+
+def inspected(function):
+    """Note the function's signature, which Snakemake else works out anew for every job."""
+    function.__signature__ = inspect.signature(function)
+    return function
 
 
 def artefact(name):
     """Input function: one artefact of the job's cell."""
-    return lambda wildcards: getattr(paths(wildcards), name)
+    return inspected(lambda wildcards: getattr(paths(wildcards), name))
+
+
+stage_fingerprint = functools.cache(TRACK.fingerprint)
 
 
 def shards(wildcards):
@@ -167,9 +177,17 @@ def shards(wildcards):
 
 def fingerprint(stage):
     """Params function: changes, and so reruns the stage, when settings it depends on change."""
-    return lambda wildcards: TRACK.fingerprint(
-        stage, wildcards.get("model", ""), wildcards.get("method", "")
+    return inspected(
+        lambda wildcards: stage_fingerprint(
+            stage, wildcards.get("model", ""), wildcards.get("method", "")
+        )
     )
+
+
+def checkpoint_file(wildcards):
+    """The file of a model's weights, where the track names one by its path."""
+    file = TRACK.model(wildcards.model).get("weights", {}).get("file")
+    return [file] if file else []
 
 
 def method_file(wildcards):
