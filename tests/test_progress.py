@@ -132,6 +132,16 @@ def test_every_state_of_a_cell_and_its_stage(track, tmp_path):
     assert "\033" not in text
 
 
+def test_a_failed_selection_fails_its_cells_before_they_are_scored(track, tmp_path):
+    runs, failure = tmp_path / "runs", {"stage": "select", "error": "no luck", "log": "a.log"}
+    record = Path(Paths(track, a_cell(track, "random_layers"), runs).select)
+    artefacts.write_record(record, {"schema": 1, "status": "failed", "failure": failure,
+                                    "provenance": {**PROVENANCE, "gpu": None}})  # fmt: skip
+    text = progress.show(track, None, runs)
+    assert ", 2 failed" in text.splitlines()[0]  # with and without fine-tuning
+    assert "2 x select: no luck" in text
+
+
 def test_nothing_on_disk_is_everything_waiting_and_no_estimate(track, tmp_path):
     text = progress.show(track, None, tmp_path / "runs")
     assert f"0 of {len(track.cells())} cells done (0%), {len(track.cells())} waiting" in text

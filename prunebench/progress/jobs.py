@@ -175,13 +175,18 @@ class Survey:
         return {key: statistics.fmean(values) for key, values in times.items()}
 
     def cell_state(self, cell: Cell) -> str:
-        """A cell is what its score is, or what of its own jobs catches the eye first."""
+        """A cell is done with its score, and else what of its own jobs catches the eye first."""
         records = self.plan.cells[cell]
-        last = self.found[records[-1]].state
-        if last in ("done", "failed"):
-            return last
+        if self.found[records[-1]].state == "done":
+            return "done"
         own = {self.found[record].state for record in records}
-        return next((state for state in ("running", "stopped") if state in own), "waiting")
+        shown = ("failed", "running", "stopped")  # a failure is only passed on by later stages
+        return next((state for state in shown if state in own), "waiting")
+
+    def failure(self, cell: Cell) -> dict | None:
+        """Stage, error and log of a failed cell."""
+        found = (self.found[record] for record in self.plan.cells[cell])
+        return next((each.cost["failure"] for each in found if each.state == "failed"), None)
 
 
 class Records:
