@@ -404,7 +404,10 @@ def test_jobs_out_of_sight_run_as_long_as_their_logs_are_fresh(
     assert re.search(r"  dense +dit +seen \d+ s ago +train 40/400", text)
     assert table_of(text)["extractor"]["stopped"] == "1"
     os.utime(fresh, (time.time() - 2 * jobs.FRESH,) * 2)
-    (Path(paths.trained).parent / "training").mkdir(parents=True)  # it just saved a checkpoint
+    saved = Path(paths.trained).parent / "training" / "dense"
+    saved.mkdir(parents=True)
+    os.utime(saved.parent, (time.time() - 2 * jobs.FRESH,) * 2)
+    (saved / "part1.json").touch()  # it just saved a checkpoint
     text = show_with_queue(track, tmp_path, monkeypatch, "", problem)
     assert table_of(text)["dense"]["running"] == "1"
 

@@ -273,7 +273,8 @@ def _unseen(job: Job, slurm: "SlurmLogs", blind: str) -> Finding:
     for part in job.parts:
         if part.rule == "shard" and Path(part.record).exists():
             continue  # drawn, and not yet gathered
-        log, training = part.log, Path(job.record).parent / "training"
+        # Where trainings are saved (training/checkpoints.folder_of, which would import torch).
+        log, training = part.log, Path(job.record).parent / "training" / Path(job.record).stem
         touched, official = _touched(log), slurm.newest(part)
         if not touched and not official:
             continue
