@@ -412,6 +412,19 @@ def test_jobs_out_of_sight_run_as_long_as_their_logs_are_fresh(
     assert table_of(text)["dense"]["running"] == "1"
 
 
+def test_a_run_that_outlives_the_first_is_known_to_the_third(tmp_path):
+    """Or the third would take its marks and its Slurm jobs for those of a killed run."""
+    first, second, third = ((tmp_path / "lock").open("a+") for _ in range(3))
+    assert activity.only_run(first)
+    activity.share(first)
+    assert not activity.only_run(second)
+    first.close()
+    assert not activity.only_run(third)
+    second.close()
+    assert activity.only_run(third)
+    third.close()
+
+
 def test_grouped_slurm_jobs_hide_their_stages(track, tmp_path, monkeypatch):
     runs = tmp_path / "runs"
     mark_other(tmp_path, track.name, local=False)
