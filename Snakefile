@@ -20,7 +20,8 @@ wildcard_constraints:
 
 
 onstart:
-    start_warm_server()
+    if workflow.local_exec:
+        prepare_machine()
 
 
 onsuccess:

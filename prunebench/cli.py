@@ -10,7 +10,7 @@ import logging
 import sys
 from pathlib import Path
 
-from prunebench import __version__, config
+from prunebench import __version__, config, gpus
 from prunebench.errors import UserError
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
@@ -30,6 +30,8 @@ def main(argv: list[str]) -> int:
     )
     arguments = parser().parse_args(argv)
     try:
+        if arguments.gpus is not None:
+            gpus.prepare(arguments.gpus, argv, arguments.stage in config.SEVERAL_GPUS)
         arguments.run(arguments)
         return 0
     except UserError as error:
@@ -40,12 +42,14 @@ def main(argv: list[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     top = argparse.ArgumentParser(prog="prunebench", description=__doc__.split("\n")[0])
     top.add_argument("--version", action="version", version=__version__)
+    top.set_defaults(gpus=None)
     commands = top.add_subparsers(required=True, metavar="STAGE")
 
     def command(name: str, run, help_: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help_, description=help_)
         sub.add_argument("--track", default="embedded", help="a track of config/, or a YAML file")
         sub.add_argument("--runs", type=Path, default=config.RUNS, help="folder of the artefacts")
+        sub.add_argument("--gpus", type=int, help="how many the workflow gave the command")
         sub.set_defaults(run=run, stage=name)
         return sub
 

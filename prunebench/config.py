@@ -55,6 +55,23 @@ DEPENDS = {
 }
 
 
+# What a job of each rule needs of a cluster where the track's `needs` say nothing. Enough for the
+# embedded track on one CPU core, several times over; a track of larger models states its own.
+# Memory (MB): importing torch and the metrics takes 700, Snakemake's own two processes of a Slurm
+# job 250. Time (minutes): the longest job of a rule takes a quarter of it on a slow core.
+NEEDS = {
+    "extractor": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
+    "dense": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
+    "select": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
+    "recover": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
+    "sample": {"mem_mb": 2000, "runtime": 10, "gpu": 0, "cpus": 1},
+    "cost": {"mem_mb": 2000, "runtime": 10, "gpu": 0, "cpus": 1},
+    "score": {"mem_mb": 2000, "runtime": 10, "gpu": 0, "cpus": 1},
+    "mask": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
+}
+SEVERAL_GPUS = ("dense", "recover")  # rules that train data-parallel; one job of another uses one
+
+
 # Targets and rules of the workflow and folders of results, which no division may be called.
 RESERVED = ("all", "everything", "partial", "oracle", "mask", "raw", *DEPENDS)
 
@@ -214,6 +231,11 @@ class Track:
         """Images the student may train on, in selection and recovery together."""
         return 0 if cell.recovery == "none" else self.content["budgets"][cell.budget]
 
+    def needs(self, rule: str) -> dict[str, int]:
+        """What a job of a rule needs: mem_mb, runtime (minutes), gpu, cpus."""
+        given = self.content.get("needs", {})
+        return {**NEEDS[rule], **given.get("default", {}), **given.get(rule, {})}
+
     def fingerprint(self, stage: str, model: str = "", method: str = "") -> str:
         """Hash of the settings a stage depends on; a change of it recomputes the stage."""
         names = {"models": model, "methods": method}
@@ -358,6 +380,17 @@ def _validate(file: Path, content: object) -> None:
         for name in settings["recoveries"]:
             _check_recovery(f"{file}: divisions.{division}", name, content["budgets"])
     _check_oracle(file, content)
+    _check_needs(file, content.get("needs", {}))
+
+
+def _check_needs(file: Path, needs: Mapping) -> None:
+    for rule, given in needs.items():
+        if rule not in ("default", *NEEDS):
+            known = ", ".join(("default", *NEEDS))
+            raise UserError(f"{file}: needs: unknown rule '{rule}'; known: {known}")
+        if given.get("gpu", 0) > 1 and rule not in SEVERAL_GPUS:
+            able = " and ".join(SEVERAL_GPUS)
+            raise UserError(f"{file}: needs.{rule}.gpu: only {able} can use more than one GPU")
 
 
 def _check_oracle(file: Path, content: Mapping) -> None:

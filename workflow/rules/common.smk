@@ -6,7 +6,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from prunebench import config as tracks
-from prunebench import warm
+from prunebench import gpus, warm
 from prunebench.artefacts import read_json
 from prunebench.errors import UserError
 
@@ -54,12 +54,14 @@ RUN_LOCK = forget_killed_run() if workflow.is_main_process else None
 PRELOAD = ["prunebench.stages"]
 
 
-def start_warm_server():
-    """On one machine stage commands fork from a process that has imported everything already."""
-    if workflow.local_exec:
-        socket = warm.start(os.getpid(), PRELOAD, "prunebench.cli:main")
-        if socket:
-            os.environ[warm.VARIABLE] = socket
+def prepare_machine():
+    """For jobs on this machine: its GPUs are shared out, and the imports done once for all."""
+    os.environ[gpus.CLAIM] = "1"
+    if gpus.devices() and not any(TRACK.needs(rule)["gpu"] for rule in tracks.NEEDS):
+        logger.warning(f"Track {TRACK.name} asks for no GPU (key `needs`): it runs on the CPU.")
+    socket = warm.start(os.getpid(), PRELOAD, "prunebench.cli:main")
+    if socket:
+        os.environ[warm.VARIABLE] = socket
 
 
 def report_failed_cells():
@@ -74,6 +76,21 @@ def report_failed_cells():
 
 def is_failed(record):
     return read_json(record)["status"] == "failed"
+
+
+def needs(rule):
+    """What the track says that the rule's jobs need; memory and time grow with every attempt.
+
+    CPUs are no `threads`, because `--cores all` would cap those at the cores of the submit host.
+    """
+    asked = TRACK.needs(rule)
+    return {
+        "mem_mb": lambda wildcards, attempt: asked["mem_mb"] * attempt,
+        "runtime": lambda wildcards, attempt: asked["runtime"] * attempt,
+        "gpu": asked["gpu"],
+        "cpus_per_task": asked["cpus"],
+        "nodes": 1,  # or Slurm may spread a job's GPUs over several
+    }
 
 
 def recovery_of(wildcards):

@@ -10,11 +10,13 @@ rule extractor:
     priority: 100
     conda:
         "../../envs/prunebench.yaml"
+    resources:
+        **needs("extractor"),
     params:
         track=ARGUMENT,
         settings=fingerprint("extractor"),
     shell:
-        "prunebench extractor --track {params.track} &> {log}"
+        "prunebench extractor --gpus {resources.gpu} --track {params.track} &> {log}"
 
 
 rule dense:
@@ -25,8 +27,11 @@ rule dense:
     priority: 100
     conda:
         "../../envs/prunebench.yaml"
+    resources:
+        **needs("dense"),
     params:
         track=ARGUMENT,
         settings=fingerprint("dense"),
     shell:
-        "prunebench dense --track {params.track} --model {wildcards.model} &> {log}"
+        "prunebench dense --gpus {resources.gpu} --track {params.track} --model {wildcards.model} "
+        "&> {log}"

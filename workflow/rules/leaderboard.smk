@@ -15,6 +15,7 @@ for division in METRICS:
             LEADERBOARD[division],
         log:
             LAYOUT.log("leaderboard", division),
+        localrule: True
         conda:
             "../../envs/prunebench.yaml"
         params:
@@ -32,6 +33,7 @@ for division in METRICS:
             touch(f"{LAYOUT.root}/partial_{division}.done"),
         log:
             LAYOUT.log("partial", division),
+        localrule: True
         conda:
             "../../envs/prunebench.yaml"
         params:

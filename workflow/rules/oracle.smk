@@ -11,11 +11,13 @@ rule mask:
         LAYOUT.log("oracle", "{model}", "{recovery}", "seed{seed}", "mask{mask}"),
     conda:
         "../../envs/prunebench.yaml"
+    resources:
+        **needs("mask"),
     params:
         track=ARGUMENT,
         settings=fingerprint("oracle"),
     shell:
-        "prunebench oracle --track {params.track} --model {wildcards.model} "
+        "prunebench oracle --gpus {resources.gpu} --track {params.track} --model {wildcards.model} "
         "--recovery {wildcards.recovery} --seed {wildcards.seed} --mask {wildcards.mask} &> {log}"
 
 

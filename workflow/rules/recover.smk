@@ -12,10 +12,12 @@ rule recover:
     priority: 20
     conda:
         "../../envs/prunebench.yaml"
+    resources:
+        **needs("recover"),
     params:
         track=ARGUMENT,
         settings=fingerprint("recover"),
     shell:
-        "prunebench recover --track {params.track} --model {wildcards.model} "
-        "--method {wildcards.method} --sparsity {wildcards.sparsity} "
+        "prunebench recover --gpus {resources.gpu} --track {params.track} "
+        "--model {wildcards.model} --method {wildcards.method} --sparsity {wildcards.sparsity} "
         "--recovery {wildcards.recovery} --seed {wildcards.seed} --log {log} &> {log}"

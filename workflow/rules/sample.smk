@@ -11,10 +11,12 @@ rule sample:
     priority: 30
     conda:
         "../../envs/prunebench.yaml"
+    resources:
+        **needs("sample"),
     params:
         track=ARGUMENT,
         settings=fingerprint("sample"),
     shell:
-        "prunebench sample --track {params.track} --model {wildcards.model} "
+        "prunebench sample --gpus {resources.gpu} --track {params.track} --model {wildcards.model} "
         "--method {wildcards.method} --sparsity {wildcards.sparsity} "
         "--recovery {wildcards.recovery} --seed {wildcards.seed} --log {log} &> {log}"

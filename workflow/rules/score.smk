@@ -18,10 +18,12 @@ rule score:
     priority: 40
     conda:
         "../../envs/prunebench.yaml"
+    resources:
+        **needs("score"),
     params:
         track=ARGUMENT,
         settings=fingerprint("score"),
     shell:
-        "prunebench score --track {params.track} --model {wildcards.model} "
+        "prunebench score --gpus {resources.gpu} --track {params.track} --model {wildcards.model} "
         "--method {wildcards.method} --sparsity {wildcards.sparsity} "
         "--recovery {wildcards.recovery} --seed {wildcards.seed} --log {log} &> {log}"

@@ -11,12 +11,14 @@ rule select:
         LAYOUT.log("select", "{model}", "{method}", "{sparsity}", "{selection}", "seed{seed}"),
     conda:
         "../../envs/prunebench.yaml"
+    resources:
+        **needs("select"),
     params:
         track=ARGUMENT,
         settings=fingerprint("select"),
         recovery=recovery_of,
     shell:
-        "prunebench select --track {params.track} --model {wildcards.model} "
+        "prunebench select --gpus {resources.gpu} --track {params.track} --model {wildcards.model} "
         "--method {wildcards.method} --sparsity {wildcards.sparsity} "
         "--recovery {params.recovery} --seed {wildcards.seed} --log {log} &> {log}"
 
@@ -32,11 +34,13 @@ rule cost:
     priority: 10
     conda:
         "../../envs/prunebench.yaml"
+    resources:
+        **needs("cost"),
     params:
         track=ARGUMENT,
         settings=fingerprint("cost"),
         recovery=recovery_of,
     shell:
-        "prunebench cost --track {params.track} --model {wildcards.model} "
+        "prunebench cost --gpus {resources.gpu} --track {params.track} --model {wildcards.model} "
         "--method {wildcards.method} --sparsity {wildcards.sparsity} "
         "--recovery {params.recovery} --seed {wildcards.seed} --log {log} &> {log}"
