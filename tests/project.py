@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("Snakefile", "workflow", "config", "methods", "environment.yml", "envs")
+PARTS = ("Snakefile", "workflow", "config", "methods", "slurm", "local", "environment.yml", "envs")
 BIN = Path(sys.executable).parent
 
 
