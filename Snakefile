@@ -22,6 +22,8 @@ wildcard_constraints:
 onstart:
     if workflow.local_exec:
         prepare_machine()
+    elif workflow.executor_plugin.name == "slurm":
+        cancel_leftover_jobs()
 
 
 onsuccess:

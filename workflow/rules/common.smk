@@ -1,12 +1,15 @@
 # The track, its paths and the functions the rules share. Everything here is free of torch.
+import atexit
 import fcntl
 import os
+import socket
+import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
 from prunebench import config as tracks
-from prunebench import gpus, warm
+from prunebench import gpus, slurm, warm
 from prunebench.artefacts import read_json
 from prunebench.errors import UserError
 
@@ -35,20 +38,50 @@ def forget_killed_run():
     The kernel gives up our own lock with the process that holds it: if we get it, no run is alive
     and Snakemake's lock is stale. Its list of incomplete outputs is too, because records appear
     complete or not at all: a job cut short has left none.
+
+    A run on a cluster writes its machine's name into the lock file and takes it back when it ends.
+    On some file systems locks are seen on their own machine only, so that a name that is not ours
+    may be of a run that is alive.
     """
     state = Path(".snakemake")
     state.mkdir(exist_ok=True)
-    handle = (state / "prunebench.lock").open("w")
+    handle = (state / "prunebench.lock").open("a+")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         return None
+    handle.seek(0)
+    if handle.read() not in ("", socket.gethostname()):
+        raise WorkflowError(
+            f"A run on another machine was killed or is alive: see {handle.name}. Give the command "
+            "there; or, if nothing runs there, delete the file and give it here."
+        )
+    atexit.register(handle.truncate, 0)
     for mark in (*state.glob("locks/*.lock"), *state.glob("incomplete/*")):
         mark.unlink()
     return handle
 
 
 RUN_LOCK = forget_killed_run() if workflow.is_main_process else None
+
+
+def cancel_leftover_jobs():
+    """A killed run's Slurm jobs go on without it; ours would do the same work beside them."""
+    if RUN_LOCK is None:
+        return
+    try:
+        found, left = slurm.cancel_leftovers(workflow.executor_settings.jobname_prefix, Path.cwd())
+    except UserError as error:
+        raise WorkflowError(str(error))
+    RUN_LOCK.truncate(0)
+    RUN_LOCK.write(socket.gethostname())
+    RUN_LOCK.flush()
+    if left:
+        logger.warning(f"Cancelled Slurm jobs of a killed run do not end, going on: {left}")
+    elif found:
+        logger.warning(f"Cancelled {len(found)} Slurm jobs of a killed run; planning anew.")
+        os.execv(sys.executable, sys.orig_argv)  # some may have finished since the jobs were listed
+
 
 # What the short stage commands import; once for the whole run instead of once per command.
 PRELOAD = ["prunebench.stages"]
