@@ -40,9 +40,9 @@ class Project:
             **options,
         )
 
-    def run(self, *command: str, **options) -> tuple[int, str]:
+    def run(self, *command: str, timeout: float = 400, **options) -> tuple[int, str]:
         process = self.start(*command, **options)
-        output, _ = process.communicate(timeout=400)
+        output, _ = process.communicate(timeout=timeout)
         return process.returncode, output
 
     def snakemake(self, *arguments: str, track: str = "smoke") -> tuple[int, str]:

@@ -11,8 +11,8 @@ set -euo pipefail
 
 BOX=${BOX:?name a folder that does not exist yet}    # everything lives here
 CPU_NODES=${CPU_NODES:-1}                            # emulated nodes cpu1.. of partition cpu
-GPU_NODES=${GPU_NODES:-2}                            # emulated nodes gpu1.. of partition gpu
-GPUS=${GPUS:-4}                                      # fake GPUs per gpu node
+GPU_NODES=${GPU_NODES:-8}                            # emulated nodes gpu1.. of partition gpu
+GPUS=${GPUS:-1}                                      # fake GPUs per gpu node
 NODE_CPUS=${NODE_CPUS:-8}                            # may exceed the real cores
 NODE_MEM=${NODE_MEM:-64000}                          # MB, may exceed the real memory
 export SLURM_CONF=$BOX/etc/slurm.conf PATH=$BOX/bin:$PATH:/usr/sbin:/sbin
