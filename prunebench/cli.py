@@ -88,7 +88,10 @@ def _prepare() -> None:
     """One thread, and memory that is kept: what makes small models on a CPU fast."""
     import torch
 
+    from prunebench.training import parallel
+
     torch.set_num_threads(1)  # two jobs side by side beat two threads on models of this size
+    parallel.start()
     with contextlib.suppress(AttributeError, OSError):  # not glibc
         libc = ctypes.CDLL(None)
         # Returning every activation to the system and faulting it in again doubled a UNet's time.

@@ -31,20 +31,17 @@ from prunebench.evaluation import (
     semi_structured,
 )
 from prunebench.evaluation.grid import write_grid
-from prunebench.provenance import provenance
+from prunebench.provenance import PACKAGE, code_hash, provenance
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
-from prunebench.training import loop
+from prunebench.training import loop, parallel
 from prunebench.training.budget import BudgetMeter, unspent
+from prunebench.training.checkpoints import Checkpoints, folder_of
 
 log = logging.getLogger(__name__)
 
 IMAGES, FEATURES, CLASSIFIER = "images.safetensors", "reference.safetensors", "model.safetensors"
 AVERAGE = "average.safetensors"  # of a training that selection began
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def dataset(track: Track) -> assets.Dataset:
@@ -88,11 +85,13 @@ def dense(track: Track, layout: Layout, model: str) -> None:
     start, settings = time.perf_counter(), track.model(model)
     family, data = models.family(settings["family"]), training_data(track, model)
     torch.manual_seed(0)
-    network = _built(track, model).to(device())
+    network = _built(track, model).to(parallel.device())
     _check_sparsities(track, model, network)
-    meter = BudgetMeter()
+    meter, record = BudgetMeter(), layout.trained(model)
     options = dict(settings["training"])
     images = options.pop("images")
+    progress = loop.Progress(images // options["batch"])
+    checkpoints = checkpoints_of(track, record, "dense", model)
     try:
         with meter.clock():
             losses = loop.train(
@@ -102,13 +101,48 @@ def dense(track: Track, layout: Layout, model: str) -> None:
                 images=images,
                 seed=0,
                 muon_names=family.weights(network),
+                progress=progress,
+                meter=meter,
+                checkpoints=checkpoints,
             )
     except CellError as error:
         raise UserError(f"dense model '{model}': {error}; see models.{model}.training") from error
-    record = layout.trained(model)
+    if parallel.rank():
+        return  # the first process writes
     files = _save(record, network, Plan(), settings)
     tail = losses[-max(1, len(losses) // 10) :]
-    finish(record, track, start, files, budget=meter.report(), loss=sum(tail) / len(tail))
+    finish(
+        record,
+        track,
+        start - checkpoints.earlier_s,
+        files,
+        budget=meter.report(),
+        training=_training(progress, checkpoints),
+        loss=sum(tail) / len(tail),
+    )
+
+
+def checkpoints_of(
+    track: Track, record: str, stage: str, model: str, cell: Cell | None = None, inputs: tuple = ()
+) -> Checkpoints:
+    """Where a stage saves its trainings, for a later start of the same stage on the same inputs."""
+    identity = {
+        "code": code_hash(PACKAGE),
+        "torch": torch.__version__,
+        "track": track.fingerprint(stage, model, cell.method if cell else ""),
+        "cell": as_dict(cell) if cell else model,
+        "inputs": {str(file): artefacts.sha256(file) for file in inputs},
+    }
+    return Checkpoints(folder_of(record), identity, track.content.get("checkpoint_seconds", 300))
+
+
+def _training(progress: loop.Progress, checkpoints: Checkpoints) -> dict:
+    """Under what conditions a stage trained."""
+    return {
+        "micro_batch": progress.micro_batch,
+        "processes": parallel.world(),
+        "resumed": checkpoints.resumed,
+    }
 
 
 def _built(track: Track, model: str) -> nn.Module:
@@ -141,8 +175,10 @@ def select(track: Track, cell: Cell, paths: Paths) -> None:
     artefacts.read_record(paths.trained)
     network, _ = surgery.load(Path(paths.trained).parent)
     meter = BudgetMeter()
+    inputs = (paths.trained, method.file)
+    checkpoints = checkpoints_of(track, paths.select, "select", cell.model, cell, inputs)
     context = selection.Context(
-        network.to(device()),
+        network.to(parallel.device()),
         models.family(settings["family"]),
         settings["config"],
         training_data(track, cell.model),
@@ -152,6 +188,7 @@ def select(track: Track, cell: Cell, paths: Paths) -> None:
         meter=meter,
         settings=loop.Settings(**settings["recovery"]),
         train_images=track.budget(cell) if method.trains else 0,
+        checkpoints=checkpoints,
     )
     with meter.clock():
         plan, pruned = selection.select(
@@ -164,10 +201,11 @@ def select(track: Track, cell: Cell, paths: Paths) -> None:
     finish(
         paths.select,
         track,
-        start,
+        start - checkpoints.earlier_s,
         files,
         budget=meter.report(),
         trained_images=context.trained_images,
+        training=_training(context.progress, checkpoints),
         size=_size(network, pruned, plan),
     )
 
@@ -178,21 +216,41 @@ def recover(track: Track, cell: Cell, paths: Paths) -> None:
     chosen = _upstream(paths.select)
     pruned, plan = surgery.load(Path(paths.select).parent)
     whole, _ = surgery.load(Path(paths.trained).parent)
-    meter, pruned, whole = BudgetMeter(), pruned.to(device()), whole.to(device())
-    images = track.budget(cell) - chosen["trained_images"]
+    meter, pruned, whole = BudgetMeter(), pruned.to(parallel.device()), whole.to(parallel.device())
+    checkpoints = checkpoints_of(
+        track, paths.recover, "recover", cell.model, cell, (paths.trained, paths.select)
+    )
     average = Path(paths.select).parent / AVERAGE
     begun = artefacts.read_tensors(average) if AVERAGE in chosen["files"] else {}
-    losses = heal(track, cell, pruned, plan, whole, images, meter, begun)
+    progress = training_left(track, cell, chosen["trained_images"], begun)
+    losses = heal(track, cell, pruned, plan, whole, meter, progress, checkpoints)
+    if parallel.rank():
+        return  # the first process writes
     files = _save(paths.recover, pruned, plan, settings)
     finish(
         paths.recover,
         track,
-        start,
+        start - checkpoints.earlier_s,
         files,
         budget=meter.report(),
+        training=_training(progress, checkpoints),
         size=_size(whole, pruned, plan),
         loss={"first": losses[0], "last": losses[-1]} if losses else None,
     )
+
+
+def training_left(
+    track: Track, cell: Cell, trained: int = 0, average: dict[str, Tensor] | None = None
+) -> loop.Progress:
+    """What is left of a cell's training after selection has trained on `trained` images of it.
+
+    Args:
+        average: average of the training that selection began, which goes on.
+    """
+    batch, budget = track.model(cell.model)["recovery"]["batch"], track.budget(cell)
+    total, left = budget // batch, (budget - trained) // batch
+    moved = {name: tensor.to(parallel.device()) for name, tensor in (average or {}).items()}
+    return loop.Progress(total, total - left, moved)
 
 
 def heal(
@@ -201,21 +259,18 @@ def heal(
     pruned: nn.Module,
     plan: Plan,
     whole: nn.Module,
-    images: int,
     meter: BudgetMeter,
-    begun: dict[str, Tensor] | None = None,
+    progress: loop.Progress,
+    checkpoints: Checkpoints,
 ) -> list[float]:
     """Train `pruned` in place as the cell's recovery says; returns the loss of every step.
 
     Args:
         whole: the dense model, which a distilling recovery has as its teacher.
-        images: how many images to train on.
-        begun: average of the training that selection began, which goes on here.
+        progress: which steps of the cell's training are left.
     """
     settings = track.model(cell.model)
     options = loop.Settings(**settings["recovery"])
-    steps = [count // options.batch for count in (track.budget(cell), images)]
-    average = {name: tensor.to(device()) for name, tensor in (begun or {}).items()}
     family, module = models.family(settings["family"]), recovery.recovery(track.healing(cell))
     teaching = _teaching(whole, plan, family, meter) if module.TEACHER else None
     with meter.clock():
@@ -223,12 +278,14 @@ def heal(
             meter.watch(pruned),
             training_data(track, cell.model),
             options,
-            images=images,
+            images=(progress.total - progress.done) * options.batch,
             seed=cell.seed,
             muon_names=family.weights(pruned),
             masks=plan.masks,
             loss=module.loss(teaching),
-            progress=loop.Progress(steps[0], steps[0] - steps[1], average),
+            progress=progress,
+            meter=meter,
+            checkpoints=checkpoints,
         )
 
 
@@ -246,7 +303,7 @@ def sample(track: Track, cell: Cell, paths: Paths, batch: int | None = None) -> 
     start, settings = time.perf_counter(), track.content["sampling"]
     _upstream(paths.checkpoint)
     network, plan = surgery.load(Path(paths.checkpoint).parent)
-    sampler = sampler_for(track, cell.model, network.to(device()), plan)
+    sampler = sampler_for(track, cell.model, network.to(parallel.device()), plan)
     count, batch = settings["count"], batch or settings["batch"]
     images = []
     for part in sampler.images(cell.seed, 0, count, batch):
@@ -265,7 +322,7 @@ def measure(track: Track, cell: Cell, paths: Paths) -> None:
     chosen = _upstream(paths.select)
     pruned, plan = surgery.load(Path(paths.select).parent)
     whole, _ = surgery.load(Path(paths.trained).parent)
-    pruned, whole = pruned.to(device()), whole.to(device())
+    pruned, whole = pruned.to(parallel.device()), whole.to(parallel.device())
     fast, plain, kernels = semi_structured.contestants(pruned, whole, plan)
     ours = sampler_for(track, cell.model, fast, plan)
     theirs = sampler_for(track, cell.model, plain, Plan())
@@ -275,7 +332,7 @@ def measure(track: Track, cell: Cell, paths: Paths) -> None:
         latency.interleaved_latency,
         rounds=settings["rounds"],
         warmup=settings["warmup"],
-        device=device(),
+        device=parallel.device(),
     )
     full = functools.partial(pruned, *_inputs(ours, settings["batch"]))
     images = settings["images"]
@@ -287,7 +344,7 @@ def measure(track: Track, cell: Cell, paths: Paths) -> None:
         "batch": settings["batch"],
         "peak_memory_mb": cost.peak_memory(full, pruned),
         "kernels": kernels,
-        **latency.conditions(device()),
+        **latency.conditions(parallel.device()),
     }
     macs = cost.count_macs(pruned, *_inputs(ours, 1))
     dense_macs = {f"dense_{k}": v for k, v in cost.count_macs(whole, *_inputs(theirs, 1)).items()}
@@ -318,6 +375,9 @@ def score(track: Track, cell: Cell, paths: Paths) -> None:
         "trained": {
             "selection": records["select"]["trained_images"],
             "recovery": healed["budget"]["student_backward"],
+        },
+        "training": {
+            stage: record["training"] for stage, record in records.items() if "training" in record
         },
         "sampling": records["sample"]["sampling"],
         "extractor": {k: v for k, v in judge.items() if k != "weights"},
@@ -373,9 +433,12 @@ def guarded(
         own = {"stage": stage.__name__, "error": str(error), "log": log_file}
         failure = getattr(error, "inherited", None) or own
     log.error("cell failed in %s: %s", failure["stage"], failure["error"])
+    if parallel.rank():
+        return False  # the first process writes
     content = {"schema": 1, "status": "failed", "cell": as_dict(cell), "failure": failure}
     content |= {"labels": _labels(track, cell), "provenance": provenance(dict(track.content))}
     artefacts.write_record(Path(record), content)
+    Checkpoints(folder_of(record)).discard()
     return False
 
 
@@ -392,6 +455,7 @@ def finish(record: str, track: Track, start: float, payload: list[Path], **conte
     source = provenance(dict(track.content))
     seconds = {"wall_s": time.perf_counter() - start, "provenance": source}
     artefacts.write_record(Path(record), {"status": "ok", **content, **seconds}, payload)
+    Checkpoints(folder_of(record)).discard()
 
 
 def _save(record: str, model: nn.Module, plan: Plan, settings: dict) -> list[Path]:

@@ -409,3 +409,19 @@ def test_a_board_says_what_it_ranks_and_how_rows_were_healed(tmp_path):
     assert "Own (normalised\\_kd)" in text and "25% uniform" in text
     assert "joint/sum = 0.9" in (tmp_path / "out/leaderboard.html").read_text()
     assert "sparsity 25\\% uniform" in (tmp_path / "out/leaderboard.tex").read_text()
+
+
+def test_training_that_was_cut_into_parts_is_said_on_the_row(tmp_path):
+    metrics = make_metrics(a_cell("entpruner", recovery="finetune-low"))
+    plain = {"micro_batch": 64, "processes": 1, "resumed": 0}
+    metrics["settings"] = {"model": {"recovery": {"batch": 64}}}
+    for training, words in (
+        ({"select": plain | {"micro_batch": None}, "recover": plain}, ""),
+        ({"recover": plain | {"micro_batch": 16}}, "micro-batches of 16 for a batch of 64"),
+        ({"recover": plain | {"micro_batch": 32, "processes": 2}}, "trained on 2 GPUs"),
+    ):
+        metrics["training"] = training
+        file = tmp_path / "metrics.json"
+        file.write_text(json.dumps(metrics))
+        (details,) = collect.cell_frame(collect.read_sources([file]))["details"]
+        assert details == words

@@ -318,7 +318,19 @@ def _details(metrics: Mapping) -> str:
     """What a method and the timing want said beside the row, in one line."""
     kernels = metrics["latency"].get("kernels") or {}
     summary = metrics.get("plan", {}).get("notes", {}).get("summary", "")
-    return "; ".join(filter(None, (summary, kernels.get("reason", ""))))
+    return "; ".join(filter(None, (summary, kernels.get("reason", ""), _training(metrics))))
+
+
+def _training(metrics: Mapping) -> str:
+    """How training differed from whole batches on one device, if it did."""
+    batch = metrics.get("settings", {}).get("model", {}).get("recovery", {}).get("batch")
+    words = {}
+    for how in metrics.get("training", {}).values():
+        if how["micro_batch"] and how["micro_batch"] * how["processes"] < batch:
+            words[f"micro-batches of {how['micro_batch']} for a batch of {batch}"] = None
+        if how["processes"] > 1:
+            words[f"trained on {how['processes']} GPUs"] = None
+    return ", ".join(words)
 
 
 def aggregate(cells: pd.DataFrame, compares: str = "selections") -> pd.DataFrame:
