@@ -21,7 +21,8 @@ class Project:
 
     def __init__(self, folder: Path, environment: Mapping[str, str] | None = None):
         self.folder = folder
-        self.environment = {"PATH": f"{BIN}:{os.environ['PATH']}", **(environment or {})}
+        self.environment = {**os.environ, **(environment or {})}
+        self.environment["PATH"] = f"{BIN}:{self.environment['PATH']}"
         for part in PARTS:
             source = ROOT / part
             if source.is_dir():
@@ -33,7 +34,7 @@ class Project:
         return subprocess.Popen(
             command,
             cwd=self.folder,
-            env={**os.environ, **self.environment},
+            env=self.environment,
             stdout=stdout,
             stderr=subprocess.STDOUT,
             text=True,

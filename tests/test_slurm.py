@@ -28,11 +28,14 @@ RUN_SECONDS = 900
 RETRIES = 2  # of the profile
 MEMORY_MB = 2000
 SELECT_MINUTES = 1
+LOST = "runs/tiny/dit/lost/0.25/selection-finetune-low/seed0"  # of the selection that trains
+LOST_LOG = "runs/tiny/logs/select/dit/lost/0.25/selection-finetune-low/seed0.log"
 
 # One model and seed, two methods; the rest of smoke. Its `needs` send what computes to the GPUs.
 METHODS = ("dense", "random_layers")
 CHANGES = {
     "seeds": [0],
+    "checkpoint_seconds": 0,
     "methods": {"folders": ["few"]},
     "needs": {
         "default": {"mem_mb": MEMORY_MB, "runtime": 10, "gpu": 1},
@@ -44,21 +47,28 @@ CHANGES = {
 
 FAULTY = '''"""{idea}."""
 
+import copy
 import time
 from pathlib import Path
 
 import torch
 
 KIND = "layers"
-RECOVERY = "never"
+{constants}
 
 
 def select(context):
     Path("reached-{name}").touch()
+    model = copy.deepcopy(context.model)
     {fault}
-    return context.plan_layers(context.layers())
+    plan = context.plan_layers(context.layers())
+    for layer in plan.layers:
+        context.family.remove_layer(model, layer)
+    return plan, model
 '''
+PLAIN, TRAINS = 'RECOVERY = "never"', 'TRAINS = True\nRECOVERY = "required"'
 HOLD = "while Path('hold-{name}').exists():\n        time.sleep(0.1)"
+TRAIN = "context.train(model, context.train_images // 2)\n    "
 # Between what a first and a second attempt are given, whatever torch itself takes.
 ALLOCATE = f"block = torch.ones({3 * MEMORY_MB // 4} << 18)\n    time.sleep(4)\n    del block"
 LIMIT = (  # stands for a full disk where nothing may be mounted
@@ -115,7 +125,7 @@ class Cluster:
             rule, _, cell = said["Comment"].removeprefix("rule_").partition("_wildcards_")
             attempts[rule, cell] = attempts.get((rule, cell), 0) + 1
             hours, minutes, _ = map(int, said["TimeLimit"].split(":"))
-            gpus = re.search(r"gpu:fake:(\d+)", said["JOB_GRES"])
+            gpus = re.search(r"gpu:fake:(\d+)", said.get("JOB_GRES", ""))  # once it runs
             jobs.append(
                 Job(
                     int(said["JobId"]),
@@ -298,7 +308,9 @@ class Run:
 
 
 def add_method(project: Project, name: str, fault: str, hold: bool = False) -> None:
-    text = FAULTY.format(idea=f"Faulty: {name}", name=name, fault=fault.format(name=name))
+    constants = TRAINS if fault.startswith(TRAIN) else PLAIN
+    fault = fault.format(name=name)
+    text = FAULTY.format(idea=f"Faulty: {name}", name=name, constants=constants, fault=fault)
     (project.folder / "few" / f"{name}.py").write_text(text)
     if hold:
         (project.folder / f"hold-{name}").touch()
@@ -338,7 +350,7 @@ def nothing_lost(run: Run) -> bool:
 def killed(project, cluster) -> Run:
     """The controller is killed while jobs of methods that misbehave run."""
     for name, fault, hold in (
-        ("lost", HOLD, True),
+        ("lost", TRAIN + HOLD, True),
         ("cancelled", HOLD, True),
         ("slow", HOLD, True),
         ("greedy", ALLOCATE, False),
@@ -355,16 +367,28 @@ def killed(project, cluster) -> Run:
 
 @pytest.fixture(scope="module")
 def terminated(project, cluster, killed) -> Run:
-    """The same command again: machine and users interfere, at last a SIGTERM."""
+    """The same command again: machine and users interfere, at last a SIGTERM.
+
+    One job finds that what an earlier one saved of its training was cut short; its next attempt
+    finds what it saved itself.
+    """
+    (saved,) = (project.folder / LOST).glob("training/select/*.pt")
+    os.truncate(saved, saved.stat().st_size // 2)
 
     def begun(name: str) -> bool:
         states = cluster.states(name)
         return len(states) == 2 and states[1] == "RUNNING" and reached(project, name)()
 
+    def saved_again() -> bool:
+        files = list((project.folder / LOST).glob("training/select/*.pt"))
+        return bool(files) and saved not in files and not list(files[0].parent.glob(".*"))
+
     def script(process):
         for name in ("lost", "cancelled", "slow"):
             (project.folder / f"reached-{name}").unlink()
         until(lambda: begun("lost") and begun("cancelled"), process, "their second jobs")
+        until(saved_again, process, "the training was saved")
+        project.lost_log = (project.folder / LOST_LOG).read_text()
         crashed = cluster.attempts("lost")[1].node
         cluster.run(str(BOX), "node-crash", crashed)
         release(project, "lost")
@@ -453,6 +477,26 @@ def test_a_job_that_fails_is_tried_again_with_more(terminated, method, state):
         assert job.minutes == attempt * SELECT_MINUTES
     if method == "lost":
         assert jobs[-1].node != jobs[0].node
+
+
+def test_a_training_cut_short_is_done_anew_and_a_whole_one_goes_on(project, local, terminated):
+    assert "a saved training can't be used and is done anew" in project.lost_log
+    assert "is corrupt" in project.lost_log
+    record = artefacts.read_record(project.folder / LOST / "select.json")
+    assert record["training"]["resumed"] == 1
+    add_method(local, "lost", TRAIN + HOLD)
+    cell = (
+        "--model=dit",
+        "--method=lost",
+        "--sparsity=0.25",
+        "--recovery=finetune-low",
+        "--seed=0",
+    )
+    status, output = local.run("prunebench", "select", "--track", "tiny", *cell)
+    assert status == 0, output
+    uninterrupted = artefacts.read_record(local.folder / LOST / "select.json")
+    assert uninterrupted["training"]["resumed"] == 0
+    assert record["files"] == uninterrupted["files"]
 
 
 def test_sigterm_ends_the_run_in_good_order(terminated, damaged):
