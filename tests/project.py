@@ -52,7 +52,11 @@ class Project:
     def records(self, track: str = "smoke") -> dict[Path, int]:
         """Every finished record and when it was written."""
         files = (self.folder / "runs" / track).rglob("*.json")
-        return {file: file.stat().st_mtime_ns for file in files if file.name != "plan.json"}
+        return {
+            file: file.stat().st_mtime_ns
+            for file in files
+            if file.name != "plan.json" and "training" not in file.parts
+        }
 
     def metrics(self, track: str = "smoke") -> list[Path]:
         return sorted((self.folder / "runs" / track).rglob("metrics.json"))

@@ -482,13 +482,7 @@ def test_a_training_cut_short_is_done_anew_and_a_whole_one_goes_on(project, loca
     record = artefacts.read_record(project.folder / LOST / "select.json")
     assert record["training"]["resumed"] == 1
     add_method(local, "lost", TRAIN + HOLD)
-    cell = (
-        "--model=dit",
-        "--method=lost",
-        "--sparsity=0.25",
-        "--recovery=finetune-low",
-        "--seed=0",
-    )
+    cell = ("--model=dit", "--method=lost", "--sparsity=0.25", "--recovery=finetune-low")
     status, output = local.run("prunebench", "select", "--track=tiny", *cell, "--seed=0")
     assert status == 0, output
     uninterrupted = artefacts.read_record(local.folder / LOST / "select.json")
