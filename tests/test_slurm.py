@@ -27,7 +27,7 @@ STATE_SECONDS = 240  # the slowest that is waited for: a time limit of a minute,
 RUN_SECONDS = 900
 RETRIES = 2  # of the profile
 MEMORY_MB = 2000
-SELECT_MINUTES = 1
+MINUTES = 10
 LOST = "runs/tiny/dit/lost/0.25/selection-finetune-low/seed0"  # of the selection that trains
 LOST_LOG = "runs/tiny/logs/select/dit/lost/0.25/selection-finetune-low/seed0.log"
 
@@ -38,8 +38,7 @@ CHANGES = {
     "checkpoint_seconds": 0,
     "methods": {"folders": ["few"]},
     "needs": {
-        "default": {"mem_mb": MEMORY_MB, "runtime": 10, "gpu": 1},
-        "select": {"runtime": SELECT_MINUTES},
+        "default": {"mem_mb": MEMORY_MB, "runtime": MINUTES, "gpu": 1},
         "extractor": {"gpu": 0},
         "score": {"gpu": 0},
     },
@@ -70,6 +69,7 @@ HOLD = (
     "Path('reached-{name}').touch()\n"
     "    while Path('hold-{name}').exists():\n        time.sleep(0.1)"
 )
+HELD = ("lost", "cancelled", "slow")
 TRAIN = "context.train(model, context.train_images // 2)\n    "
 # Between what a first and a second attempt are given, whatever torch itself takes.
 ALLOCATE = f"block = torch.ones({3 * MEMORY_MB // 4} << 18)\n    time.sleep(4)\n    del block"
@@ -246,8 +246,8 @@ def tiny(project: Project) -> config.Track:
         os.chdir(here)
 
 
-def sound_records(project: Project) -> dict[Path, int]:
-    """All records with their times; each must vouch for whole files beside it."""
+def sound_records(project: Project) -> dict[Path, bytes]:
+    """All records; each must vouch for whole files beside it."""
     records = project.records("tiny")
     for record in records:
         artefacts.read_record(record)
@@ -304,8 +304,8 @@ class Run:
 
     status: int
     output: str
-    before: dict[Path, int]
-    after: dict[Path, int]
+    before: dict[Path, bytes]
+    after: dict[Path, bytes]
     jobs: list[Job] = field(default_factory=list)  # the run's own
 
 
@@ -361,7 +361,7 @@ def killed(project, cluster) -> Run:
         add_method(project, name, fault, hold)
 
     def script(process):
-        until(reached(project, "lost", "cancelled", "slow"), process, "the methods began")
+        until(reached(project, *HELD), process, "the methods began")
         process.send_signal(signal.SIGKILL)
 
     return perform(project, cluster, script)
@@ -382,9 +382,11 @@ def terminated(project, cluster, killed) -> Run:
         return len(states) == 2 and states[1] == "RUNNING" and reached(project, name)()
 
     def script(process):
-        for name in ("lost", "cancelled", "slow"):
+        for name in HELD:
             (project.folder / f"reached-{name}").unlink()
-        until(lambda: begun("lost") and begun("cancelled"), process, "their second jobs")
+        until(lambda: all(map(begun, HELD)), process, "their second jobs")
+        limited = cluster.attempts("slow")[1].number
+        cluster.run("scontrol", "update", f"JobId={limited}", "TimeLimit=1")
         project.lost_log = (project.folder / LOST_LOG).read_text()
         crashed = cluster.attempts("lost")[1].node
         cluster.run(str(BOX), "node-crash", crashed)
@@ -449,7 +451,7 @@ def test_a_killed_controller_leaves_only_whole_records(killed):
 def test_jobs_left_by_a_killed_controller_are_cancelled(cluster, killed, terminated):
     left = [job for job in killed.jobs if job.state in ("PENDING", "RUNNING")]
     ended = {job.number: job.state for job in cluster.jobs()}
-    assert {"lost", "cancelled", "slow"} <= {job.cell.split("_")[1] for job in left}
+    assert set(HELD) <= {job.cell.split("_")[1] for job in left}
     assert all(ended[job.number] in ("CANCELLED", "COMPLETED", "FAILED") for job in left)
     assert "Slurm jobs of a killed run" in terminated.output
     assert nothing_lost(terminated)
@@ -471,7 +473,7 @@ def test_a_job_that_fails_is_tried_again_with_more(terminated, method, state):
     assert jobs[-1].state == "COMPLETED"
     for attempt, job in enumerate(jobs, 1):
         assert job.memory == f"{attempt * MEMORY_MB}M"
-        assert job.minutes == attempt * SELECT_MINUTES
+        assert job.minutes == (1 if job.state == "TIMEOUT" else attempt * MINUTES)
     if method == "lost":
         assert jobs[-1].node != jobs[0].node
 
