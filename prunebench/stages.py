@@ -16,10 +16,10 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from prunebench import artefacts, assets, methods, models, recovery, selection
+from prunebench import artefacts, assets, methods, models, official, recovery, selection
 from prunebench.config import Cell, Layout, Paths, Track, as_dict
 from prunebench.diffusion.objectives import objective
-from prunebench.diffusion.sampling import Sampler
+from prunebench.diffusion.sampling import Sampler, shard_range
 from prunebench.errors import CellError, UserError
 from prunebench.evaluation import (
     classifier,
@@ -29,6 +29,7 @@ from prunebench.evaluation import (
     latency,
     quality,
     semi_structured,
+    variants,
 )
 from prunebench.evaluation.grid import write_grid
 from prunebench.provenance import PACKAGE, code_hash, provenance
@@ -81,8 +82,10 @@ def extractor(track: Track, layout: Layout) -> None:
 
 
 def dense(track: Track, layout: Layout, model: str) -> None:
-    """Train the dense model from scratch."""
+    """Train the dense model from scratch, or take the checkpoint that the track names."""
     start, settings = time.perf_counter(), track.model(model)
+    if "weights" in settings:
+        return _adopt(track, layout, model)
     family, data = models.family(settings["family"]), training_data(track, model)
     torch.manual_seed(0)
     network = _built(track, model).to(parallel.device())
@@ -143,6 +146,21 @@ def _training(progress: loop.Progress, checkpoints: Checkpoints) -> dict:
         "processes": parallel.world(),
         "resumed": checkpoints.resumed,
     }
+
+
+def _adopt(track: Track, layout: Layout, model: str) -> None:
+    """Convert an official checkpoint into the suite's own dense record."""
+    start, settings = time.perf_counter(), track.model(model)
+    weights = settings["weights"]
+    place = assets.locate(weights["asset"]) if "asset" in weights else Path(weights["file"])
+    file = official.denoiser_of(place)
+    network = official.load(settings["family"], settings["config"], file, weights["layout"])
+    log.info("%s: %d parameters from %s", model, cost.count_parameters(network), file)
+    _check_sparsities(track, model, network)
+    source = {**weights, "name": file.name, "sha256": artefacts.sha256(file)}
+    record = layout.trained(model)
+    files = _save(record, network, Plan(), settings)
+    finish(record, track, start, files, budget=unspent(), loss=None, weights=source)
 
 
 def _built(track: Track, model: str) -> nn.Module:
@@ -299,21 +317,74 @@ def _teaching(
 
 
 def sample(track: Track, cell: Cell, paths: Paths, batch: int | None = None) -> None:
-    """Draw the cell's images."""
+    """Draw the cell's images, or gather what its shards drew: the same file, byte by byte."""
+    start = time.perf_counter()
+    checkpoint = _upstream(paths.checkpoint)
+    if paths.shards:
+        drawn, report, seconds = _gathered(paths, _origin(track, cell, checkpoint))
+        start -= seconds  # wall_s is the compute, as if one job had drawn all
+    else:
+        every = range(track.content["sampling"]["count"])
+        drawn, report = _drawn(track, cell, paths, every, batch)
+    file = Path(paths.sample).parent / IMAGES
+    artefacts.write_tensors(file, drawn)
+    finish(paths.sample, track, start, [file], sampling=report, shards=track.shards)
+    _forget_other_shards(paths)
+
+
+def shard(track: Track, cell: Cell, paths: Paths, index: int, batch: int | None = None) -> None:
+    """Draw one shard of the cell's images, which `sample` gathers."""
     start, settings = time.perf_counter(), track.content["sampling"]
-    _upstream(paths.checkpoint)
+    origin = _origin(track, cell, _upstream(paths.checkpoint))
+    indices = shard_range(index, track.shards, settings["count"], settings["lanes"])
+    drawn, report = _drawn(track, cell, paths, indices, batch)
+    record, images = paths.shards[index]
+    artefacts.write_tensors(images, drawn)
+    finish(record, track, start, [Path(images)], sampling=report, origin=origin)
+
+
+def _drawn(
+    track: Track, cell: Cell, paths: Paths, indices: range, batch: int | None
+) -> tuple[dict[str, Tensor], dict]:
+    """The cell's images of some indices with their labels, and how they were drawn."""
+    settings = track.content["sampling"]
     network, plan = surgery.load(Path(paths.checkpoint).parent)
     sampler = sampler_for(track, cell.model, network.to(parallel.device()), plan)
-    count, batch = settings["count"], batch or settings["batch"]
     images = []
-    for part in sampler.images(cell.seed, 0, count, batch):
+    for part in sampler.images(cell.seed, indices.start, indices.stop, batch or settings["batch"]):
         images.append(part)
-        log.info("%d of %d images", sum(map(len, images)), count)
-    file = Path(paths.sample).parent / IMAGES
-    labels = sampler.labels(range(count))
-    artefacts.write_tensors(file, {"images": torch.cat(images), "labels": labels})
-    report = {**sampler.settings, "steps": sampler.steps, "count": count}
-    finish(paths.sample, track, start, [file], sampling=report)
+        log.info("%d of %d images", sum(map(len, images)), len(indices))
+    report = {**sampler.settings, "steps": sampler.steps, "count": settings["count"]}
+    return {"images": torch.cat(images), "labels": sampler.labels(indices)}, report
+
+
+def _gathered(paths: Paths, origin: dict) -> tuple[dict[str, Tensor], dict, float]:
+    """As `_drawn`, out of the shards' files, and the seconds that drawing them took."""
+    records = [_upstream(record) for record, _ in paths.shards]
+    for (file, _), record in zip(paths.shards, records, strict=True):
+        if record["origin"] != origin:
+            Path(file).unlink()
+            raise UserError(
+                f"{file} was drawn from another checkpoint, track or code than there is now; it "
+                "was removed, run the same command again"
+            )
+    parts = [artefacts.read_tensors(Path(images)) for _, images in paths.shards]
+    drawn = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return drawn, records[0]["sampling"], sum(record["wall_s"] for record in records)
+
+
+def _origin(track: Track, cell: Cell, checkpoint: dict) -> dict:
+    """What images depend on besides their indices; shards of unequal origin are not gathered."""
+    settings = track.fingerprint("sample", cell.model)
+    return {"checkpoint": checkpoint["files"], "settings": settings, "code": code_hash(PACKAGE)}
+
+
+def _forget_other_shards(paths: Paths) -> None:
+    """Remove what a killed run with another number of shards left."""
+    own = {Path(file).name for files in paths.shards for file in files}
+    for file in Path(paths.sample).parent.glob("shard*of*"):
+        if file.name not in own:
+            file.unlink(missing_ok=True)
 
 
 def measure(track: Track, cell: Cell, paths: Paths) -> None:
@@ -328,24 +399,32 @@ def measure(track: Track, cell: Cell, paths: Paths) -> None:
     theirs = sampler_for(track, cell.model, plain, Plan())
     settings = track.content["latency"]
     one, many = (_forwards(ours, theirs, size) for size in (1, settings["batch"]))
+    images = settings["images"]
+    sampling = [_whole_sampling(sampler, images) for sampler in (ours, theirs)]
     timed = functools.partial(
         latency.interleaved_latency,
         rounds=settings["rounds"],
         warmup=settings["warmup"],
         device=parallel.device(),
     )
+    with latency.conditions(parallel.device(), settings.get("wait", latency.WAIT)) as conditions:
+        times = {
+            "forward_batch1": latency.with_throughput(timed(*one), 1),
+            "forward_batch": latency.with_throughput(timed(*many), settings["batch"]),
+            "sampling": _per_image(timed(*sampling), images),
+        }
     full = functools.partial(pruned, *_inputs(ours, settings["batch"]))
-    images = settings["images"]
-    end_to_end = timed(*(_whole_sampling(sampler, images) for sampler in (ours, theirs)))
     report = {
-        "forward_batch1": timed(*one),
-        "forward_batch": timed(*many),
-        "sampling": _per_image(end_to_end, images),
+        **times,
         "batch": settings["batch"],
         "peak_memory_mb": cost.peak_memory(full, pruned),
         "kernels": kernels,
-        **latency.conditions(parallel.device()),
+        **conditions,
     }
+    if wanted := settings.get("variants"):
+        sizes = {"forward_batch1": 1, "forward_batch": settings["batch"]}
+        inputs = {name: _inputs(ours, size) for name, size in sizes.items()}
+        report["variants"] = variants.measure(wanted, (fast, plain), inputs, timed)
     macs = cost.count_macs(pruned, *_inputs(ours, 1))
     dense_macs = {f"dense_{k}": v for k, v in cost.count_macs(whole, *_inputs(theirs, 1)).items()}
     size = {**chosen["size"], **macs, **dense_macs}
@@ -475,13 +554,12 @@ def _size(whole: nn.Module, pruned: nn.Module, plan: Plan) -> dict:
 def sampler_for(track: Track, model: str, network: nn.Module, plan: Plan) -> Sampler:
     """The sampler of a model's settings over a network of its kind."""
     settings = track.model(model)
-    images = dataset(track)
-    shape = (images.channels, images.resolution, images.resolution)
+    images = assets.data_set(track.content["dataset"]["name"])
     return Sampler(
         network,
         objective(settings["objective"]),
-        shape,
-        images.num_classes,
+        images.shape,
+        images.classes,
         {**settings["sampling"], "lanes": track.content["sampling"]["lanes"]},
         plan.steps,
     )

@@ -207,10 +207,14 @@ def test_a_bad_track_is_refused_before_anything_runs(project, edit, message):
 
 
 def test_every_division_and_the_oracle(project):
-    """A track of one model and seed: all leaderboards, recipes, recoveries and masks at once."""
+    """A track of one model and seed: all leaderboards, recipes, recoveries and masks at once.
+
+    It samples in shards, which changes no image of the cells that the smoke track has too.
+    """
     content = yaml.safe_load((project.folder / "config" / "smoke.yaml").read_text())
     content |= {"models": {"dit": content["models"]["dit"]}, "seeds": [0]}
     content["methods"]["only"] = ["laptop_diff", "sparsedm", "diff_pruning"]
+    content["sampling"]["shards"] = 2
     (project.folder / "config" / "small.yaml").write_text(yaml.safe_dump(content))
     status, output = project.snakemake("everything", track="small")
     assert status == 0, output[-3000:]
@@ -227,9 +231,21 @@ def test_every_division_and_the_oracle(project):
     layers = [row for row in project.rows("small") if row["method"] == "laptop_diff"]
     assert all(0 <= float(row["oracle_beaten_mean"]) <= 1 for row in layers)
     assert len(list((results / "raw" / "oracle").rglob("*.json"))) == len(SMOKE.oracle())
+    assert_same_images(project.folder / "runs/small", project.folder / "runs/smoke", shards=2)
     before = project.records("small")
     status, _ = project.snakemake("everything", track="small")
     assert status == 0 and project.records("small") == before
+
+
+def assert_same_images(sharded: Path, whole: Path, shards: int) -> None:
+    """Every cell that both tracks have was drawn to the same bytes; no shard is left."""
+    pairs = [(file, whole / file.relative_to(sharded)) for file in sharded.rglob("sample.json")]
+    both = [[json.loads(file.read_text()) for file in pair] for pair in pairs if pair[1].exists()]
+    assert len(both) >= 10
+    for ours, theirs in both:
+        assert (ours["shards"], theirs["shards"]) == (shards, 1)
+        assert ours["files"] == theirs["files"]
+    assert not list(sharded.rglob("shard*of*"))
 
 
 def test_a_syntax_error_in_a_method_names_file_and_line(project):

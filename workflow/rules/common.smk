@@ -1,6 +1,8 @@
 # The track, its paths and the functions the rules share. Everything here is free of torch.
 import atexit
 import fcntl
+import functools
+import inspect
 import os
 import socket
 import sys
@@ -12,6 +14,7 @@ from prunebench import config as tracks
 from prunebench import gpus, slurm, warm
 from prunebench.artefacts import read_json
 from prunebench.errors import UserError
+from prunebench.progress.activity import mark_run, unmark_run
 
 try:
     TRACK = tracks.load(config.get("track", "embedded"))
@@ -97,6 +100,15 @@ def prepare_machine():
         os.environ[warm.VARIABLE] = socket
 
 
+def report_unfinished_run():
+    logger.error(
+        "Not everything was made; what is finished is kept. "
+        f"`prunebench progress --track {ARGUMENT}` lists lost jobs with their reasons and logs, "
+        "the same snakemake command tries them again, and "
+        f"`snakemake --cores 1 partial --config track={ARGUMENT}` makes leaderboards of the rest."
+    )
+
+
 def report_failed_cells():
     for division, metrics in METRICS.items():
         failed = [path for path in metrics if Path(path).exists() and is_failed(path)]
@@ -118,8 +130,8 @@ def needs(rule):
     """
     asked = TRACK.needs(rule)
     return {
-        "mem_mb": lambda wildcards, attempt: asked["mem_mb"] * attempt,
-        "runtime": lambda wildcards, attempt: asked["runtime"] * attempt,
+        "mem_mb": inspected(lambda wildcards, attempt: asked["mem_mb"] * attempt),
+        "runtime": inspected(lambda wildcards, attempt: asked["runtime"] * attempt),
         "gpu": asked["gpu"],
         "cpus_per_task": asked["cpus"],
         "nodes": 1,  # or Slurm may spread a job's GPUs over several
@@ -132,33 +144,62 @@ def recovery_of(wildcards):
     return named.lstrip("-") or "none"
 
 
+@functools.cache
+def cell_paths(model, method, sparsity, recovery, seed):
+    cell = tracks.Cell(TRACK.name, model, method, float(sparsity), recovery, int(seed))
+    return tracks.Paths(TRACK, cell)
+
+
 def paths(wildcards):
     """The artefacts of the cell that a job's wildcards name."""
-    cell = tracks.Cell(
-        TRACK.name,
-        wildcards.model,
-        wildcards.method,
-        float(wildcards.sparsity),
-        recovery_of(wildcards),
-        int(wildcards.seed),
-    )
-    return tracks.Paths(TRACK, cell)
+    names = (wildcards.model, wildcards.method, wildcards.sparsity)
+    return cell_paths(*names, recovery_of(wildcards), wildcards.seed)
+
+
+def inspected(function):
+    """Note the function's signature, which Snakemake else works out anew for every job."""
+    function.__signature__ = inspect.signature(function)
+    return function
 
 
 def artefact(name):
     """Input function: one artefact of the job's cell."""
-    return lambda wildcards: getattr(paths(wildcards), name)
+    return inspected(lambda wildcards: getattr(paths(wildcards), name))
+
+
+stage_fingerprint = functools.cache(TRACK.fingerprint)
+
+
+def shards(wildcards):
+    """Records and images of the shards a cell is drawn in; none where it is drawn in one piece."""
+    return [file for files in paths(wildcards).shards for file in files]
 
 
 def fingerprint(stage):
     """Params function: changes, and so reruns the stage, when settings it depends on change."""
-    return lambda wildcards: TRACK.fingerprint(
-        stage, wildcards.get("model", ""), wildcards.get("method", "")
+    return inspected(
+        lambda wildcards: stage_fingerprint(
+            stage, wildcards.get("model", ""), wildcards.get("method", "")
+        )
     )
+
+
+def checkpoint_file(wildcards):
+    """The file of a model's weights, where the track names one by its path."""
+    file = TRACK.model(wildcards.model).get("weights", {}).get("file")
+    return [file] if file else []
 
 
 def method_file(wildcards):
     return str(TRACK.method(wildcards.method).file)
+
+
+def alone(wildcards):
+    """Threads function: every core of this machine, so that no job runs beside a measurement.
+
+    On a cluster a job has its node or GPU to itself where the profile asks for that.
+    """
+    return workflow.cores if workflow.local_exec else 1
 
 
 def finished(records):
