@@ -63,7 +63,7 @@ rule everything:
 
 rule partial:
     input:
-        [f"{LAYOUT.root}/partial_{name}.done" for name in METRICS if finished(METRICS[name])],
+        partial_leaderboards,
 
 
 for division in METRICS:

@@ -66,8 +66,8 @@ DEPENDS = {
 
 # What a job of each rule needs of a cluster where the track's `needs` say nothing. Enough for the
 # embedded track on one CPU core, several times over; a track of larger models states its own.
-# Memory (MB): a job peaks at 1,000 to 1,200, most of it imports; Snakemake takes 250 more in a
-# Slurm job. Time (minutes): several times what the longest job of a rule takes on one slow core.
+# Memory (MB): a job peaks at 1,000 to 1,200, most of it imports, and Snakemake's own two processes
+# in a Slurm job take 250. Time (minutes): several times the longest job's on one slow core.
 NEEDS = {
     "extractor": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
     "dense": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},

@@ -490,3 +490,38 @@ def test_cells_do_not_share_records():
 def test_settings_that_do_not_fit_together_are_refused(edited, dotted, value, message):
     with pytest.raises(UserError, match=message):
         edited({dotted: value})
+
+
+def test_needs_are_the_suites_then_the_tracks_then_the_rules(edited):
+    assert "needs" not in config.load("embedded").content
+    assert config.load("embedded").needs("dense") == config.NEEDS["dense"]
+    given = {"default": {"mem_mb": 9000, "gpu": 1}, "dense": {"gpu": 4, "cpus": 16}}
+    track = edited({"needs": given})
+    runtime = config.NEEDS["dense"]["runtime"]
+    assert track.needs("dense") == {"mem_mb": 9000, "runtime": runtime, "gpu": 4, "cpus": 16}
+    assert track.needs("score")["gpu"] == 1
+
+
+def test_needs_recompute_nothing(edited):
+    track = edited({"needs": {"default": {"mem_mb": 9000}}})
+    smoke = config.load("smoke")
+    for stage in config.DEPENDS:
+        assert track.fingerprint(stage, "dit", "taylor") == smoke.fingerprint(
+            stage, "dit", "taylor"
+        )
+
+
+@pytest.mark.parametrize(
+    ("needs", "message"),
+    [
+        ({"train": {"gpu": 1}}, "needs: unknown rule 'train'; known: default, extractor, dense"),
+        ({"dense": {"gpus": 1}}, r"needs\.dense: .*'gpus' was unexpected"),
+        ({"dense": {"mem_mb": "8 GB"}}, r"needs\.dense\.mem_mb: '8 GB' is not of type 'integer'"),
+        ({"cost": {"mem_mb": 100}}, r"needs\.cost\.mem_mb: 100 is less than the minimum of 300"),
+        ({"default": {"gpu": 2}}, r"needs\.default\.gpu: only dense and recover can use more"),
+        ({"sample": {"gpu": 2}}, r"needs\.sample\.gpu: only dense and recover can use more"),
+    ],
+)
+def test_needs_that_make_no_sense_are_refused(edited, needs, message):
+    with pytest.raises(UserError, match=message):
+        edited({"needs": needs})
