@@ -21,7 +21,7 @@ from prunebench import artefacts, methods, selection
 from prunebench.errors import UserError
 from prunebench.training import loop, parallel
 from prunebench.training.budget import BudgetMeter
-from prunebench.training.checkpoints import STOPPED, Checkpoints, folder_of
+from prunebench.training.checkpoints import STOPPED, Checkpoints, Part, folder_of
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
@@ -99,6 +99,24 @@ def test_sigterm_saves_and_ends_with_the_shells_status(tmp_path, caplog):
     assert "the same command goes on from here" in caplog.text
     state = Checkpoints(tmp_path / "training").part(None, None)._read()
     assert len(state["run"]["losses"]) == 5
+
+
+def test_sigterm_while_the_last_step_is_saved_is_not_lost(tmp_path, monkeypatch):
+    save = Part.save
+
+    def terminated(self):
+        if len(self.run.losses) == STEPS and not self.stopping:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(self)
+
+    monkeypatch.setattr(Part, "save", terminated)
+    with pytest.raises(SystemExit) as end:
+        train(tiny.dense("dit"), Checkpoints(tmp_path, None, 0))
+    assert end.value.code == STOPPED
+    monkeypatch.undo()
+    whole, model, again = tiny.dense("dit"), tiny.dense("dit"), Checkpoints(tmp_path, None, 1e9)
+    assert train(model, again) == train(whole) and again.resumed
+    tiny.assert_same(model.state_dict(), whole.state_dict())
 
 
 def test_without_a_folder_sigterm_kills_as_ever():
