@@ -4,6 +4,7 @@
 # snakemake --cores all everything                all divisions and the oracle
 # snakemake --cores all --config track=smoke      another track: config/<track>.yaml, or a YAML file
 # snakemake --cores all partial                   the leaderboards of what is finished so far
+# snakemake --cores all assets                    only download what the track needs
 
 
 include: "workflow/rules/common.smk"
@@ -17,6 +18,7 @@ wildcard_constraints:
     selection="selection(-[a-z0-9_-]+)?",
     seed="[0-9]+",
     mask="[0-9]+",
+    shard="[0-9]+",
 
 
 onstart:
@@ -24,10 +26,18 @@ onstart:
         prepare_machine()
     elif workflow.executor_plugin.name == "slurm":
         cancel_leftover_jobs()
+    # For `prunebench progress`.
+    activity.mark_run(TRACK.name, workflow.local_exec, workflow.cores)
 
 
 onsuccess:
+    activity.unmark_run()
     report_failed_cells()
+
+
+onerror:
+    activity.unmark_run()
+    report_unfinished_run()
 
 
 localrules:
@@ -66,6 +76,7 @@ for division in METRICS:
             LEADERBOARD[division],
 
 
+include: "workflow/rules/assets.smk"
 include: "workflow/rules/dense.smk"
 include: "workflow/rules/select.smk"
 include: "workflow/rules/recover.smk"

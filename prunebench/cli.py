@@ -12,6 +12,7 @@ from pathlib import Path
 
 from prunebench import __version__, config, gpus
 from prunebench.errors import UserError
+from prunebench.offline import forbid_network
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -65,10 +66,22 @@ def parser() -> argparse.ArgumentParser:
     board.add_argument("--division", help="a division of the track; default: its first")
     board.add_argument("--out", type=Path, help="default: results/<track>[/<division>]")
     board.add_argument("--partial", action="store_true", help="build from what is finished")
+    view = command("progress", _progress, "print how far a run is: from disk, queue and processes")
+    view.add_argument("--division", help="a division of the track, or all; default: its first")
+    view.add_argument("--watch", type=float, metavar="SECONDS", help="look again every so often")
     listing = commands.add_parser("methods", help="list the methods of a track")
     listing.add_argument("--track", default="embedded")
     listing.set_defaults(run=_methods, stage="methods")
+    _asset_arguments(commands.add_parser("assets", help="list, fetch or verify what is downloaded"))
     return top
+
+
+def _asset_arguments(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("action", choices=("list", "fetch", "verify"))
+    sub.add_argument("names", nargs="*", metavar="NAME", help="see `prunebench assets list`")
+    sub.add_argument("--track", help="the assets of a track of config/, or of a YAML file")
+    sub.add_argument("--record", type=Path, help="fetch: write the files' hashes here")
+    sub.set_defaults(run=_assets, stage="assets")
 
 
 def _cell_arguments(sub: argparse.ArgumentParser) -> None:
@@ -82,13 +95,20 @@ def _cell_arguments(sub: argparse.ArgumentParser) -> None:
         sub.add_argument(
             "--batch", type=int, help="images in memory; the images do not depend on it"
         )
+        sub.add_argument(
+            "--shard", type=int, help="draw only this one of sampling.shards, counted from 0"
+        )
 
 
 def _prepare() -> None:
-    """One thread, and memory that is kept: what makes small models on a CPU fast."""
+    """No network; one thread, and memory that is kept: what makes small models on a CPU fast."""
+    forbid_network()
     import torch
 
+    from prunebench.training import parallel
+
     torch.set_num_threads(1)  # two jobs side by side beat two threads on models of this size
+    parallel.start()
     with contextlib.suppress(AttributeError, OSError):  # not glibc
         libc = ctypes.CDLL(None)
         # Returning every activation to the system and faulting it in again doubled a UNet's time.
@@ -122,6 +142,7 @@ def _cell_stage(arguments: argparse.Namespace) -> None:
         arguments.recovery,
         arguments.seed,
     )
+    options = _sampling_options(track, arguments) if arguments.stage == "sample" else {}
     _prepare()
     from prunebench import stages
 
@@ -133,9 +154,22 @@ def _cell_stage(arguments: argparse.Namespace) -> None:
         "score": stages.score,
     }
     paths = config.Paths(track, cell, arguments.runs)
-    record = getattr(paths, CELL_STAGES[arguments.stage][0])
-    options = {"batch": arguments.batch} if arguments.stage == "sample" else {}
-    stages.guarded(functions[arguments.stage], track, cell, paths, record, arguments.log, **options)
+    stage, record = functions[arguments.stage], getattr(paths, CELL_STAGES[arguments.stage][0])
+    if "index" in options:
+        stage, record = stages.shard, paths.shards[options["index"]][0]
+    stages.guarded(stage, track, cell, paths, record, arguments.log, **options)
+
+
+def _sampling_options(track: config.Track, arguments: argparse.Namespace) -> dict:
+    if arguments.shard is not None:
+        track.shard(arguments.shard)
+        return {"index": arguments.shard, "batch": arguments.batch}
+    if arguments.batch and track.shards > 1:
+        raise UserError(
+            f"--batch: track {track.name} draws a cell in {track.shards} shards (sampling.shards); "
+            "give it with --shard, gathering them draws nothing"
+        )
+    return {"batch": arguments.batch}
 
 
 def _oracle(arguments: argparse.Namespace) -> None:
@@ -171,6 +205,30 @@ def _leaderboard(arguments: argparse.Namespace) -> None:
     )
 
 
+def _progress(arguments: argparse.Namespace) -> None:
+    from prunebench import progress
+
+    track = config.load(arguments.track)
+    if arguments.watch is not None:
+        progress.watch(track, arguments.division, arguments.runs, arguments.watch)
+    else:
+        sys.stdout.write(progress.show(track, arguments.division, arguments.runs) + "\n")
+
+
 def _methods(arguments: argparse.Namespace) -> None:
     for method in config.load(arguments.track).methods.values():
         sys.stdout.write(f"{method.name:24} {method.kind:8} {method.idea}\n")
+
+
+def _assets(arguments: argparse.Namespace) -> None:
+    from prunebench.assets import commands
+
+    names = [*arguments.names, *(config.load(arguments.track).assets() if arguments.track else ())]
+    if arguments.action == "fetch":
+        if not (names or arguments.track):
+            raise UserError("assets fetch: name assets, or a track with --track")
+        commands.fetch_assets(names, arguments.record)
+    elif arguments.action == "list":
+        commands.list_assets(names)
+    else:
+        commands.verify_assets(names)

@@ -3,6 +3,7 @@
 Free of torch, because the Snakefile imports it every time it is parsed.
 """
 
+import copy
 import functools
 import hashlib
 import itertools
@@ -15,7 +16,7 @@ from pathlib import Path
 import jsonschema
 import yaml
 
-from prunebench import methods, models
+from prunebench import assets, methods, models
 from prunebench import recovery as recoveries
 from prunebench.errors import UserError
 
@@ -36,12 +37,20 @@ DEPENDS = {
         "models.*.config",
         "models.*.objective",
         "models.*.training",
+        "models.*.weights",
     ),
     "select": ("models.*.sampling", "methods.parameters.*"),
     "recover": ("budgets", "models.*.recovery"),
     "sample": ("models.*.sampling", "sampling.count", "sampling.lanes"),
-    "cost": ("models.*.sampling", "latency"),
-    "score": ("evaluation",),
+    "cost": (  # but not latency.wait, which changes no result
+        "models.*.sampling",
+        "latency.batch",
+        "latency.rounds",
+        "latency.warmup",
+        "latency.images",
+        "latency.variants",
+    ),
+    "score": ("evaluation", "models.*.reference"),
     "oracle": (
         "models.*.recovery",
         "models.*.sampling",
@@ -65,6 +74,7 @@ NEEDS = {
     "select": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
     "recover": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
     "sample": {"mem_mb": 2000, "runtime": 10, "gpu": 0, "cpus": 1},
+    "gather": {"mem_mb": 2000, "runtime": 10, "gpu": 0, "cpus": 1},  # `sample`, drawn in shards
     "cost": {"mem_mb": 2000, "runtime": 10, "gpu": 0, "cpus": 1},
     "score": {"mem_mb": 2000, "runtime": 10, "gpu": 0, "cpus": 1},
     "mask": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
@@ -73,7 +83,10 @@ SEVERAL_GPUS = ("dense", "recover")  # rules that train data-parallel; one job o
 
 
 # Targets and rules of the workflow and folders of results, which no division may be called.
-RESERVED = ("all", "everything", "partial", "oracle", "mask", "raw", *DEPENDS)
+RESERVED = (
+    *("all", "everything", "partial", "assets", "fetch", "oracle", "mask", "raw", "shard"),
+    *DEPENDS,
+)
 
 
 @dataclass(frozen=True)
@@ -219,6 +232,19 @@ class Track:
         if index < 0:
             raise UserError(f"--mask {index}: masks are counted from 0")
 
+    @property
+    def shards(self) -> int:
+        """How many jobs draw a cell's images between them; the images do not depend on it."""
+        return self.content["sampling"].get("shards", 1)
+
+    def shard(self, index: int) -> None:
+        """Check the number of a shard given by hand."""
+        if not 0 <= index < self.shards > 1:
+            split = f"{self.shards} shards, counted from 0" if self.shards > 1 else "one piece"
+            raise UserError(
+                f"--shard {index}: track {self.name} draws a cell in {split} (sampling.shards)"
+            )
+
     def oracle(self) -> list[tuple[str, str, int, int]]:
         """(model, recovery, seed, mask) of every job of the oracle."""
         settings = self.content.get("oracle")
@@ -226,6 +252,17 @@ class Track:
             return []
         places = (settings["models"], settings["recoveries"], settings["seeds"])
         return list(itertools.product(*places, range(settings["masks"])))
+
+    def assets(self) -> list[str]:
+        """Names of everything from outside that the track's stages read."""
+        lpips = self.content["evaluation"]["lpips"]
+        names = [
+            self.content["dataset"]["name"],
+            self.content["extractor"].get("asset"),
+            f"lpips-{lpips}" if lpips in ("alex", "vgg") else None,
+            *(model.get("weights", {}).get("asset") for model in self.content["models"].values()),
+        ]
+        return [name for name in dict.fromkeys(names) if name]
 
     def budget(self, cell: Cell) -> int:
         """Images the student may train on, in selection and recovery together."""
@@ -255,6 +292,7 @@ class Layout:
 
     def __init__(self, track: str, runs: Path = RUNS):
         self.root = f"{runs}/{track}"
+        self.assets = f"{self.root}/assets.json"
         self.extractor = f"{self.root}/extractor/extractor.json"
 
     def trained(self, model: str) -> str:
@@ -271,6 +309,21 @@ class Layout:
     ) -> str:
         """Record of "recover", "sample" or "metrics"."""
         return f"{self.root}/{model}/{method}/{sparsity}/{recovery}/seed{seed}/{stage}.json"
+
+    def shard(
+        self,
+        index: object,
+        count: int,
+        model: str,
+        method: str,
+        sparsity: object,
+        recovery: str,
+        seed: object,
+    ) -> tuple[str, str]:
+        """Record and images of one of the `count` shards that a cell is drawn in."""
+        name = f"shard{index}of{count}"
+        record = self.cell(name, model, method, sparsity, recovery, seed)
+        return record, record.removesuffix("json") + "safetensors"
 
     def results(self, division: str, default: str) -> str:
         """Folder of a division's leaderboard: the default division's is the track's own."""
@@ -298,6 +351,10 @@ class Paths:
         self.cost = layout.selection("cost", *shared, cell.seed, kind)
         self.recover = layout.cell("recover", *shared, cell.recovery, cell.seed)
         self.sample = layout.cell("sample", *shared, cell.recovery, cell.seed)
+        self.shards = [  # none where the cell is drawn in one piece
+            layout.shard(index, track.shards, *shared, cell.recovery, cell.seed)
+            for index in range(track.shards if track.shards > 1 else 0)
+        ]
         self.metrics = layout.cell("metrics", *shared, cell.recovery, cell.seed)
         self.checkpoint = self.select if cell.recovery == "none" else self.recover
         self.dense_sample = layout.cell("sample", cell.model, "dense", 0.0, "none", cell.seed)
@@ -320,7 +377,18 @@ def load(name: str) -> Track:
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not valid YAML: {error}") from None
     _validate(file, content)
-    return Track(file.stem, content, _methods(file, content))
+    track = Track(file.stem, content, _methods(file, content))
+    _check_assets(file, track)
+    return track
+
+
+def _check_assets(file: Path, track: Track) -> None:
+    try:
+        assets.data_set(track.content["dataset"]["name"])
+        for name in track.assets():
+            assets.asset(name)
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
 
 
 def _check_model(file: Path, name: str, model: Mapping, content: Mapping) -> None:
@@ -339,13 +407,61 @@ def _check_model(file: Path, name: str, model: Mapping, content: Mapping) -> Non
                 f"{where}.sampling.steps: {fraction} fewer of {sampling['steps']} steps is {left}; "
                 "change steps or fewer_steps"
             )
+    _check_classes(where, model)
     if "images" in model["recovery"]:
         raise UserError(f"{where}.recovery.images: budgets say how long recovery trains")
     for budget, images in content["budgets"].items():
         if images < model["recovery"]["batch"]:
             raise UserError(f"{file}: budgets.{budget}: less than one batch of model '{name}'")
-    if model["training"]["images"] < model["training"]["batch"]:
+    if ("training" in model) == ("weights" in model):
+        raise UserError(f"{where}: needs either 'training', from scratch, or 'weights'; not both")
+    if "training" in model and model["training"]["images"] < model["training"]["batch"]:
         raise UserError(f"{where}.training.images: less than one batch")
+
+
+def _take_published(where: str, model: dict) -> None:
+    """Put the published configuration that a model's `config` names in its place.
+
+    Its checkpoint's layout is the default of `weights`, and what it was trained for must be the
+    model's objective.
+    """
+    known, entry = models.published(model["family"]), None
+    if isinstance(model["config"], str):
+        entry = known.get(model["config"])
+        if entry is None:
+            names = ", ".join(known) or "none"
+            raise UserError(f"{where}.config: unknown name '{model['config']}'; known: {names}")
+        model["config"] = copy.deepcopy(entry.config)
+    if "weights" not in model:
+        return
+    if ("asset" in model["weights"]) == ("file" in model["weights"]):
+        raise UserError(f"{where}.weights: needs either the key 'asset' or 'file'")
+    model["weights"] = weights = {"layout": entry and entry.layout, **model["weights"]}
+    layouts = sorted({"suite", *(other.layout for other in known.values())})
+    if weights["layout"] not in layouts:
+        raise UserError(
+            f"{where}.weights.layout: '{weights['layout']}' is no layout of family "
+            f"{model['family']}; known: {', '.join(layouts)}"
+        )
+    trained = {key: value for key, value in model["objective"].items() if key != "times"}
+    if entry and weights["layout"] == entry.layout and trained != entry.objective:
+        raise UserError(f"{where}.objective: the checkpoint was trained for {entry.objective}")
+
+
+def _check_classes(where: str, model: Mapping) -> None:
+    """Dropping classes and guidance need a model that has classes."""
+    used = {
+        "training.class_dropout": model.get("training", {}).get("class_dropout", 0) != 0,
+        "recovery.class_dropout": model["recovery"].get("class_dropout", 0) != 0,
+        "sampling.guidance": model["sampling"].get("guidance", 1) != 1,
+    }
+    for key in (key for key, asked in used.items() if asked):
+        if model["config"].get("classes") is None:
+            raise UserError(
+                f"{where}.{key}: the model is unconditional; leave it out, or give config.classes"
+            )
+        if not model["config"].get("null_class", True):
+            raise UserError(f"{where}.{key}: the model has no class for 'no class'; leave it out")
 
 
 @functools.cache
@@ -364,6 +480,7 @@ def _validate(file: Path, content: object) -> None:
             raise UserError(
                 f"{file}: models.{name}.family: unknown family '{model['family']}'; known: {known}"
             )
+        _take_published(f"{file}: models.{name}", model)
         _check_model(file, name, model, content)
     extractor, lpips = content["extractor"], content["evaluation"]["lpips"]
     needed = "training" if extractor["name"] == "domain" else "asset"
@@ -379,6 +496,7 @@ def _validate(file: Path, content: object) -> None:
             raise UserError(f"{file}: divisions.{division}: the name is taken; choose another")
         for name in settings["recoveries"]:
             _check_recovery(f"{file}: divisions.{division}", name, content["budgets"])
+    _check_shards(file, content["sampling"])
     _check_oracle(file, content)
     _check_needs(file, content.get("needs", {}))
 
@@ -391,6 +509,16 @@ def _check_needs(file: Path, needs: Mapping) -> None:
         if given.get("gpu", 0) > 1 and rule not in SEVERAL_GPUS:
             able = " and ".join(SEVERAL_GPUS)
             raise UserError(f"{file}: needs.{rule}.gpu: only {able} can use more than one GPU")
+
+
+def _check_shards(file: Path, sampling: Mapping) -> None:
+    blocks = -(-sampling["count"] // sampling["lanes"])
+    if sampling.get("shards", 1) > blocks:
+        raise UserError(
+            f"{file}: sampling.shards: {sampling['shards']} shards, but {sampling['count']} images "
+            f"are {blocks} blocks of {sampling['lanes']} (sampling.lanes), which are never split; "
+            f"use at most {blocks}"
+        )
 
 
 def _check_oracle(file: Path, content: Mapping) -> None:

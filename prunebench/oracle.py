@@ -21,7 +21,9 @@ from prunebench.evaluation import features, quality
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.targets import plan_layers
+from prunebench.training import parallel
 from prunebench.training.budget import BudgetMeter
+from prunebench.training.checkpoints import Checkpoints
 
 SEED = 0  # of the random masks, where there are too many for all
 
@@ -56,7 +58,7 @@ def evaluate(
     start, settings = time.perf_counter(), track.content["oracle"]
     artefacts.read_record(layout.trained(model))
     dense, _ = surgery.load(Path(layout.trained(model)).parent)
-    dense = dense.to(stages.device())
+    dense = dense.to(parallel.device())
     family = models.family(track.model(model)["family"])
     found, exhaustive = masks(dense, family, settings["sparsity"], settings["masks"])
     if index >= len(found):
@@ -64,9 +66,12 @@ def evaluate(
             f"oracle.masks: model '{model}' has only {len(found)} masks; set it to that"
         )
     cell = Cell(track.name, model, "oracle", settings["sparsity"], recovery, seed)
+    file, inputs = layout.oracle(model, recovery, seed, index), (layout.trained(model),)
+    checkpoints = stages.checkpoints_of(track, file, "oracle", model, cell, inputs)
     meter, failure, fid = BudgetMeter(), None, None
     try:
-        fid = _fid(track, layout, cell, dense, Plan(layers=found[index]), meter)
+        plan = Plan(layers=found[index])
+        fid = _fid(track, layout, cell, dense, plan, meter, checkpoints)
     except torch.OutOfMemoryError:
         raise
     except (CellError, RuntimeError) as error:  # as in stages.guarded: the mask does not run
@@ -78,16 +83,23 @@ def evaluate(
               "settings": stages.shared_settings(track, model) | {"oracle": settings},
               "extractor": artefacts.read_record(layout.extractor)["extractor"]["sha256"],
               "budget": meter.report()}  # fmt: skip
-    stages.finish(layout.oracle(model, recovery, seed, index), track, start, [], **record)
+    stages.finish(file, track, start - checkpoints.earlier_s, [], **record)
 
 
 def _fid(
-    track: Track, layout: Layout, cell: Cell, dense: nn.Module, plan: Plan, meter: BudgetMeter
+    track: Track,
+    layout: Layout,
+    cell: Cell,
+    dense: nn.Module,
+    plan: Plan,
+    meter: BudgetMeter,
+    checkpoints: Checkpoints,
 ) -> float:
     family = models.family(track.model(cell.model)["family"])
     pruned = surgery.apply(copy.deepcopy(dense), plan, family)
     if cell.recovery != "none":
-        stages.heal(track, cell, pruned, plan, dense, track.budget(cell), meter)
+        left = stages.training_left(track, cell)
+        stages.heal(track, cell, pruned, plan, dense, meter, left, checkpoints)
     sampler = stages.sampler_for(track, cell.model, pruned, plan)
     images = torch.cat(list(sampler.images(
         cell.seed, 0, track.content["sampling"]["count"], track.content["sampling"]["batch"]

@@ -53,10 +53,11 @@ def config_hash(config: dict) -> str:
 def code_hash(package: Path) -> str:
     """SHA-256 over names and contents of the package's Python sources, in sorted order.
 
-    Without the leaderboard's: how results are shown does not change them.
+    Without the leaderboard's and the live view's: how results are shown does not change them.
     """
-    digest = hashlib.sha256()
-    for path in sorted(set(package.rglob("*.py")) - set(package.glob("leaderboard/*.py"))):
+    digest, shown = hashlib.sha256(), ("leaderboard", "progress")
+    views = {path for folder in shown for path in package.glob(f"{folder}/*.py")}
+    for path in sorted(set(package.rglob("*.py")) - views):
         name = path.relative_to(package).as_posix()
         digest.update(f"{name}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())

@@ -18,6 +18,7 @@ from prunebench.pruning.plan import Plan
 from prunebench.pruning.units import Layer, Width
 from prunebench.training import loop
 from prunebench.training.budget import BudgetMeter
+from prunebench.training.checkpoints import Checkpoints
 from prunebench.training.loop import Adjust, Batch, Data, Loss
 
 
@@ -48,6 +49,7 @@ class Context:
         meter: BudgetMeter,
         settings: loop.Settings,
         train_images: int = 0,
+        checkpoints: Checkpoints | None = None,
     ):
         self.model = meter.watch(copy.deepcopy(dense).eval())
         self._dense = dense
@@ -56,6 +58,7 @@ class Context:
         self.settings, self.train_images, self.trained_images = settings, train_images, 0
         self.log = logging.getLogger(f"prunebench.methods.{method}")
         self._meter, self._method, self._calls = meter, method, 0
+        self._checkpoints = checkpoints or Checkpoints()
         self.made_fresh, self._draws = False, 0
         self.progress = loop.Progress(train_images // settings.batch)
 
@@ -139,7 +142,9 @@ class Context:
     ) -> list[float]:
         """Train `model`, a copy of `self.model`, in place; charged to the cell's budget.
 
-        `adjust` may change the gradients after each backward pass. Weights may be parametrized.
+        `loss` is a mean over its batch, of which it may be given parts; `adjust` may change the
+        gradients once per step. What they remember from step to step must lie in the model's
+        buffers, or is lost where an interrupted training goes on. Weights may be parametrized.
         All calls, and the recovery after them, are one training with one schedule and one average:
         the model has its plain weights in between.
 
@@ -165,6 +170,8 @@ class Context:
             loss=loss,
             adjust=adjust,
             progress=self.progress,
+            meter=self._meter,
+            checkpoints=self._checkpoints,
         )
 
     def teacher(self) -> nn.Module:

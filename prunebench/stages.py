@@ -16,10 +16,10 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from prunebench import artefacts, assets, methods, models, recovery, selection
+from prunebench import artefacts, assets, methods, models, official, recovery, selection
 from prunebench.config import Cell, Layout, Paths, Track, as_dict
 from prunebench.diffusion.objectives import objective
-from prunebench.diffusion.sampling import Sampler
+from prunebench.diffusion.sampling import Sampler, shard_range
 from prunebench.errors import CellError, UserError
 from prunebench.evaluation import (
     classifier,
@@ -29,22 +29,20 @@ from prunebench.evaluation import (
     latency,
     quality,
     semi_structured,
+    variants,
 )
 from prunebench.evaluation.grid import write_grid
-from prunebench.provenance import provenance
+from prunebench.provenance import PACKAGE, code_hash, provenance
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
-from prunebench.training import loop
+from prunebench.training import loop, parallel
 from prunebench.training.budget import BudgetMeter, unspent
+from prunebench.training.checkpoints import Checkpoints, folder_of
 
 log = logging.getLogger(__name__)
 
 IMAGES, FEATURES, CLASSIFIER = "images.safetensors", "reference.safetensors", "model.safetensors"
 AVERAGE = "average.safetensors"  # of a training that selection began
-
-
-def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def dataset(track: Track) -> assets.Dataset:
@@ -84,15 +82,19 @@ def extractor(track: Track, layout: Layout) -> None:
 
 
 def dense(track: Track, layout: Layout, model: str) -> None:
-    """Train the dense model from scratch."""
+    """Train the dense model from scratch, or take the checkpoint that the track names."""
     start, settings = time.perf_counter(), track.model(model)
+    if "weights" in settings:
+        return _adopt(track, layout, model)
     family, data = models.family(settings["family"]), training_data(track, model)
     torch.manual_seed(0)
-    network = _built(track, model).to(device())
+    network = _built(track, model).to(parallel.device())
     _check_sparsities(track, model, network)
-    meter = BudgetMeter()
+    meter, record = BudgetMeter(), layout.trained(model)
     options = dict(settings["training"])
     images = options.pop("images")
+    progress = loop.Progress(images // options["batch"])
+    checkpoints = checkpoints_of(track, record, "dense", model)
     try:
         with meter.clock():
             losses = loop.train(
@@ -102,13 +104,63 @@ def dense(track: Track, layout: Layout, model: str) -> None:
                 images=images,
                 seed=0,
                 muon_names=family.weights(network),
+                progress=progress,
+                meter=meter,
+                checkpoints=checkpoints,
             )
     except CellError as error:
         raise UserError(f"dense model '{model}': {error}; see models.{model}.training") from error
-    record = layout.trained(model)
+    if parallel.rank():
+        return  # the first process writes
     files = _save(record, network, Plan(), settings)
     tail = losses[-max(1, len(losses) // 10) :]
-    finish(record, track, start, files, budget=meter.report(), loss=sum(tail) / len(tail))
+    finish(
+        record,
+        track,
+        start - checkpoints.earlier_s,
+        files,
+        budget=meter.report(),
+        training=_training(progress, checkpoints),
+        loss=sum(tail) / len(tail),
+    )
+
+
+def checkpoints_of(
+    track: Track, record: str, stage: str, model: str, cell: Cell | None = None, inputs: tuple = ()
+) -> Checkpoints:
+    """Where a stage saves its trainings, for a later start of the same stage on the same inputs."""
+    identity = {
+        "code": code_hash(PACKAGE),
+        "torch": torch.__version__,
+        "track": track.fingerprint(stage, model, cell.method if cell else ""),
+        "cell": as_dict(cell) if cell else model,
+        "inputs": {str(file): artefacts.sha256(file) for file in inputs},
+    }
+    return Checkpoints(folder_of(record), identity, track.content.get("checkpoint_seconds", 300))
+
+
+def _training(progress: loop.Progress, checkpoints: Checkpoints) -> dict:
+    """Under what conditions a stage trained."""
+    return {
+        "micro_batch": progress.micro_batch,
+        "processes": parallel.world(),
+        "resumed": checkpoints.resumed,
+    }
+
+
+def _adopt(track: Track, layout: Layout, model: str) -> None:
+    """Convert an official checkpoint into the suite's own dense record."""
+    start, settings = time.perf_counter(), track.model(model)
+    weights = settings["weights"]
+    place = assets.locate(weights["asset"]) if "asset" in weights else Path(weights["file"])
+    file = official.denoiser_of(place)
+    network = official.load(settings["family"], settings["config"], file, weights["layout"])
+    log.info("%s: %d parameters from %s", model, cost.count_parameters(network), file)
+    _check_sparsities(track, model, network)
+    source = {**weights, "name": file.name, "sha256": artefacts.sha256(file)}
+    record = layout.trained(model)
+    files = _save(record, network, Plan(), settings)
+    finish(record, track, start, files, budget=unspent(), loss=None, weights=source)
 
 
 def _built(track: Track, model: str) -> nn.Module:
@@ -141,8 +193,10 @@ def select(track: Track, cell: Cell, paths: Paths) -> None:
     artefacts.read_record(paths.trained)
     network, _ = surgery.load(Path(paths.trained).parent)
     meter = BudgetMeter()
+    inputs = (paths.trained, method.file)
+    checkpoints = checkpoints_of(track, paths.select, "select", cell.model, cell, inputs)
     context = selection.Context(
-        network.to(device()),
+        network.to(parallel.device()),
         models.family(settings["family"]),
         settings["config"],
         training_data(track, cell.model),
@@ -152,6 +206,7 @@ def select(track: Track, cell: Cell, paths: Paths) -> None:
         meter=meter,
         settings=loop.Settings(**settings["recovery"]),
         train_images=track.budget(cell) if method.trains else 0,
+        checkpoints=checkpoints,
     )
     with meter.clock():
         plan, pruned = selection.select(
@@ -164,10 +219,11 @@ def select(track: Track, cell: Cell, paths: Paths) -> None:
     finish(
         paths.select,
         track,
-        start,
+        start - checkpoints.earlier_s,
         files,
         budget=meter.report(),
         trained_images=context.trained_images,
+        training=_training(context.progress, checkpoints),
         size=_size(network, pruned, plan),
     )
 
@@ -178,21 +234,41 @@ def recover(track: Track, cell: Cell, paths: Paths) -> None:
     chosen = _upstream(paths.select)
     pruned, plan = surgery.load(Path(paths.select).parent)
     whole, _ = surgery.load(Path(paths.trained).parent)
-    meter, pruned, whole = BudgetMeter(), pruned.to(device()), whole.to(device())
-    images = track.budget(cell) - chosen["trained_images"]
+    meter, pruned, whole = BudgetMeter(), pruned.to(parallel.device()), whole.to(parallel.device())
+    checkpoints = checkpoints_of(
+        track, paths.recover, "recover", cell.model, cell, (paths.trained, paths.select)
+    )
     average = Path(paths.select).parent / AVERAGE
     begun = artefacts.read_tensors(average) if AVERAGE in chosen["files"] else {}
-    losses = heal(track, cell, pruned, plan, whole, images, meter, begun)
+    progress = training_left(track, cell, chosen["trained_images"], begun)
+    losses = heal(track, cell, pruned, plan, whole, meter, progress, checkpoints)
+    if parallel.rank():
+        return  # the first process writes
     files = _save(paths.recover, pruned, plan, settings)
     finish(
         paths.recover,
         track,
-        start,
+        start - checkpoints.earlier_s,
         files,
         budget=meter.report(),
+        training=_training(progress, checkpoints),
         size=_size(whole, pruned, plan),
         loss={"first": losses[0], "last": losses[-1]} if losses else None,
     )
+
+
+def training_left(
+    track: Track, cell: Cell, trained: int = 0, average: dict[str, Tensor] | None = None
+) -> loop.Progress:
+    """What is left of a cell's training after selection has trained on `trained` images of it.
+
+    Args:
+        average: average of the training that selection began, which goes on.
+    """
+    batch, budget = track.model(cell.model)["recovery"]["batch"], track.budget(cell)
+    total, left = budget // batch, (budget - trained) // batch
+    moved = {name: tensor.to(parallel.device()) for name, tensor in (average or {}).items()}
+    return loop.Progress(total, total - left, moved)
 
 
 def heal(
@@ -201,21 +277,18 @@ def heal(
     pruned: nn.Module,
     plan: Plan,
     whole: nn.Module,
-    images: int,
     meter: BudgetMeter,
-    begun: dict[str, Tensor] | None = None,
+    progress: loop.Progress,
+    checkpoints: Checkpoints,
 ) -> list[float]:
     """Train `pruned` in place as the cell's recovery says; returns the loss of every step.
 
     Args:
         whole: the dense model, which a distilling recovery has as its teacher.
-        images: how many images to train on.
-        begun: average of the training that selection began, which goes on here.
+        progress: which steps of the cell's training are left.
     """
     settings = track.model(cell.model)
     options = loop.Settings(**settings["recovery"])
-    steps = [count // options.batch for count in (track.budget(cell), images)]
-    average = {name: tensor.to(device()) for name, tensor in (begun or {}).items()}
     family, module = models.family(settings["family"]), recovery.recovery(track.healing(cell))
     teaching = _teaching(whole, plan, family, meter) if module.TEACHER else None
     with meter.clock():
@@ -223,12 +296,14 @@ def heal(
             meter.watch(pruned),
             training_data(track, cell.model),
             options,
-            images=images,
+            images=(progress.total - progress.done) * options.batch,
             seed=cell.seed,
             muon_names=family.weights(pruned),
             masks=plan.masks,
             loss=module.loss(teaching),
-            progress=loop.Progress(steps[0], steps[0] - steps[1], average),
+            progress=progress,
+            meter=meter,
+            checkpoints=checkpoints,
         )
 
 
@@ -242,21 +317,76 @@ def _teaching(
 
 
 def sample(track: Track, cell: Cell, paths: Paths, batch: int | None = None) -> None:
-    """Draw the cell's images."""
-    start, settings = time.perf_counter(), track.content["sampling"]
-    _upstream(paths.checkpoint)
-    network, plan = surgery.load(Path(paths.checkpoint).parent)
-    sampler = sampler_for(track, cell.model, network.to(device()), plan)
-    count, batch = settings["count"], batch or settings["batch"]
-    images = []
-    for part in sampler.images(cell.seed, 0, count, batch):
-        images.append(part)
-        log.info("%d of %d images", sum(map(len, images)), count)
+    """Draw the cell's images, or gather what its shards drew: the same file, byte by byte."""
+    start = time.perf_counter()
+    checkpoint = _upstream(paths.checkpoint)
+    if paths.shards:
+        drawn, report, seconds = _gathered(paths, _origin(track, cell, checkpoint))
+        start -= seconds  # wall_s is the compute, as if one job had drawn all
+    else:
+        every = range(track.content["sampling"]["count"])
+        drawn, report = _drawn(track, cell, paths, every, batch)
     file = Path(paths.sample).parent / IMAGES
-    labels = sampler.labels(range(count))
-    artefacts.write_tensors(file, {"images": torch.cat(images), "labels": labels})
-    report = {**sampler.settings, "steps": sampler.steps, "count": count}
-    finish(paths.sample, track, start, [file], sampling=report)
+    artefacts.write_tensors(file, drawn)
+    finish(paths.sample, track, start, [file], sampling=report, shards=track.shards)
+    _forget_other_shards(paths)
+
+
+def shard(track: Track, cell: Cell, paths: Paths, index: int, batch: int | None = None) -> None:
+    """Draw one shard of the cell's images, which `sample` gathers."""
+    start, settings = time.perf_counter(), track.content["sampling"]
+    origin = _origin(track, cell, _upstream(paths.checkpoint))
+    indices = shard_range(index, track.shards, settings["count"], settings["lanes"])
+    drawn, report = _drawn(track, cell, paths, indices, batch)
+    record, images = paths.shards[index]
+    artefacts.write_tensors(images, drawn)
+    finish(record, track, start, [Path(images)], sampling=report, origin=origin)
+
+
+def _drawn(
+    track: Track, cell: Cell, paths: Paths, indices: range, batch: int | None
+) -> tuple[dict[str, Tensor], dict]:
+    """The cell's images of some indices with their labels, and how they were drawn."""
+    settings = track.content["sampling"]
+    network, plan = surgery.load(Path(paths.checkpoint).parent)
+    sampler = sampler_for(track, cell.model, network.to(parallel.device()), plan)
+    images = []
+    for part in sampler.images(cell.seed, indices.start, indices.stop, batch or settings["batch"]):
+        images.append(part)
+        log.info("%d of %d images", sum(map(len, images)), len(indices))
+    report = {**sampler.settings, "steps": sampler.steps, "count": settings["count"]}
+    return {"images": torch.cat(images), "labels": sampler.labels(indices)}, report
+
+
+def _gathered(paths: Paths, origin: dict) -> tuple[dict[str, Tensor], dict, float]:
+    """As `_drawn`, out of the shards' files, and the seconds that drawing them took."""
+    records = [_upstream(record) for record, _ in paths.shards]
+    drawn_from = zip(paths.shards, records, strict=True)
+    stale = [file for (file, _), record in drawn_from if record["origin"] != origin]
+    for file in stale:
+        Path(file).unlink(missing_ok=True)
+    if stale:
+        raise UserError(
+            f"{', '.join(stale)} was drawn from another checkpoint, track or code than there is "
+            "now; it was removed, run the same command again"
+        )
+    parts = [artefacts.read_tensors(Path(images)) for _, images in paths.shards]
+    drawn = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return drawn, records[0]["sampling"], sum(record["wall_s"] for record in records)
+
+
+def _origin(track: Track, cell: Cell, checkpoint: dict) -> dict:
+    """What images depend on besides their indices; shards of unequal origin are not gathered."""
+    settings = track.fingerprint("sample", cell.model)
+    return {"checkpoint": checkpoint["files"], "settings": settings, "code": code_hash(PACKAGE)}
+
+
+def _forget_other_shards(paths: Paths) -> None:
+    """Remove what a killed run with another number of shards left."""
+    own = {Path(file).name for files in paths.shards for file in files}
+    for file in Path(paths.sample).parent.glob("shard*of*"):
+        if file.name not in own:
+            file.unlink(missing_ok=True)
 
 
 def measure(track: Track, cell: Cell, paths: Paths) -> None:
@@ -265,30 +395,38 @@ def measure(track: Track, cell: Cell, paths: Paths) -> None:
     chosen = _upstream(paths.select)
     pruned, plan = surgery.load(Path(paths.select).parent)
     whole, _ = surgery.load(Path(paths.trained).parent)
-    pruned, whole = pruned.to(device()), whole.to(device())
+    pruned, whole = pruned.to(parallel.device()), whole.to(parallel.device())
     fast, plain, kernels = semi_structured.contestants(pruned, whole, plan)
     ours = sampler_for(track, cell.model, fast, plan)
     theirs = sampler_for(track, cell.model, plain, Plan())
     settings = track.content["latency"]
     one, many = (_forwards(ours, theirs, size) for size in (1, settings["batch"]))
+    images = settings["images"]
+    sampling = [_whole_sampling(sampler, images) for sampler in (ours, theirs)]
     timed = functools.partial(
         latency.interleaved_latency,
         rounds=settings["rounds"],
         warmup=settings["warmup"],
-        device=device(),
+        device=parallel.device(),
     )
+    with latency.conditions(parallel.device(), settings.get("wait", latency.WAIT)) as conditions:
+        times = {
+            "forward_batch1": latency.with_throughput(timed(*one), 1),
+            "forward_batch": latency.with_throughput(timed(*many), settings["batch"]),
+            "sampling": _per_image(timed(*sampling), images),
+        }
     full = functools.partial(pruned, *_inputs(ours, settings["batch"]))
-    images = settings["images"]
-    end_to_end = timed(*(_whole_sampling(sampler, images) for sampler in (ours, theirs)))
     report = {
-        "forward_batch1": timed(*one),
-        "forward_batch": timed(*many),
-        "sampling": _per_image(end_to_end, images),
+        **times,
         "batch": settings["batch"],
         "peak_memory_mb": cost.peak_memory(full, pruned),
         "kernels": kernels,
-        **latency.conditions(device()),
+        **conditions,
     }
+    if wanted := settings.get("variants"):
+        sizes = {"forward_batch1": 1, "forward_batch": settings["batch"]}
+        inputs = {name: _inputs(ours, size) for name, size in sizes.items()}
+        report["variants"] = variants.measure(wanted, (fast, plain), inputs, timed)
     macs = cost.count_macs(pruned, *_inputs(ours, 1))
     dense_macs = {f"dense_{k}": v for k, v in cost.count_macs(whole, *_inputs(theirs, 1)).items()}
     size = {**chosen["size"], **macs, **dense_macs}
@@ -318,6 +456,9 @@ def score(track: Track, cell: Cell, paths: Paths) -> None:
         "trained": {
             "selection": records["select"]["trained_images"],
             "recovery": healed["budget"]["student_backward"],
+        },
+        "training": {
+            stage: record["training"] for stage, record in records.items() if "training" in record
         },
         "sampling": records["sample"]["sampling"],
         "extractor": {k: v for k, v in judge.items() if k != "weights"},
@@ -373,9 +514,12 @@ def guarded(
         own = {"stage": stage.__name__, "error": str(error), "log": log_file}
         failure = getattr(error, "inherited", None) or own
     log.error("cell failed in %s: %s", failure["stage"], failure["error"])
+    if parallel.rank():
+        return False  # the first process writes
     content = {"schema": 1, "status": "failed", "cell": as_dict(cell), "failure": failure}
     content |= {"labels": _labels(track, cell), "provenance": provenance(dict(track.content))}
     artefacts.write_record(Path(record), content)
+    Checkpoints(folder_of(record)).discard()
     return False
 
 
@@ -392,6 +536,7 @@ def finish(record: str, track: Track, start: float, payload: list[Path], **conte
     source = provenance(dict(track.content))
     seconds = {"wall_s": time.perf_counter() - start, "provenance": source}
     artefacts.write_record(Path(record), {"status": "ok", **content, **seconds}, payload)
+    Checkpoints(folder_of(record)).discard()
 
 
 def _save(record: str, model: nn.Module, plan: Plan, settings: dict) -> list[Path]:
@@ -411,13 +556,12 @@ def _size(whole: nn.Module, pruned: nn.Module, plan: Plan) -> dict:
 def sampler_for(track: Track, model: str, network: nn.Module, plan: Plan) -> Sampler:
     """The sampler of a model's settings over a network of its kind."""
     settings = track.model(model)
-    images = dataset(track)
-    shape = (images.channels, images.resolution, images.resolution)
+    images = assets.data_set(track.content["dataset"]["name"])
     return Sampler(
         network,
         objective(settings["objective"]),
-        shape,
-        images.num_classes,
+        images.shape,
+        images.classes,
         {**settings["sampling"], "lanes": track.content["sampling"]["lanes"]},
         plan.steps,
     )

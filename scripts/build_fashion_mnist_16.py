@@ -16,22 +16,22 @@ a sum over 49 quarter pixels, so there is no tie to round and no library version
 import argparse
 import gzip
 import hashlib
-import io
-import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from prunebench.artefacts import sha256, write_atomically
 from prunebench.assets import ASSETS, DATA
+from prunebench.assets.convert import write_npz
 
+ORIGINALS = {Path(file.path).name: file.sha256 for file in ASSETS["fashion_mnist"].files}
 TRAIN_IMAGES = 20_000  # the first ones: as many as keep the file below 5 MiB
 
 
 def read_idx(folder: Path, file: str, header: int) -> np.ndarray:
     """The flat uint8 payload of one idx file, whose decompressed contents must match its hash."""
     content = gzip.decompress((folder / f"{file}.gz").read_bytes())
-    found, expected = hashlib.sha256(content).hexdigest(), ASSETS[f"fashion_mnist/{file}"].sha256
+    found, expected = hashlib.sha256(content).hexdigest(), ORIGINALS[file]
     if found != expected:
         raise SystemExit(f"{folder / file}.gz holds sha256 {found}, expected {expected}")
     return np.frombuffer(content, np.uint8, offset=header)
@@ -43,17 +43,6 @@ def area_average(images: np.ndarray) -> np.ndarray:
     overlap = quarters.reshape(28, 16, 7).sum(axis=2)  # seven quarters to a target pixel
     sums = overlap.T @ images.astype(np.float64) @ overlap  # integers up to 49 * 255: exact
     return np.floor(sums / 49 + 0.5).astype(np.uint8)
-
-
-def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """np.savez_compressed with fixed timestamps: equal arrays give equal bytes."""
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, array in arrays.items():
-            content = io.BytesIO()
-            np.lib.format.write_array(content, array, allow_pickle=False)
-            member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-            member.external_attr = 0o644 << 16
-            archive.writestr(member, content.getvalue(), zipfile.ZIP_DEFLATED, compresslevel=9)
 
 
 def build(folder: Path) -> dict[str, np.ndarray]:
@@ -75,7 +64,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=DATA / "fashion_mnist_16.npz")
     options = parser.parse_args()
     arrays = build(options.folder)
-    write_atomically(options.output, lambda path: write_npz(path, arrays))
+    write_atomically(options.output, lambda path: write_npz(path, arrays, compressed=True))
     print(f"{sha256(options.output)}  {options.output}")
 
 

@@ -1,5 +1,6 @@
 """One thread per test process: two xdist workers on two cores, and results not depending on it."""
 
+import pytest
 import torch
 
 torch.set_num_threads(1)
@@ -13,3 +14,28 @@ def pytest_generate_tests(metafunc):
         names = {"name": tiny.SHAPES, "core": tiny.CORE}
         for argument in names.keys() & set(metafunc.fixturenames):
             metafunc.parametrize(argument, names[argument])
+
+
+@pytest.fixture
+def register(monkeypatch, tmp_path):
+    """Adds assets to the registry; the mirror and the cache are empty folders."""
+    from prunebench import assets
+
+    for folder in ("mirror", "cache"):
+        (tmp_path / folder).mkdir()
+        monkeypatch.setenv(f"PRUNEBENCH_{folder.upper()}", str(tmp_path / folder))
+
+    def add(name, *files, **changes):
+        fields = {
+            "kind": "extractor",
+            "description": "three bytes",
+            "licence": "none",
+            "home": "https://example.org",
+            "needed_by": "this test",
+            **changes,
+        }
+        entry = assets.Asset(name=name, files=files, **fields)
+        monkeypatch.setitem(assets.ASSETS, name, entry)
+        return entry
+
+    return add

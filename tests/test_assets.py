@@ -1,12 +1,18 @@
 import importlib.util
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
-from prunebench import assets
+from prunebench import assets, cli, config
+from prunebench.assets import convert, registry, store
 from prunebench.errors import UserError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "build_fashion_mnist_16.py"
@@ -20,22 +26,13 @@ def script():
     return module
 
 
+ABC = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
 @pytest.fixture
-def small(monkeypatch, tmp_path):
+def small(register, tmp_path):
     """A registry with one unpackaged asset, an empty mirror and an empty cache."""
-    entry = assets.Asset(
-        name="small",
-        description="three bytes",
-        file="small.bin",
-        sha256="ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad",  # of "abc"
-        licence="none",
-        sources=("https://example.org/small.bin",),
-        needed_by="this test",
-    )
-    monkeypatch.setitem(assets.ASSETS, "small", entry)
-    for folder in ("mirror", "cache"):
-        (tmp_path / folder).mkdir()
-        monkeypatch.setenv(f"PRUNEBENCH_{folder.upper()}", str(tmp_path / folder))
+    register("small", assets.File("small.bin", ("https://example.org/small.bin",), ABC, size=3))
     return tmp_path
 
 
@@ -45,7 +42,9 @@ def test_dataset_shapes_and_balance():
     assert data.reference_images.shape == (10_000, 1, 16, 16)
     assert data.train_images.dtype == data.reference_images.dtype == torch.uint8
     assert data.train_labels.dtype == data.reference_labels.dtype == torch.int64
-    assert (data.num_classes, data.channels, data.resolution) == (10, 1, 16)
+    entry = assets.data_set("fashion_mnist_16")
+    assert data.train_images.shape[1:] == entry.shape
+    assert data.train_labels.unique().tolist() == list(range(entry.classes))
     assert data.reference_labels.bincount().tolist() == [1000] * 10
     assert data.train_labels.bincount().min() >= 1900
     assert data.train_labels[:5].tolist() == [9, 0, 0, 3, 0]  # as in the official file
@@ -56,7 +55,6 @@ def test_limits_give_the_first_images():
     part = assets.load_dataset("fashion_mnist_16", limit_train=7, limit_reference=3)
     assert torch.equal(part.train_images, whole.train_images[:7])
     assert torch.equal(part.reference_labels, whole.reference_labels[:3])
-    assert part.num_classes == 10
     for limit in (0, 20_001):
         with pytest.raises(UserError, match="1 to 20000"):
             assets.load_dataset("fashion_mnist_16", limit_train=limit)
@@ -75,7 +73,8 @@ def test_missing_asset_says_how_to_place_it(small):
         assets.locate("small")
     message = str(error.value)
     expected = assets.ASSETS["small"]
-    for part in ("small", "this test", expected.sources[0], expected.sha256):
+    (file,) = expected.files
+    for part in ("small", "this test", file.sources[0], file.sha256, "assets fetch small"):
         assert part in message
     for folder in ("mirror", "cache"):
         assert str(small / folder / "small.bin") in message
@@ -90,18 +89,64 @@ def test_wrong_file_is_refused_also_after_a_right_one(small):
     with pytest.raises(UserError) as error:
         assets.locate("small")
     assert str(path) in str(error.value)
-    assert assets.ASSETS["small"].sha256 in str(error.value)
+    assert ABC in str(error.value)
     assert "88d4266fd4e6338d13b845fcf289579d209c897823b9217da3e161936f031589" in str(error.value)
 
 
 def test_hash_is_computed_once(small, monkeypatch):
     (small / "cache" / "small.bin").write_text("abc")
-    calls = []
-    digest = assets.ASSETS["small"].sha256
-    monkeypatch.setattr(assets, "sha256", lambda path: calls.append(path) or digest)
+    calls, whole = [], store.hashlib.file_digest
+    count = lambda *arguments: calls.append(arguments) or whole(*arguments)  # noqa: E731
+    monkeypatch.setattr(store.hashlib, "file_digest", count)
     assets.locate("small")
     assets.locate("small")
     assert len(calls) == 1
+
+
+def test_several_files_are_one_folder(register, tmp_path):
+    register("pair", assets.File("pair/a", sha256=ABC), assets.File("pair/b", sha256=ABC[:8]))
+    folder = tmp_path / "cache" / "pair"
+    folder.mkdir()
+    (folder / "a").write_text("abc")
+    with pytest.raises(UserError, match="pair is incomplete: pair/b is missing"):
+        assets.locate("pair")
+    (folder / "b").write_text("abc")
+    assert assets.locate("pair") == folder
+    (folder / "b").write_text("abd")
+    with pytest.raises(UserError, match=f"instead of {ABC[:8]};"):
+        assets.locate("pair")
+    (folder / "b").unlink()
+    (tmp_path / "mirror" / "pair").mkdir()
+    (tmp_path / "mirror" / "pair" / "b").write_text("abc")
+    with pytest.raises(UserError, match="spread over"):
+        assets.locate("pair")
+
+
+def test_an_alternative_serves_where_the_asset_is_absent(small, register):
+    register("first", assets.File("first.bin", sha256=ABC), alternatives=("small",))
+    with pytest.raises(UserError, match="small will do instead"):
+        assets.locate("first")
+    (small / "cache" / "small.bin").write_text("abc")
+    assert assets.locate("first") == small / "cache" / "small.bin"
+    (small / "cache" / "first.bin").write_text("abc")
+    assert assets.locate("first") == small / "cache" / "first.bin"
+
+
+def test_without_a_published_hash_the_recorded_one_holds(register, tmp_path):
+    register("free", assets.File("free.bin"))
+    path = tmp_path / "mirror" / "free.bin"
+    path.write_text("abc")
+    with pytest.raises(UserError, match="none was recorded yet; `prunebench assets fetch free`"):
+        assets.locate("free")
+    note = tmp_path / "cache" / "free.bin.sha256"  # as sha256sum and `fetch` write it
+    note.write_text(f"{ABC}  free.bin\n")
+    assert assets.locate("free") == path
+    path.write_text("abcd")
+    with pytest.raises(UserError, match="not the expected file"):
+        assets.locate("free")
+    note.write_text("garbage")
+    with pytest.raises(UserError, match="holds no sha256"):
+        assets.locate("free")
 
 
 def test_unknown_names_and_other_files(small):
@@ -112,24 +157,188 @@ def test_unknown_names_and_other_files(small):
         assets.load_dataset("small")
 
 
+def test_only_data_sets_have_a_shape():
+    with pytest.raises(UserError, match=r"'lpips-alex' is not a data set; .*fashion_mnist_16"):
+        assets.data_set("lpips-alex")
+    with pytest.raises(UserError, match="unknown asset 'cifar'"):
+        assets.data_set("cifar")
+
+
 def test_pickled_data_is_never_loaded(small, monkeypatch):
     path = small / "cache" / "small.bin"
     with path.open("wb") as file:
         np.savez(file, train_images=np.array([{}], dtype=object))
-    entry = replace(assets.ASSETS["small"], sha256=assets.sha256(path))
-    monkeypatch.setitem(assets.ASSETS, "small", entry)
+    entry = assets.ASSETS["small"]
+    free = replace(entry, files=(replace(entry.files[0], sha256=None, md5=_md5(path)),))
+    monkeypatch.setitem(assets.ASSETS, "small", free)
     with pytest.raises(UserError, match="pickle"):
         assets.load_dataset("small")
 
 
-def test_every_asset_is_documented_and_packaged_files_exist():
-    for name, entry in assets.ASSETS.items():
-        assert entry.name == name
-        assert len(entry.sha256) == 64
-        assert entry.sources
-        assert entry.licence
-        assert (assets.DATA / entry.file).exists() == entry.packaged
+def _md5(path):
+    status = path.stat()
+    return store.digest(path, "md5", status.st_mtime_ns, status.st_size)
+
+
+def test_training_images_can_be_the_reference(monkeypatch, register, tmp_path):
+    register("tiny", assets.File("tiny.npz"), kind="dataset")
+    path = tmp_path / "cache" / "tiny.npz"
+    images = np.arange(2 * 3 * 4 * 4, dtype=np.uint8).reshape(2, 3, 4, 4)
+    labels = np.array([0, 1], np.uint8)
+    convert.write_npz(
+        path,
+        {
+            "train_images": images,
+            "train_labels": labels,
+            "reference_images": images[:1] + 1,
+            "reference_labels": labels[:1],
+        },
+    )
+    digest = store.digest(path, "sha256", path.stat().st_mtime_ns, path.stat().st_size)
+    store.note_of(path).write_text(digest)
+    held_out, train = (assets.load_dataset("tiny", reference=r) for r in ("held_out", "train"))
+    assert torch.equal(held_out.reference_images, torch.from_numpy(images[:1] + 1))
+    assert torch.equal(train.reference_images, train.train_images)
+    assert len(assets.load_dataset("tiny", reference="train", limit_reference=1).reference_labels)
+
+
+# ---- the registry
+
+
+@pytest.mark.parametrize("entry", assets.ASSETS.values(), ids=str)
+def test_every_entry_is_whole(entry):
+    assert entry.kind in registry.KINDS
+    assert all((entry.description, entry.licence, entry.needed_by))
+    assert entry.home.startswith("https://")
+    assert entry.files
+    for file in entry.files:
+        assert not Path(file.path).is_absolute()
+        assert ".." not in Path(file.path).parts
+        assert all(source.startswith(("http://", "https://")) for source in file.sources)
+        assert re.fullmatch(r"([0-9a-f]{8}){1,8}", file.sha256 or "0" * 8)
+        assert re.fullmatch(r"[0-9a-f]{32}", file.md5 or "0" * 32)
+        assert (store.DATA / file.path).exists() == entry.packaged
+    assert set(entry.alternatives) | set(entry.made_from or ()) <= set(assets.ASSETS)
+    assert set((entry.made_from or {}).values()) <= set(convert.CONVERSIONS)
+    assert (entry.kind == "dataset") == bool(entry.shape) == bool(entry.classes)
+    # There is always a way: a source for every file, the package, originals, or words.
+    assert entry.downloadable or entry.packaged or entry.made_from or entry.by_hand
+
+
+def test_files_of_the_registry_never_collide():
+    paths = [file.path for entry in assets.ASSETS.values() for file in entry.files]
+    assert len(paths) == len(set(paths))
+
+
+def test_hub_files_are_addressed_by_commit():
+    (config, _) = assets.ASSETS["ddpm_cifar10"].files
+    assert config.path == "ddpm_cifar10/config.json"
+    assert config.sources == (
+        "https://huggingface.co/google/ddpm-cifar10-32/resolve/"
+        "267b167dc01f0e4e61923ea244e8b988f84deb80/config.json",
+    )
+    assert registry.pinned(assets.ASSETS["ddpm_cifar10"])
+    assert not registry.pinned(assets.ASSETS["ddpm_church256"])
+
+
+def test_packaged_data_is_small():
     assert (assets.DATA / "fashion_mnist_16.npz").stat().st_size < 5 * 2**20
+
+
+def test_the_registry_is_free_of_torch():
+    code = "import sys, prunebench.assets.fetch; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+DOCUMENT = (Path(__file__).parents[1] / "docs" / "assets.md").read_text()
+
+
+@pytest.mark.parametrize("entry", assets.ASSETS.values(), ids=str)
+def test_the_document_lists_the_registry(entry):
+    row = f"| `{entry.name}` | {entry.description} | {entry.licence} |"
+    assert row in DOCUMENT
+
+
+def test_the_document_lists_nothing_else():
+    tables = DOCUMENT.partition("\n## The registry\n")[2]
+    listed = re.findall(r"^\| `([\w-]+)` \|", tables, re.MULTILINE)
+    assert sorted(listed) == sorted(assets.ASSETS)
+
+
+# ---- the command
+
+
+def test_list_says_what_is_there(small, capsys):
+    assert cli.main(["assets", "list", "small", "fashion_mnist_16", "cifar10", "imagenet"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "to fetch" in lines["small"]
+    assert "3 B" in lines["small"]
+    assert "packaged" in lines["fashion_mnist_16"]
+    assert "184 MB" in lines["cifar10"]
+    assert "by hand" in lines["imagenet"]
+    (small / "mirror" / "small.bin").write_text("abc")
+    assert cli.main(["assets", "list"]) == 0
+    assert re.search("^small .*in the mirror", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_verify_tells_corrupt_from_missing(small, capsys):
+    assert cli.main(["assets", "verify"]) == 0  # what is missing is nobody's business
+    assert cli.main(["assets", "verify", "small"]) == 2
+    assert "was not found" in capsys.readouterr().err
+    (small / "cache" / "small.bin").write_text("abd")
+    assert cli.main(["assets", "verify"]) == 2
+    streams = capsys.readouterr()
+    assert "NOT OK   small" in streams.out
+    assert "ok       fashion_mnist_16" in streams.out
+    assert "not the expected file" in streams.err
+
+
+def test_a_track_names_its_assets(capsys, tmp_path):
+    track = str(Path(__file__).parents[1] / "config" / "smoke.yaml")
+    assert cli.main(["assets", "fetch", "--track", track, "--record", f"{tmp_path}/r.json"]) == 0
+    assert "fashion_mnist_16.npz" in capsys.readouterr().out
+    assert "7992ba25e7dd12cf" in (tmp_path / "r.json").read_text()
+    content = {
+        "dataset": {"name": "cifar10"},
+        "extractor": {"name": "inception-v3-compat", "asset": "inception"},
+        "evaluation": {"lpips": "vgg"},
+        "models": {"a": {"weights": {"asset": "dit_xl_2_256"}}, "b": {"weights": {"file": "x"}}},
+    }
+    names = ["cifar10", "inception", "lpips-vgg", "dit_xl_2_256"]
+    assert config.Track("t", content, {}).assets() == names
+    assert cli.main(["assets", "fetch"]) == 2
+    assert "name assets, or a track" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_missing_asset_stops_the_workflow_before_any_job(tmp_path, monkeypatch):
+    monkeypatch.setenv("PRUNEBENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PRUNEBENCH_MIRROR", str(tmp_path / "mirror"))
+    root, project = Path(__file__).parents[1], tmp_path / "project"
+    project.mkdir()
+    for part in ("Snakefile", "workflow", "methods", "config", "envs"):
+        (project / part).symlink_to(root / part)
+    track = yaml.safe_load((root / "config" / "smoke.yaml").read_text())
+    track["dataset"] = {"name": "celeba64"}
+    (project / "faces.yaml").write_text(yaml.safe_dump(track))
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    result = subprocess.run(
+        ["snakemake", "--cores", "1", "--config", "track=faces.yaml"],
+        cwd=project,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    output = result.stdout + result.stderr
+    assert result.returncode == 1
+    assert "asset celeba64 cannot be downloaded" in output
+    assert "agree to the terms" in output
+    assert f"{tmp_path}/mirror/celeba_aligned" in output
+    assert "rule dense" not in output
+
+
+# ---- scripts/build_fashion_mnist_16.py
 
 
 def test_area_average_is_exact(script):
@@ -148,14 +357,6 @@ def test_area_average_agrees_with_torch(script):
     expected = torch.nn.functional.avg_pool2d(quarters, 7).round()[:, 0]
     result = script.area_average(images.numpy().astype(np.uint8))
     assert torch.equal(torch.from_numpy(result).float(), expected)
-
-
-def test_npz_bytes_depend_on_the_arrays_only(script, tmp_path):
-    array = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    for name in ("a", "b"):
-        script.write_npz(tmp_path / name, {"x": array})
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    assert (np.load(tmp_path / "a", allow_pickle=False)["x"] == array).all()
 
 
 def test_build_refuses_other_originals(script, tmp_path):

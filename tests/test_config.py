@@ -99,6 +99,23 @@ REFUSED = {
         r"mine\.yaml: models\.dit\.family: unknown family 'dti'; known: .*dit, ",
     ),
     "unknown objective": ({"models.dit.objective.name": "score"}, r"models\.dit\.objective\.name"),
+    "more shards than blocks": (
+        {"sampling.shards": 3},
+        r"mine\.yaml: sampling\.shards: 3 shards, but 40 images are 2 blocks of 20 .*at most 2",
+    ),
+    "no shards": ({"sampling.shards": 0}, r"sampling\.shards: 0 is less than"),
+    "classes dropped without classes": (
+        {"models.unet.config.classes": None, "models.unet.training.class_dropout": 0.1},
+        r"models\.unet\.training\.class_dropout: the model is unconditional; .*config\.classes",
+    ),
+    "classes dropped in recovery without classes": (
+        {"models.unet.config.classes": ..., "models.unet.recovery.class_dropout": 0.1},
+        r"models\.unet\.recovery\.class_dropout: the model is unconditional",
+    ),
+    "guidance without classes": (
+        {"models.unet.config.classes": None, "models.unet.sampling.guidance": 1.5},
+        r"models\.unet\.sampling\.guidance: the model is unconditional",
+    ),
     "unknown sampler": ({"models.dit.sampling.sampler": "ode"}, r"models\.dit\.sampling\.sampler"),
     "model name": ({"models.DiT": {}}, "DiT"),
     "unknown excluded": (
@@ -259,6 +276,11 @@ def test_a_cell_given_by_hand():
             track.cell(*arguments)
 
 
+def test_an_unconditional_model_without_guidance_is_fine(edited):
+    changes = {"config.classes": None, "training.class_dropout": 0, "sampling.guidance": 1}
+    edited({f"models.unet.{key}": value for key, value in changes.items()})
+
+
 # What recomputes.
 
 
@@ -284,7 +306,9 @@ CHANGED = {
     "masks": ("oracle.masks", 5, {"oracle"}, "", ""),
     "parameter": ("methods.parameters.mine.power", 2, {"select"}, "", "mine"),
     "count": ("sampling.count", 41, {"sample", "oracle"}, "", ""),
+    "shards": ("sampling.shards", 2, set(), "", ""),
     "latency": ("latency.rounds", 3, {"cost"}, "", ""),
+    "patience": ("latency.wait", 9, set(), "", ""),
     "evaluation": ("evaluation.batch", 51, {"score", "oracle"}, "", ""),
 }
 
@@ -413,6 +437,19 @@ def test_the_jobs_of_the_oracle():
     assert len(jobs) == len(set(jobs)) == len(settings["recoveries"]) * settings["masks"]
     layout = config.Layout(track.name)
     assert layout.oracle(*jobs[0]) == "runs/smoke/oracle/dit/none/seed0/mask0.json"
+
+
+def test_shards_lie_beside_what_they_are_gathered_into(edited):
+    track = edited({"sampling.shards": 2})
+    paths = config.Paths(track, track.cell("dit", "dense", 0.0, "none", 1))
+    folder = "runs/mine/dit/dense/0.0/none/seed1"
+    assert paths.sample == f"{folder}/sample.json"
+    assert paths.shards == [
+        (f"{folder}/shard{index}of2.json", f"{folder}/shard{index}of2.safetensors")
+        for index in (0, 1)
+    ]
+    track = edited({})
+    assert config.Paths(track, track.cell("dit", "dense", 0.0, "none", 1)).shards == []
 
 
 def test_the_checkpoint_is_what_was_trained_last():

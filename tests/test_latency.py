@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from prunebench.evaluation.latency import conditions, interleaved_latency
+from prunebench.evaluation.latency import interleaved_latency
 
 
 def test_medians_ratio_and_spread_under_a_fake_clock():
@@ -50,9 +50,3 @@ def test_twice_the_work_takes_about_twice_the_time():
 
     latency = interleaved_latency(lambda: work(40), lambda: work(20), rounds=25, warmup=3)
     assert latency["ratio"] == pytest.approx(2, rel=0.25)
-
-
-def test_conditions_name_threads_device_and_load():
-    found = conditions("cpu")
-    assert (found["threads"], found["device"]) == (1, "cpu")
-    assert found["load_average"] >= 0

@@ -20,8 +20,9 @@ STEPS = {"kind": "steps", "title": "Fewer steps", "control": True}
 
 def make_metrics(cell: dict, *, fid=10.0, ms=8.0, dense_ms=10.0, title="A method", kind="layers",
                  control=False, reconstruction=False, steps=10, macs=6e6, parameters=450_000,
-                 recovery_images=0, samples=2048, failed=None, bibtex="") -> dict:  # fmt: skip
-    """A metrics.json of schema 1; `failed` is (stage, error)."""
+                 recovery_images=0, samples=2048, failed=None, bibtex="",
+                 alone=None) -> dict:  # fmt: skip
+    """A metrics.json of schema 1; `failed` is (stage, error), `alone` whether it was timed so."""
     latency = {"ms": ms, "iqr_ms": 0.1, "dense_ms": dense_ms, "ratio": ms / dense_ms}
     images = {"student_forward": 0, "student_backward": 0, "teacher_forward": 0, "wall_s": 1.5}
     size = {"parameters": parameters, "nonzero_parameters": parameters, "sparsity_reached": 0.25,
@@ -51,11 +52,17 @@ def make_metrics(cell: dict, *, fid=10.0, ms=8.0, dense_ms=10.0, title="A method
         "size": size,
         "latency": {"forward_batch1": latency, "forward_batch": latency, "sampling": latency,
                     "batch": 64, "threads": 1, "device": "cpu", "peak_memory_mb": 300.0,
-                    "load_average": 1.0},
+                    "load_average": 1.0, **_conditions(alone)},
         "budget": {"selection": images,
                    "recovery": images | {"student_forward": recovery_images}},
         "sampling": {"steps": steps, "sampler": "ddim", "count": samples, "batch": 128},
     }  # fmt: skip
+
+
+def _conditions(alone: bool | None) -> dict:
+    """What timing says of other load; nothing, like older records, where `alone` is None."""
+    during = {"cpu": 0.03 if alone else 1.5}
+    return {} if alone is None else {"alone": alone, "waited_s": 2.0, "others": {"during": during}}
 
 
 def write_cell(folder: Path, metrics: dict, grid: bytes | None = None) -> Path:
@@ -228,6 +235,8 @@ def test_failed_and_missing_rows_are_last_show_dashes_and_are_listed(board):
     assert "`sit/broken/0.25/none/seed2` failed in select: loss &lt;NaN> at 50%\\_step" in text
     assert "- `sit/mask/0.25/none/seed2`" in text and "- `sit/absent/0.25/none/seed0`" in text
     assert "17 of 22 cells finished, 3 failed, 2 not finished" in text
+    assert "2 cells wait for jobs" in text
+    assert "`prunebench progress --track embedded --division all` says which" in text
 
 
 def test_incomplete_smoke_and_reconstruction_are_marked():
@@ -281,6 +290,54 @@ def test_caption_names_code_date_hardware_and_sampling(board):
                  "AMD EPYC, 2 cores, no GPU", "2,048 images", "sit: ddim, 10 steps"):  # fmt: skip
         assert fact in text
     assert "Warning" not in text
+
+
+def test_rows_timed_beside_other_load_are_marked(tmp_path):
+    cells = [*seeds("loud", [1.0, 2.0], title="Loud", alone=False),
+             *seeds("quiet", [2.0, 3.0], title="Quiet", alone=True),
+             make_metrics(a_cell("mixed", 0), title="Mixed", alone=True),
+             make_metrics(a_cell("mixed", 1), title="Mixed", alone=False),
+             make_metrics(a_cell("mixed", 2), title="Mixed"),
+             *seeds("old", [4.0], title="Old")]  # fmt: skip
+    rows = rows_of(cells)
+    told = {name: text_of(rows.loc[name], "alone") for name in rows.index}
+    assert told == {"loud": "no", "quiet": "yes", "mixed": "1/3 yes", "old": "not recorded"}
+    marks = {name: tables.marks(rows.loc[name]) for name in rows.index}
+    assert marks == {"loud": ["not alone"], "quiet": [], "mixed": ["1/3 not alone"], "old": []}
+    assert (rows.loc["loud"].others_cpu_mean, rows.loc["loud"].waited_s_mean) == (1.5, 2.0)
+
+    build([write_cell(tmp_path, c) for c in cells], tmp_path, expected_cells=None, title="t")
+    text, tex, page = ((tmp_path / f"leaderboard.{k}").read_text() for k in ("md", "tex", "html"))
+    timing = "3 alone, 3 beside other load, 2 not recorded"
+    assert timing in text and timing in tex and timing in page
+    assert "Loud (not alone)" in text and "Loud (not alone)" in tex and ">not alone<" in page
+    assert all("not alone: timed while other processes" in kind for kind in (text, tex, page))
+    table = pd.read_csv(tmp_path / "leaderboard.csv").set_index("method")
+    assert table.loc["mixed", ["timed_alone", "timed_beside", "seeds_ok"]].tolist() == [1, 1, 3]
+    assert table.loc["quiet", "others_cpu_mean"] == 0.03
+
+
+def test_variants_of_timing_have_columns_where_a_row_has_them(tmp_path):
+    fast, failed = make_metrics(a_cell("fast")), make_metrics(a_cell("failed"))
+    timing = {"ratio": 0.5, "images_per_s": 4000.0}
+    fast["latency"]["variants"] = {
+        "bf16": {"forward_batch1": timing, "forward_batch": timing, "alone": True},
+        "compiled": {"failure": "no compiler"},
+    }
+    failed["latency"]["variants"] = {"bf16": {"failure": "too large"}}
+    files = [write_cell(tmp_path, metrics) for metrics in (fast, failed)]
+    build(files, tmp_path / "out", expected_cells=None, title="t")
+    rows = pd.read_csv(tmp_path / "out/leaderboard.csv").set_index("method")
+    assert rows.loc["fast", "throughput_bf16_mean"] == 4000
+    assert rows.loc["fast", "forward_batch1_ratio_bf16_mean"] == 0.5
+    assert math.isnan(rows.loc["failed", "throughput_bf16_mean"])
+    assert not [name for name in rows.columns if "compiled" in name]
+
+
+def test_records_from_before_conditions_were_kept_are_read(board):
+    assert "- **Timing:** 17 not recorded" in (board[0] / "leaderboard.md").read_text()
+    assert "not recorded</td>" in (board[0] / "leaderboard.html").read_text().replace("\n", "")
+    assert "others_cpu_mean" not in pd.read_csv(board[0] / "leaderboard.csv").columns
 
 
 def test_warnings_for_mixed_code_hardware_and_disagreeing_fid(tmp_path):
@@ -409,3 +466,47 @@ def test_a_board_says_what_it_ranks_and_how_rows_were_healed(tmp_path):
     assert "Own (normalised\\_kd)" in text and "25% uniform" in text
     assert "joint/sum = 0.9" in (tmp_path / "out/leaderboard.html").read_text()
     assert "sparsity 25\\% uniform" in (tmp_path / "out/leaderboard.tex").read_text()
+
+
+def test_training_that_was_cut_into_parts_is_said_on_the_row(tmp_path):
+    metrics = make_metrics(a_cell("entpruner", recovery="finetune-low"))
+    plain = {"micro_batch": 64, "processes": 1, "resumed": 0}
+    metrics["settings"] = {"model": {"recovery": {"batch": 64}}}
+    for training, words in (
+        ({"select": plain | {"micro_batch": None}, "recover": plain}, ""),
+        ({"recover": plain | {"micro_batch": 16}}, "micro-batches of 16 for a batch of 64"),
+        ({"recover": plain | {"micro_batch": 32, "processes": 2}}, "trained on 2 GPUs"),
+    ):
+        metrics["training"] = training
+        file = tmp_path / "metrics.json"
+        file.write_text(json.dumps(metrics))
+        (details,) = collect.cell_frame(collect.read_sources([file]))["details"]
+        assert details == words
+
+
+@pytest.mark.parametrize(
+    ("dense_fid", "reason"),
+    [
+        (4.6, ""),
+        (4.66, "the dense model's FID is 4.66, not 4.5 ± 0.15 (the paper)"),
+        (4.34, "the dense model's FID is 4.34, not 4.5 ± 0.15 (the paper)"),
+        (None, "the dense model's FID is not known, not 4.5 ± 0.15 (the paper)"),
+    ],
+)
+def test_nothing_is_ranked_until_the_dense_model_is_as_published(tmp_path, dense_fid, reason):
+    files = []
+    for method, fid, label in (("dense", dense_fid, DENSE), ("a", 7.0, {}), ("b", 8.0, {})):
+        if fid is None:
+            continue
+        cell = a_cell(method) | ({"sparsity": 0.0} if label else {})
+        metrics = make_metrics(cell, fid=fid, **label)
+        expected = {"fid": 4.5, "tolerance": 0.15, "source": "the paper"}
+        metrics["settings"] = {"model": {"reference": expected, "recovery": {"batch": 8}}}
+        files.append(write_cell(tmp_path / "runs", metrics))
+    out = tmp_path / "out"
+    build(files, out, expected_cells=[], title="Gate")
+    rows = pd.read_csv(out / "leaderboard.csv", keep_default_na=False).set_index("method")
+    table = (out / "leaderboard.md").read_text()
+    assert [rows["rank"][name] for name in ("a", "b")] == (["", ""] if reason else ["1", "2"])
+    assert (reason in rows.unpublished["a"]) if reason else rows.unpublished["a"] == ""
+    assert (reason in table and "(unpublished)" in table) == bool(reason)

@@ -13,6 +13,7 @@ from prunebench.diffusion.sampling import (
     Sampler,
     image_seed,
     scheduler,
+    shard_range,
     to_float,
     to_uint8,
 )
@@ -293,6 +294,24 @@ def test_guided_images_do_not_depend_on_batch():
     assert not torch.equal(
         whole, torch.cat(list(_instance_sampler("dit", "ddim").images(0, 0, 20, 20)))
     )
+
+
+def test_shards_are_whole_blocks_of_nearly_one_size():
+    for count, lanes, shards in ((40, 8, 2), (34, 8, 3), (34, 8, 5), (7, 1, 3), (3, 8, 1)):
+        ranges = [shard_range(index, shards, count, lanes) for index in range(shards)]
+        assert [image for part in ranges for image in part] == list(range(count))
+        assert all(part.start % lanes == 0 for part in ranges)
+        blocks = [-(-len(part) // lanes) for part in ranges]
+        assert min(blocks) >= 1 and max(blocks) - min(blocks) <= 1
+
+
+def test_too_little_memory_is_the_users_to_mend():
+    def starved(x, t, y):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    sampler = _sampler(Known(starved), FlowMatching(), "euler")
+    with pytest.raises(UserError, match=r"to draw 4 images at once; .*sampling\.lanes"):
+        next(sampler.images(0, 0, 4, 4))
 
 
 def test_labels_follow_the_index():

@@ -1,77 +1,27 @@
 """The real workflow on real data: the smoke track, killed, resumed, extended and abused."""
 
-import csv
 import json
-import os
 import re
 import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+from project import ROOT, Project
 
 from prunebench import config
 
-ROOT = Path(__file__).parents[1]
 SMOKE = config.load(str(ROOT / "config" / "smoke.yaml"))
 CELLS = len(SMOKE.cells())
 SEEDS = 2
 ROWS = CELLS // SEEDS
 NEW_ROWS = 6  # of a method: three models, two recoveries
-PARTS = ("Snakefile", "workflow", "config", "methods", "environment.yml", "envs")
-BIN = Path(sys.executable).parent
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workflow")]
-
-
-class Project:
-    """A copy of the workflow in a folder of its own; the package is the checkout's."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        for part in PARTS:
-            source = ROOT / part
-            if source.is_dir():
-                shutil.copytree(source, folder / part, symlinks=True)
-            else:
-                shutil.copy(source, folder / part)
-
-    def start(self, *command: str, stdout=subprocess.PIPE, **options) -> subprocess.Popen:
-        environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
-        return subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=environment,
-            stdout=stdout,
-            stderr=subprocess.STDOUT,
-            text=True,
-            **options,
-        )
-
-    def run(self, *command: str, **options) -> tuple[int, str]:
-        process = self.start(*command, **options)
-        output, _ = process.communicate(timeout=400)
-        return process.returncode, output
-
-    def snakemake(self, *arguments: str, track: str = "smoke") -> tuple[int, str]:
-        return self.run("snakemake", "--cores", "2", *arguments, "--config", f"track={track}")
-
-    def records(self, track: str = "smoke") -> dict[Path, int]:
-        """Every finished record and when it was written."""
-        files = (self.folder / "runs" / track).rglob("*.json")
-        return {file: file.stat().st_mtime_ns for file in files if file.name != "plan.json"}
-
-    def metrics(self, track: str = "smoke") -> list[Path]:
-        return sorted((self.folder / "runs" / track).rglob("metrics.json"))
-
-    def rows(self, track: str = "smoke") -> list[dict]:
-        with (self.folder / "results" / track / "leaderboard.csv").open() as handle:
-            return list(csv.DictReader(handle))
 
 
 @pytest.fixture(scope="module")
@@ -258,10 +208,14 @@ def test_a_bad_track_is_refused_before_anything_runs(project, edit, message):
 
 
 def test_every_division_and_the_oracle(project):
-    """A track of one model and seed: all leaderboards, recipes, recoveries and masks at once."""
+    """A track of one model and seed: all leaderboards, recipes, recoveries and masks at once.
+
+    It samples in shards, which changes no image of the cells that the smoke track has too.
+    """
     content = yaml.safe_load((project.folder / "config" / "smoke.yaml").read_text())
     content |= {"models": {"dit": content["models"]["dit"]}, "seeds": [0]}
     content["methods"]["only"] = ["laptop_diff", "sparsedm", "diff_pruning"]
+    content["sampling"]["shards"] = 2
     (project.folder / "config" / "small.yaml").write_text(yaml.safe_dump(content))
     status, output = project.snakemake("everything", track="small")
     assert status == 0, output[-3000:]
@@ -278,9 +232,21 @@ def test_every_division_and_the_oracle(project):
     layers = [row for row in project.rows("small") if row["method"] == "laptop_diff"]
     assert all(0 <= float(row["oracle_beaten_mean"]) <= 1 for row in layers)
     assert len(list((results / "raw" / "oracle").rglob("*.json"))) == len(SMOKE.oracle())
+    assert_same_images(project.folder / "runs/small", project.folder / "runs/smoke", shards=2)
     before = project.records("small")
     status, _ = project.snakemake("everything", track="small")
     assert status == 0 and project.records("small") == before
+
+
+def assert_same_images(sharded: Path, whole: Path, shards: int) -> None:
+    """Every cell that both tracks have was drawn to the same bytes; no shard is left."""
+    pairs = [(file, whole / file.relative_to(sharded)) for file in sharded.rglob("sample.json")]
+    both = [[json.loads(file.read_text()) for file in pair] for pair in pairs if pair[1].exists()]
+    assert len(both) >= 10
+    for ours, theirs in both:
+        assert (ours["shards"], theirs["shards"]) == (shards, 1)
+        assert ours["files"] == theirs["files"]
+    assert not list(sharded.rglob("shard*of*"))
 
 
 def test_a_syntax_error_in_a_method_names_file_and_line(project):

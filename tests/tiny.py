@@ -44,6 +44,7 @@ class Instance:
     family: str
     config: dict
     objective: dict = field(default_factory=lambda: {"name": "noise"})
+    image: tuple[int, int, int] | None = None  # its shape, where no key of the config holds it
 
     @property
     def module(self) -> ModuleType:
@@ -51,15 +52,18 @@ class Instance:
 
     @property
     def channels(self) -> int:
-        return self.config.get("channels") or self.config["in_channels"]
+        return self.shape[0]
 
     @property
     def resolution(self) -> int:
-        return self.config.get("resolution") or self.config["sample_size"]
+        return self.shape[1]
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return self.channels, self.resolution, self.resolution
+        if self.image:
+            return self.image
+        side = self.config.get("resolution") or self.config["sample_size"]
+        return self.config.get("channels") or self.config["in_channels"], side, side
 
 
 INSTANCES = {
@@ -90,6 +94,23 @@ INSTANCES = {
             "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
             "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
         },
+    ),
+    "flux": Instance(
+        "flux",
+        {
+            "in_channels": 4,
+            "num_layers": 2,
+            "num_single_layers": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 4,
+            "joint_attention_dim": 8,
+            "pooled_projection_dim": 8,
+            "guidance_embeds": True,
+            "axes_dims_rope": [2, 2, 4],
+            "classes": CLASSES,
+        },
+        {"name": "flow"},
+        image=(1, 8, 8),
     ),
 }
 NAMES = tuple(INSTANCES)

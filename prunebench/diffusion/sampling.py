@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prunebench.diffusion.objectives import FlowMatching, Objective
-from prunebench.errors import CellError
+from prunebench.errors import CellError, UserError
 
 SAMPLERS = {
     "ddim": functools.partial(diffusers.DDIMScheduler, timestep_spacing="trailing"),
@@ -32,6 +32,13 @@ SAMPLERS = {
 def image_seed(seed: int, index: int) -> int:
     """The seed of image `index` in a cell with `seed`; hashed, so that neighbours share nothing."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{index}".encode()).digest()[:7], "big")
+
+
+def shard_range(index: int, shards: int, count: int, lanes: int) -> range:
+    """Which of `count` images shard `index` draws: whole blocks of `lanes`, split nearly evenly."""
+    blocks = -(-count // lanes)
+    start, stop = (blocks * i // shards * lanes for i in (index, index + 1))
+    return range(start, min(stop, count))
 
 
 def generators(seed: int, indices: range) -> list[torch.Generator]:
@@ -96,7 +103,14 @@ class Sampler:
         indices = range(block * lanes, (block + 1) * lanes)
         randomness = generators(seed, indices)
         noise = torch.stack([torch.randn(self.shape, generator=g) for g in randomness])
-        x = self.denoise(noise.to(self.device), self.labels(indices).to(self.device), randomness)
+        labels = self.labels(indices).to(self.device)
+        try:
+            x = self.denoise(noise.to(self.device), labels, randomness)
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                f"the GPU has too little memory to draw {lanes} images at once; take a larger GPU, "
+                "or lower sampling.lanes, a constant of the track: all images are drawn anew"
+            ) from error
         if not x.isfinite().all():
             raise CellError("the model draws images that are not finite numbers")
         return to_uint8(x).cpu()

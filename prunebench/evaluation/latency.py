@@ -5,16 +5,24 @@ medians of the process's own CPU time brings that to 1-3 % (docs/design.md).
 """
 
 import gc
+import logging
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import torch
 
+from prunebench.evaluation import neighbours
+
+log = logging.getLogger(__name__)
+
 THREADS = 1  # with two, every estimator fails on a loaded machine
+WAIT = 60  # seconds for the machine to become quiet, where a track does not say
 Timer = Callable[[Callable[[], object]], float]
 
 
@@ -52,15 +60,42 @@ def interleaved_latency(
     return {"ms": ms, "iqr_ms": float(high - low), "dense_ms": dense_ms, "ratio": ms / dense_ms}
 
 
-def conditions(device: torch.device | str = "cpu") -> dict[str, float | int | str]:
-    """What timings depend on: their threads, the device, the load average of the last minute."""
+def with_throughput(timing: dict[str, float], images: int) -> dict[str, float]:
+    """A timing of `interleaved_latency` with "images_per_s", where one call makes `images`."""
+    return {**timing, "images_per_s": 1e3 * images / timing["ms"]}
+
+
+@contextmanager
+def conditions(
+    device: torch.device | str = "cpu",
+    wait: float = 0.0,
+    observe: Callable[[], neighbours.Load] | None = None,
+) -> Iterator[dict]:
+    """Wait up to `wait` seconds for a quiet machine; say how quiet it was while the block ran.
+
+    Args:
+        observe: looks at what others use before the block; None: a real look of 0.2 s.
+
+    Yields:
+        A dict, complete after the block: "threads"; "device"; "load_average" of the minute before;
+        "waited_s"; "others", what other processes used "before" and "during" the block; "alone",
+        whether that was nothing to speak of, None where it can't be told.
+    """
     device = torch.device(device)
-    on_cuda = device.type == "cuda"
-    return {
+    waited, before = neighbours.wait(wait, observe or partial(neighbours.look, device))
+    found = {
         "threads": THREADS,
-        "device": torch.cuda.get_device_name(device) if on_cuda else device.type,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "load_average": round(os.getloadavg()[0], 2),
+        "waited_s": waited,
     }
+    watch = neighbours.Watch(device)
+    yield found
+    during = watch.load()
+    found["others"] = {"before": asdict(before), "during": asdict(during)}
+    found["alone"] = neighbours.alone((before, during), device)
+    if found["alone"] is False:
+        log.warning("not timed alone: meanwhile %s", during)
 
 
 def _cpu_ms(function: Callable[[], object]) -> float:

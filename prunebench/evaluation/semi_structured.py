@@ -25,14 +25,15 @@ PATTERN, DTYPE = "2:4", torch.float16
 class Half(nn.Module):
     """A copy of a denoiser in half precision that takes and returns single precision."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, dtype: torch.dtype = DTYPE):
         super().__init__()
+        self.dtype = dtype
         # Not model.to(): diffusers' own warns of modules to keep in single precision, if none too.
-        self.model = nn.Module.to(copy.deepcopy(model), DTYPE)
+        self.model = nn.Module.to(copy.deepcopy(model), dtype)
         self.null_class = getattr(model, "null_class", None)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return self.model(x.to(DTYPE), t, y).to(x.dtype)
+        return self.model(x.to(self.dtype), t, y).to(x.dtype)
 
 
 def contestants(

@@ -27,7 +27,9 @@ CLEANFID_TOLERANCE = 1e-3  # relative
 LABELS = ("family", "kind", "control", "reconstruction", "title", "paper", "bibtex", "notes",
           "healing")  # fmt: skip
 PROVENANCE = ("commit", "dirty", "code", "date", "cpu", "cores", "gpu", "packages")
+ALONE = {True: "alone", False: "beside other load", None: "not recorded"}  # how it was timed
 OUTCOMES = {"ok": 0, "failed": 1, "missing": 2}  # and the order inside a group
+EXPECTED = ("expected_fid", "expected_tolerance", "expected_source")  # of the dense model
 SAFE_NAME = re.compile(r"[A-Za-z0-9][\w.+-]*", re.ASCII)  # names become files
 
 
@@ -73,9 +75,12 @@ class Metric:
     optional: bool = False  # not every board has it
 
     def read(self, metrics: Mapping) -> float:
-        if self.optional and self.paths[0].partition(".")[0] not in metrics:
-            return math.nan
-        values = [lookup(metrics, path) for path in self.paths]
+        try:
+            values = [lookup(metrics, path) for path in self.paths]
+        except KeyError:
+            if self.optional:
+                return math.nan
+            raise
         return math.nan if None in values else float(sum(values)) ** self.power
 
 
@@ -145,6 +150,12 @@ METRICS = {
         ("latency.peak_memory_mb",), "Peak memory", "Peak memory of one denoiser forward of a full "
         "batch: the model and its activations", "lower", "MB",
         format="sig"),
+    "others_cpu": Metric(
+        ("latency.others.during.cpu",), "Others' CPU", "CPU that other processes used while this "
+        "row was timed", "lower", "cores", format=".2f", optional=True),
+    "waited_s": Metric(
+        ("latency.waited_s",), "Waited", "Time that timing waited for other processes to end",
+        "", "s", format="sig", optional=True),
     "student_images": Metric(
         ("budget.selection.student_forward", "budget.recovery.student_forward"), "Budget",
         "Images sent forward through the model, dense or pruned, in selection and recovery "
@@ -176,6 +187,34 @@ METRICS = {
         ("oracle.gap",), "FID above best mask", "FID minus that of the best of those masks",
         "lower", format=".2f", spread=True, optional=True),
 }  # fmt: skip
+
+# Conditions of timing besides the suite's own, where a track asks for them (latency.variants).
+VARIANTS = {"compiled": "compiled", "bf16": "bf16", "compiled_bf16": "compiled, bf16"}
+
+
+def _forward_metrics(name: str, words: str) -> dict[str, Metric]:
+    """Both forwards and the throughput under one variant; not every board or row has them."""
+    place = f"latency.variants.{name}"
+    ratios = {
+        f"{size}_ratio_{name}": Metric(
+            (f"{place}.{size}.ratio",), f"Forward, {batch}, {words}", "Time of one denoiser "
+            f"forward ({words}) relative to dense under the same conditions", "lower", "× dense",
+            format=".2f", optional=True)
+        for size, batch in (("forward_batch1", "batch 1"), ("forward_batch", "batch n"))
+    }  # fmt: skip
+    return ratios | {f"throughput_{name}": _throughput(place, f", {words}")}
+
+
+def _throughput(place: str, words: str = "") -> Metric:
+    return Metric(
+        (f"{place}.forward_batch.images_per_s",), f"Throughput{words}", "Images of a full batch "
+        f"that one denoiser forward{words} takes per second", "higher", "images/s", format="sig",
+        optional=True)  # fmt: skip
+
+
+METRICS["throughput"] = _throughput("latency")
+for variant in VARIANTS.items():
+    METRICS |= _forward_metrics(*variant)
 
 
 @dataclass(frozen=True)
@@ -286,8 +325,8 @@ def cell_frame(sources: list[Source], expected: Iterable[Mapping] | None = None)
     for key in sorted({cell_key(cell) for cell in expected or ()} - set(cells)):
         known = labels.get(key[1], {"title": key[1]})
         cells[key] = dict(zip(CELL, key, strict=True)) | {"status": "missing"} | _labels(known)
-    columns = [*CELL, "status", *LABELS, "share", "details", "samples", "sampler", "steps",
-               *METRICS]  # fmt: skip
+    columns = [*CELL, "status", *LABELS, *EXPECTED, "share", "details", "samples", "sampler",
+               "steps", "alone", *METRICS]  # fmt: skip
     frame = pd.DataFrame([cells[key] for key in sorted(cells)], columns=columns)
     return frame.astype(dict.fromkeys(METRICS, float))
 
@@ -304,6 +343,9 @@ def _cell(source: Source) -> dict:
         cell |= {name: metric.read(metrics) for name, metric in METRICS.items()}
         cell |= {"samples": metrics["quality"]["samples"]}
         cell |= {"share": _share(metrics), "details": _details(metrics)}
+        expected = metrics.get("settings", {}).get("model", {}).get("reference", {})
+        cell |= {f"expected_{key}": value for key, value in expected.items()}
+        cell |= {"alone": ALONE[metrics["latency"].get("alone")]}
         cell |= {name: metrics["sampling"][name] for name in ("sampler", "steps")}
     return cell
 
@@ -318,7 +360,19 @@ def _details(metrics: Mapping) -> str:
     """What a method and the timing want said beside the row, in one line."""
     kernels = metrics["latency"].get("kernels") or {}
     summary = metrics.get("plan", {}).get("notes", {}).get("summary", "")
-    return "; ".join(filter(None, (summary, kernels.get("reason", ""))))
+    return "; ".join(filter(None, (summary, kernels.get("reason", ""), _training(metrics))))
+
+
+def _training(metrics: Mapping) -> str:
+    """How training differed from whole batches on one device, if it did."""
+    batch = metrics.get("settings", {}).get("model", {}).get("recovery", {}).get("batch")
+    words = {}
+    for how in metrics.get("training", {}).values():
+        if how["micro_batch"] and how["micro_batch"] * how["processes"] < batch:
+            words[f"micro-batches of {how['micro_batch']} for a batch of {batch}"] = None
+        if how["processes"] > 1:
+            words[f"trained on {how['processes']} GPUs"] = None
+    return ", ".join(words)
 
 
 def aggregate(cells: pd.DataFrame, compares: str = "selections") -> pd.DataFrame:
@@ -327,6 +381,7 @@ def aggregate(cells: pd.DataFrame, compares: str = "selections") -> pd.DataFrame
     rows = pd.DataFrame([_row(key, group) for key, group in cells.groupby(ROW)])
     rows = rows.astype({"samples": "Int64", "steps": "Int64"})
     rows["section"] = rows[comparison.section]
+    rows["unpublished"] = _unpublished(rows)
     rows["rank"] = _ranks(rows, comparison.group)
     rows["ties"] = [_ties(rows, row, comparison.group) for _, row in rows.iterrows()]
     rows = rows.join(pd.DataFrame([_equal_latency(rows, row) for _, row in rows.iterrows()]))
@@ -335,18 +390,35 @@ def aggregate(cells: pd.DataFrame, compares: str = "selections") -> pd.DataFrame
 
 def _row(key: tuple, cells: pd.DataFrame) -> dict:
     ok = cells[cells.status == "ok"]
-    best = cells.iloc[cells.status.map(OUTCOMES).argmin()]
+    best = cells.iloc[cells.status.map(OUTCOMES).argmin()]  # an "ok" one if there is one
     row = dict(zip(ROW, key, strict=True)) | {"status": best.status}
-    row |= {name: best[name] for name in LABELS}
+    row |= {name: best[name] for name in (*LABELS, *EXPECTED)}
     row |= {"control": bool(best.control), "reconstruction": bool(best.reconstruction)}
     row |= {"seeds_ok": len(ok), "seeds_expected": len(cells)}
     row |= {"samples": ok.samples.min(), "sampler": best.sampler, "steps": ok.steps.max()}
     row |= {name: best[name] if best.status == "ok" else "" for name in ("share", "details")}
+    row |= {"timed_alone": (ok.alone == ALONE[True]).sum()}
+    row |= {"timed_beside": (ok.alone == ALONE[False]).sum()}
     row["budget"] = row["recovery"].rpartition("-")[2]
     row["smoke"] = bool((ok.samples < MINIMUM_SAMPLES).any())
     for name in METRICS:
         row[f"{name}_mean"], row[f"{name}_sd"] = _spread(ok[name].dropna().tolist())
     return row
+
+
+def _unpublished(rows: pd.DataFrame) -> pd.Series:
+    """Why nothing may be cited of a row's model; "" where the dense model is as it should be."""
+    reasons = dict.fromkeys(rows.model, "")
+    for row in rows[rows.expected_fid.notna()].drop_duplicates("model").itertuples():
+        dense = rows[(rows.model == row.model) & (rows.kind == "none") & (rows.status == "ok")]
+        found = dense.fid_mean.iloc[0] if len(dense) else math.nan
+        if not abs(found - row.expected_fid) <= row.expected_tolerance:
+            words = f"is {found:.2f}" if len(dense) else "is not known"
+            reasons[row.model] = (
+                f"{row.model} is unpublished: the dense model's FID {words}, not "
+                f"{row.expected_fid:g} ± {row.expected_tolerance:g} ({row.expected_source})"
+            )
+    return rows.model.map(reasons)
 
 
 def _spread(values: list[float]) -> tuple[float, float]:
@@ -365,7 +437,7 @@ def worse_by(metric: str, value: float, other: float) -> float:
 
 
 def _ranks(rows: pd.DataFrame, group: tuple[str, ...]) -> pd.Series:
-    ranked = rows[(rows.status == "ok") & ~is_reference(rows)]
+    ranked = rows[(rows.status == "ok") & ~is_reference(rows) & (rows.unpublished == "")]
     cost = worse_by("fid", ranked.fid_mean, 0.0)
     groups = cost.groupby([ranked[name] for name in group])
     ranks = groups.rank(method="min").astype("Int64")
@@ -451,6 +523,7 @@ def caption(sources: list[Source], cells: pd.DataFrame) -> dict[str, str]:
         "Date": max(p["date"] for p in found)[:10],
         "Commit": ", ".join(sorted(commits)),
         "Hardware": "; ".join(hardware(sources)),
+        "Timing": _timing(cells),
         "Software": ", ".join(sorted({f"torch {p['packages'].get('torch')}" for p in found})),
         "Samples": _counts(sources, "samples") + " images per cell",
         "Reference": _counts(sources, "reference_samples") + " images",
@@ -477,13 +550,19 @@ def _progress(cells: pd.DataFrame) -> str:
     return text + "".join(f", {count[s]:,} {name}" for s, name in names.items() if s in count)
 
 
+def _timing(cells: pd.DataFrame) -> str:
+    """How many cells had the machine to themselves while they were timed."""
+    count = cells[cells.status == "ok"].alone.value_counts()
+    return ", ".join(f"{count[words]:,} {words}" for words in ALONE.values() if words in count)
+
+
 def _sampling(cells: pd.DataFrame) -> list[str]:
     full = cells[(cells.status == "ok") & (cells.kind != "steps")]
     found = full.sort_values("steps").drop_duplicates("model", keep="last").sort_values("model")
     return [f"{c.model}: {c.sampler}, {int(c.steps)} steps" for c in found.itertuples()]
 
 
-def warnings(sources: list[Source], cells: pd.DataFrame) -> list[str]:
+def warnings(sources: list[Source], cells: pd.DataFrame, rows: pd.DataFrame) -> list[str]:
     """What a reader must know before comparing rows."""
     found = []
     codes = {source.metrics["provenance"]["code"] for source in sources}
@@ -492,6 +571,7 @@ def warnings(sources: list[Source], cells: pd.DataFrame) -> list[str]:
         found.append(f"The cells were made by {len(codes)} different versions of the code.")
     if len(hardware(sources)) > 1:
         found.append("The cells ran on different hardware: latencies do not compare across rows.")
+    found += [f"{reason}." for reason in sorted(set(rows.unpublished) - {""})]
     gap = (cells.fid_cleanfid - cells.fid).abs() / cells.fid.abs()
     for cell in cells[gap > CLEANFID_TOLERANCE].itertuples():
         found.append(f"clean-fid disagrees with FID on {cell_name(cell)}: "

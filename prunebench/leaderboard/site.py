@@ -50,7 +50,7 @@ class Board:
 
     @cached_property
     def warnings(self) -> list[str]:
-        return warnings(self.sources, self.cells) + tables.bibliography(self.rows)[1]
+        return warnings(self.sources, self.cells, self.rows) + tables.bibliography(self.rows)[1]
 
     @cached_property
     def failed(self) -> list[dict]:
@@ -159,6 +159,7 @@ def to_html(board: Board, images: Mapping[str, bytes]) -> str:
         samples=[_figure(images, f"samples_{m}.png") for m in models
                  if f"samples_{m}.png" in images],
         bibliography=tables.to_bibtex(board.entries).strip(),
+        unfinished=tables.unfinished(len(board.missing), board.caption["Track"]),
     )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pandas as pd
 
 from prunebench.leaderboard.collect import (
+    ALONE,
     COMPARISONS,
     METRICS,
     MINIMUM_SAMPLES,
@@ -37,6 +38,9 @@ LEGEND = (
     "ref: the dense model, with all or fewer sampling steps; shown, not ranked.",
     "control: a baseline that a method ought to beat; ranked like a method.",
     "† reconstruction: parts of the paper were not available and had to be filled in.",
+    "not alone: timed while other processes used the CPU or the GPU; its speed may be off.",
+    "unpublished: the dense model does not reproduce its published FID; the rows of this model are "
+    "not ranked and not to be cited.",
     f"smoke: fewer than {MINIMUM_SAMPLES:,} samples, too few for a FID to be cited.",
     f"{NOTHING}: not measured; failed and unfinished rows come last in their group.",
 )
@@ -95,13 +99,21 @@ def marks(row: pd.Series) -> list[str]:
         found.append("control")
     if row.recovery not in ("none", row.section):
         found.append(row.healing)
+    if row.unpublished:
+        found.append("unpublished")
     if row.smoke:
         found.append("smoke")
+    if row.timed_beside:
+        found.append(_share_of_seeds(row.timed_beside, row, "not alone"))
     if row.status != "ok":
         found.append({"failed": "failed", "missing": "not finished"}[row.status])
     elif row.seeds_ok < row.seeds_expected:
         found.append(f"{row.seeds_ok}/{row.seeds_expected} seeds")
     return found
+
+
+def _share_of_seeds(count: int, row: pd.Series, words: str) -> str:
+    return words if count == row.seeds_ok else f"{count}/{row.seeds_ok} {words}"
 
 
 def title(row: pd.Series) -> str:
@@ -124,6 +136,14 @@ def _sparsity(row: pd.Series) -> str:
     if row.kind in REFERENCE_KINDS:
         return NOTHING
     return f"{percent(row.sparsity)} {row['share']}".strip()
+
+
+def _alone(row: pd.Series) -> str:
+    if row.status != "ok":
+        return NOTHING
+    if not row.timed_alone + row.timed_beside:
+        return ALONE[None]
+    return _share_of_seeds(row.timed_alone, row, "yes") if row.timed_alone else "no"
 
 
 def _equal_latency(row: pd.Series) -> str:
@@ -171,6 +191,10 @@ def _columns() -> list[Column]:
         "+ the pruned row is better, − worse, ≈ can't be told, * even the fastest is slower",
         lambda row: row.equal_latency_fid, _equal_latency, True,
     )  # fmt: skip
+    alone = Column(
+        "alone", "Timed alone", "Whether the machine was quiet while this row was timed: no other "
+        "process used the CPU or the GPU", lambda row: row.timed_alone, _alone, numeric=False,
+    )  # fmt: skip
     seeds = Column(
         "seeds", "Seeds", "Finished of planned seeds", lambda row: row.seeds_ok,
         lambda row: f"{row.seeds_ok}/{row.seeds_expected}",
@@ -179,7 +203,7 @@ def _columns() -> list[Column]:
            "selection_images", "selection_wall_s", "oracle_beaten", "oracle_gap")  # fmt: skip
     metrics = [_metric_column(name, name in key) for name in METRICS]
     place = list(METRICS).index("speedup") + 1
-    return [*identity, *metrics[:place], equal, *metrics[place:], seeds]
+    return [*identity, *metrics[:place], equal, *metrics[place:], alone, seeds]
 
 
 COLUMNS = _columns()
@@ -219,16 +243,20 @@ def section_name(model: str, section: str) -> str:
 
 def present(columns: list[Column], rows: pd.DataFrame) -> list[Column]:
     """The columns without those optional ones that no row of the board has."""
-    empty = {n for n, m in METRICS.items() if m.optional and rows[f"{n}_mean"].isna().all()}
-    return [column for column in columns if column.name not in empty]
+    return [column for column in columns if column.name not in _absent(rows)]
+
+
+def _absent(rows: pd.DataFrame) -> set[str]:
+    return {n for n, m in METRICS.items() if m.optional and rows[f"{n}_mean"].isna().all()}
 
 
 def to_csv(rows: pd.DataFrame) -> str:
     """Every row at full precision, in the units of metrics.json; absent numbers are empty."""
+    found = [name for name in METRICS if name not in _absent(rows)]
     first = [*ROW, "healing", "share", "title", "kind", "control", "reconstruction", "status",
-             "seeds_ok", "seeds_expected", "samples", "smoke", "sampler", "steps", "rank",
-             "ties"]  # fmt: skip
-    numbers = [f"{name}_{part}" for name in METRICS for part in ("mean", "sd")]
+             "seeds_ok", "seeds_expected", "samples", "smoke", "unpublished", "sampler", "steps",
+             "rank", "ties", "timed_alone", "timed_beside"]  # fmt: skip
+    numbers = [f"{name}_{part}" for name in found for part in ("mean", "sd")]
     equal = [name for name in rows.columns if name.startswith("equal_latency_")]
     return rows[[*first, *numbers, *equal, "paper", "notes", "details"]].to_csv(
         index=False, lineterminator="\n"
@@ -275,8 +303,18 @@ def to_markdown(title: str, rows: pd.DataFrame, caption: dict[str, str], warning
     if failed:
         blocks += ["## Failed cells", "\n".join(_markdown_failure(cell) for cell in failed)]
     if missing:
-        blocks += ["## Cells not finished", "\n".join(f"- `{name}`" for name in missing)]
+        blocks += ["## Cells not finished", unfinished(len(missing), caption["Track"])]
+        blocks.append("\n".join(f"- `{name}`" for name in missing))
     return "\n\n".join(blocks) + "\n"
+
+
+def unfinished(count: int, track: str) -> str:
+    """Where to look for the reasons: logs of this moment are no part of a leaderboard."""
+    return (
+        f"{count:,} cells wait for jobs that have not run, are running or were lost to the "
+        f"machine; `prunebench progress --track {track} --division all` says which, why and names "
+        "the logs."
+    )
 
 
 def _markdown_failure(cell: dict) -> str:

@@ -5,9 +5,8 @@ heads in these networks. What can be removed follows LAPTOP-Diff (sheet section 
 output convolutions, samplers, embeddings and the projections around transformer blocks stay.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
@@ -15,7 +14,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
 from prunebench.models import unet
-from prunebench.pruning.units import Layer, Member, Width, parameter_count
+from prunebench.official import Layout
+from prunebench.pruning.units import Layer, Width, inner_width, parameter_count
 
 BRANCHES = {"attn1": "norm1", "attn2": "norm2", "ff": "norm3"}  # sub-layers, each with its norm
 
@@ -133,43 +133,23 @@ def widths(model: ConditionalUNet) -> list[Width]:
         if isinstance(module, ResnetBlock2D):
             units.append(_channels(name, module))
         elif isinstance(module, Attention) and module.heads > 1:
-            units.append(_heads(name, module))
+            units.append(unet.heads(name, module))
         elif isinstance(module, FeedForward):
-            units.append(_neurons(name, module))
+            units.append(neurons(name, module))
     return units
 
 
 def _channels(name: str, block: ResnetBlock2D) -> Width:
     """Channels between the two convolutions; the time embedding's scales and shifts go along."""
-    size = block.conv1.out_channels
-    members = _rows(f"{name}.conv1", block.conv1, size)
-    members += _rows(f"{name}.time_emb_proj", block.time_emb_proj, size)
-    members += _rows(f"{name}.norm2", block.norm2, size)
-    members.append(Member(f"{name}.conv2.weight", 1, torch.arange(size).view(size, 1)))
-    return Width(f"{name}.channels", size, tuple(members), block.norm2.num_groups)
+    size, writers = block.conv1.out_channels, ("conv1", "time_emb_proj", "norm2")
+    groups = block.norm2.num_groups
+    return inner_width(name, block, "channels", size, writers, ("conv2",), groups=groups)
 
 
-def _neurons(name: str, feed_forward: FeedForward) -> Width:
+def neurons(name: str, feed_forward: FeedForward) -> Width:
     """Hidden neurons; in a GEGLU each has a row of values and, in the other half, one of gates."""
     size = feed_forward.net[2].in_features
-    members = _rows(f"{name}.net.0.proj", feed_forward.net[0].proj, size)
-    members.append(Member(f"{name}.net.2.weight", 1, torch.arange(size).view(size, 1)))
-    return Width(f"{name}.neurons", size, tuple(members))
-
-
-def _heads(name: str, attention: Attention) -> Width:
-    columns = torch.arange(attention.to_q.out_features).view(attention.heads, -1)
-    members = [
-        Member(f"{name}.{projection}.weight", 0, columns) for projection in ("to_q", "to_k", "to_v")
-    ]
-    members.append(Member(f"{name}.to_out.0.weight", 1, columns))
-    return Width(f"{name}.heads", attention.heads, tuple(members))
-
-
-def _rows(name: str, module: nn.Module, size: int) -> list[Member]:
-    """Rows of a weight and its bias, which hold the `size` channels once or several times over."""
-    index = torch.arange(len(module.weight)).view(-1, size).T
-    return [Member(f"{name}.{leaf}", 0, index) for leaf in ("weight", "bias")]
+    return inner_width(name, feed_forward, "neurons", size, ("net.0.proj",), ("net.2",))
 
 
 def features(model: ConditionalUNet) -> dict[str, str | None]:
@@ -181,3 +161,79 @@ def features(model: ConditionalUNet) -> dict[str, str | None]:
     down = [f"down_blocks.{index}" for index in range(len(model.down_blocks))]
     up = [f"up_blocks.{index}" for index in range(len(model.up_blocks))]
     return dict.fromkeys(down + up)
+
+
+# Official checkpoints.
+
+# Parts of a ResNet block, and modules that stand alone, in the releases of CompVis and Stability.
+RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+SINGLE = {
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "mid_block.resnets.0": "middle_block.0",
+    "mid_block.attentions.0": "middle_block.1",
+    "mid_block.resnets.1": "middle_block.2",
+}
+# Autoencoder, text encoders, moving average and schedule, which share the file with the UNet.
+PIPELINE = (
+    r"(first_stage_model|cond_stage_model|conditioner|model_ema|denoiser)\."
+    r"|(betas|logvar|scale_factor)$|sqrt_|log_one_minus_|alphas_cumprod|posterior_"
+)
+
+
+def _compvis_names(model: ConditionalUNet, _: Iterable[str]) -> dict[str, str]:
+    """Their blocks are flat lists: a ResNet block with its attention, or a sampler, per entry."""
+    modules, places = dict(model.named_modules()), _compvis_places(model)
+
+    def official(name: str) -> str:
+        if name == "class_context.weight":
+            return "cond_stage_model.embedding.weight"
+        own = max((path for path in places if name.startswith(f"{path}.")), key=len)
+        rest, _, leaf = name[len(own) + 1 :].rpartition(".")
+        if isinstance(modules[own], ResnetBlock2D):
+            rest = RESNET[rest]
+        return ".".join(filter(None, ("model.diffusion_model", places[own], rest, leaf)))
+
+    return {name: official(name) for name in model.state_dict()}
+
+
+def _compvis_places(model: ConditionalUNet) -> dict[str, str]:
+    """The releases' names of ResNet blocks, transformers, samplers and single modules."""
+    places, index = dict(SINGLE), 1
+    for level, block in enumerate(model.down_blocks):
+        for part in range(len(block.resnets)):
+            places[f"down_blocks.{level}.resnets.{part}"] = f"input_blocks.{index}.0"
+            places[f"down_blocks.{level}.attentions.{part}"] = f"input_blocks.{index}.1"
+            index += 1
+        if block.downsamplers:
+            places[f"down_blocks.{level}.downsamplers.0.conv"] = f"input_blocks.{index}.0.op"
+            index += 1
+    index = 0
+    for level, block in enumerate(model.up_blocks):
+        for part in range(len(block.resnets)):
+            places[f"up_blocks.{level}.resnets.{part}"] = f"output_blocks.{index}.0"
+            places[f"up_blocks.{level}.attentions.{part}"] = f"output_blocks.{index}.1"
+            index += 1
+        # The sampler ends the level's last entry, behind its attention where it has one.
+        behind = 2 if hasattr(block, "attentions") else 1
+        sampler = f"output_blocks.{index - 1}.{behind}.conv"
+        places[f"up_blocks.{level}.upsamplers.0.conv"] = sampler
+    return places
+
+
+LAYOUTS = {
+    "diffusers": Layout(),
+    "compvis": Layout(names=_compvis_names, others=PIPELINE),
+}

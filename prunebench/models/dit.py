@@ -12,7 +12,8 @@ from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from prunebench.pruning.units import Layer, Member, Width, parameter_count
+from prunebench.official import Layout
+from prunebench.pruning.units import Layer, Width, inner_width, parameter_count
 
 BRANCHES = ("attn", "mlp")
 
@@ -25,10 +26,13 @@ class TimestepEmbedder(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
         self.frequencies = frequencies
 
-    def forward(self, t: Tensor) -> Tensor:
+    def rates(self, device: torch.device | str) -> Tensor:
+        """Angles per unit of time, [frequencies / 2]."""
         half = self.frequencies // 2
-        rates = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device) / half)
-        angles = t[:, None].float() * rates
+        return torch.exp(-math.log(10_000) * torch.arange(half, device=device) / half)
+
+    def forward(self, t: Tensor) -> Tensor:
+        angles = t[:, None].float() * self.rates(t.device)
         return self.mlp(torch.cat([angles.cos(), angles.sin()], dim=-1).to(self.mlp[0].weight))
 
 
@@ -67,10 +71,15 @@ class Block(nn.Module):
         linear = self.adaLN_modulation[1]
         middle = 3 * linear.in_features
         kept = slice(middle, None) if branch == "attn" else slice(0, middle)
-        linear.weight = nn.Parameter(linear.weight.detach()[kept].clone())
-        linear.bias = nn.Parameter(linear.bias.detach()[kept].clone())
-        linear.out_features = linear.weight.shape[0]
+        keep_rows(linear, kept)
         setattr(self, branch, None)
+
+
+def keep_rows(linear: nn.Linear, kept: slice) -> None:
+    """Cut a linear layer with a bias down to some of its outputs, in place."""
+    linear.weight = nn.Parameter(linear.weight.detach()[kept].clone())
+    linear.bias = nn.Parameter(linear.bias.detach()[kept].clone())
+    linear.out_features = linear.weight.shape[0]
 
 
 class Bypass(nn.Module):
@@ -199,27 +208,25 @@ def widths(model: DiT) -> list[Width]:
 
 
 def _block_widths(prefix: str, block: Block) -> list[Width]:
-    units = []
-    if block.attn is not None:
-        heads, size = block.attn.num_heads, block.attn.head_dim
-        rows = torch.arange(3 * heads * size).view(3, heads, size)
-        rows = rows.transpose(0, 1).reshape(heads, -1)
-        columns = torch.arange(heads * size).view(heads, size)
-        members = (
-            Member(f"{prefix}.attn.qkv.weight", 0, rows),
-            Member(f"{prefix}.attn.qkv.bias", 0, rows),
-            Member(f"{prefix}.attn.proj.weight", 1, columns),
-        )
-        units.append(Width(f"{prefix}.attn.heads", heads, members))
-    if block.mlp is not None:
-        neurons = torch.arange(block.mlp.fc1.out_features).unsqueeze(1)
-        members = (
-            Member(f"{prefix}.mlp.fc1.weight", 0, neurons),
-            Member(f"{prefix}.mlp.fc1.bias", 0, neurons),
-            Member(f"{prefix}.mlp.fc2.weight", 1, neurons),
-        )
-        units.append(Width(f"{prefix}.mlp.neurons", len(neurons), members))
-    return units
+    kinds = {"attn": heads, "mlp": neurons}
+    return [
+        kinds[branch](f"{prefix}.{branch}", getattr(block, branch))
+        for branch in BRANCHES
+        if getattr(block, branch) is not None
+    ]
+
+
+def heads(name: str, attention: Attention) -> Width:
+    """Heads of timm's attention, whose fused matrix holds all queries, then keys, then values."""
+    size = attention.num_heads
+    return inner_width(
+        name, attention, "heads", size, ("qkv",), ("proj",), block=attention.head_dim
+    )
+
+
+def neurons(name: str, mlp: Mlp) -> Width:
+    """Hidden neurons of timm's MLP."""
+    return inner_width(name, mlp, "neurons", mlp.fc1.out_features, ("fc1",), ("fc2",))
 
 
 def weights(model: DiT) -> list[str]:
@@ -237,9 +244,44 @@ def features(model: DiT) -> dict[str, str | None]:
     return {f"blocks.{index}": None for index in range(len(model.blocks))}
 
 
-def refresh(model: DiT) -> None:
-    """Derive the attributes that follow from tensor shapes after surgery."""
-    for block in model.blocks:
-        if isinstance(block, Block) and block.attn is not None:
-            block.attn.attn_dim = block.attn.proj.in_features
-            block.attn.num_heads = block.attn.attn_dim // block.attn.head_dim
+def refresh(model: nn.Module) -> None:
+    """Derive the attributes of timm's attention that follow from tensor shapes after surgery."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.attn_dim = module.proj.in_features
+            module.num_heads = module.attn_dim // module.head_dim
+
+
+# Official checkpoints (facebookresearch/DiT, willisma/SiT): the names are our own.
+
+
+def _check_position_table(model: DiT, state: dict[str, Tensor]) -> None:
+    """A transposed or another table would fit in shape; half precision differs by less."""
+    difference = (state["pos_embed"].float() - model.pos_embed.float()).abs().max().item()
+    if not difference < 1e-2:
+        raise ValueError(
+            f"'pos_embed' differs by {difference:.3g} from the fixed sine-cosine table"
+        )
+
+
+def _turn_time(model: DiT, state: dict[str, Tensor]) -> None:
+    """From SiT's convention, data at time 1, to the suite's, data at time 0.
+
+    With x_t = (1 - t) x0 + t noise the suite's velocity is u(x, t) = -v(x, 1 - t), v the release's.
+    cos and sin of w (1 - t) are a rotation of those of w t, which the first matrix takes up; the
+    sign goes to the last layer.
+    """
+    _check_position_table(model, state)
+    name = "t_embedder.mlp.0.weight"
+    rates = model.t_embedder.rates("cpu").double()
+    cosine, sine = state[name].double().chunk(2, dim=1)
+    turned = [
+        cosine * rates.cos() + sine * rates.sin(),
+        cosine * rates.sin() - sine * rates.cos(),
+    ]
+    state[name] = torch.cat(turned, dim=1).to(state[name])
+    for leaf in ("weight", "bias"):
+        state[f"final_layer.linear.{leaf}"] = -state[f"final_layer.linear.{leaf}"]
+
+
+LAYOUTS = {"dit": Layout(convert=_check_position_table), "sit": Layout(convert=_turn_time)}

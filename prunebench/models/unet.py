@@ -1,5 +1,8 @@
 """DDPM UNets (Ho et al. 2020) as diffusers' UNet2DModel, class-conditional where asked for."""
 
+import re
+from collections.abc import Iterable
+
 import torch
 import torch_pruning
 from diffusers import UNet2DModel
@@ -9,7 +12,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from prunebench.pruning.units import Layer, Member, Width, parameter_count
+from prunebench.official import Layout
+from prunebench.pruning.units import Layer, Member, Width, inner_width, parameter_count
 
 
 class UNet(UNet2DModel):
@@ -78,7 +82,7 @@ def widths(model: UNet) -> list[Width]:
         ignored_layers=[model.conv_out], root_module_types=[nn.Conv2d, nn.Linear]
     )
     units = [_channels(group, names) for group in groups if group[0].dep.target.module not in inner]
-    units += [_heads(name, attention) for name, attention in _attentions(model).items()]
+    units += [heads(name, attention) for name, attention in _attentions(model).items()]
     return sorted(units, key=lambda unit: unit.name)
 
 
@@ -111,14 +115,17 @@ def _channels(group: torch_pruning.Group, names: dict[nn.Module, str]) -> Width:
     return Width(names[group[0].dep.target.module], size, packed, norm_groups)
 
 
-def _heads(name: str, attention: Attention) -> Width:
-    rows = torch.arange(attention.to_q.out_features).view(attention.heads, attention.head_dim)
-    members = [Member(f"{name}.to_out.0.weight", 1, rows)]
-    for projection in ("to_q", "to_k", "to_v"):
-        members.append(Member(f"{name}.{projection}.weight", 0, rows))
-        if getattr(attention, projection).bias is not None:
-            members.append(Member(f"{name}.{projection}.bias", 0, rows))
-    return Width(f"{name}.heads", attention.heads, tuple(members))
+def heads(name: str, attention: Attention) -> Width:
+    """Heads of diffusers' attention with a projection each for queries, keys and values."""
+    return inner_width(
+        name,
+        attention,
+        "heads",
+        attention.heads,
+        ("to_q", "to_k", "to_v"),
+        ("to_out.0",),
+        block=attention.head_dim,
+    )
 
 
 def weights(model: UNet) -> list[str]:
@@ -158,3 +165,53 @@ def refresh(model: UNet) -> None:
             module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels
     for attention in _attentions(model).values():
         attention.heads = attention.to_q.out_features // attention.head_dim
+
+
+# Official checkpoints.
+
+# What diffusers called the parts of attention when the DDPM checkpoints on its hub were written.
+EARLY = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+# Our names and those of the PyTorch releases of DDPM and DDIM; "up" counts from the finest level.
+DDPM = {
+    r"time_embedding\.linear_1": "temb.dense.0",
+    r"time_embedding\.linear_2": "temb.dense.1",
+    r"mid_block\.resnets\.0": "mid.block_1",
+    r"mid_block\.resnets\.1": "mid.block_2",
+    r"mid_block\.attentions\.0": "mid.attn_1",
+    r"(down|up)_blocks\.(\d+)\.resnets": r"\1.\2.block",
+    r"(down|up)_blocks\.(\d+)\.attentions": r"\1.\2.attn",
+    r"(down|up)_blocks\.(\d+)\.(down|up)samplers\.0": r"\1.\2.\3sample",
+    r"conv_norm_out": "norm_out",
+    r"time_emb_proj": "temb_proj",
+    r"conv_shortcut": "nin_shortcut",
+    r"group_norm": "norm",
+    r"to_out\.0": "proj_out",
+    r"to_([qkv])": r"\1",
+}
+
+
+def _diffusers_names(model: UNet, stored: Iterable[str]) -> dict[str, str]:
+    early = any(".query." in name for name in stored)
+    return {name: _substituted(name, EARLY if early else {}) for name in model.state_dict()}
+
+
+def _substituted(name: str, parts: dict[str, str]) -> str:
+    for own, official in parts.items():
+        name = name.replace(own, official)
+    return name
+
+
+def _ddpm_names(model: UNet, _: Iterable[str]) -> dict[str, str]:
+    def official(name: str) -> str:
+        for pattern, replacement in DDPM.items():
+            name = re.sub(pattern, replacement, name)
+        top = len(model.up_blocks) - 1
+        return re.sub(r"^up\.(\d+)", lambda match: f"up.{top - int(match[1])}", name)
+
+    return {name: official(name) for name in model.state_dict()}
+
+
+LAYOUTS = {
+    "diffusers": Layout(names=_diffusers_names),
+    "ddpm": Layout(names=_ddpm_names, pointwise=True),
+}

@@ -2,8 +2,7 @@
 
 Every block of the second half joins the output of its mirror block in the first half (long skip).
 Built on timm's Attention, Mlp and PatchEmbed; architecture, parameter names, token order and
-initialisation are those of the release (github.com/baofff/U-ViT, libs/uvit.py), so that its
-checkpoints with a row for "no class", or without classes, fit.
+initialisation are those of the release (github.com/baofff/U-ViT, libs/uvit.py and uvit_t2i.py).
 
 Removing a block takes its two residual branches with their norms and nothing else:
 
@@ -18,9 +17,13 @@ from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from prunebench.pruning.units import Layer, Member, Width, parameter_count
+from prunebench.models import dit
+from prunebench.official import Layout
+from prunebench.pruning.units import Layer, Width, parameter_count
 
 NORMS = {"attn": "norm1", "mlp": "norm2"}  # of each residual branch, in the order they run
+
+refresh = dit.refresh  # both are built on timm's attention
 
 
 class Block(nn.Module):
@@ -56,7 +59,11 @@ class UViT(nn.Module):
 
     Args:
         depth: in-blocks and out-blocks together, as the release counts; the mid block comes on top.
-        classes: None for an unconditional network, which has no class token and ignores y.
+        classes: None for a network without classes, which has no class token.
+        null_class: whether the class table has a row for "no class", the last.
+        context: (tokens, dim) of a text: y is its embedding [N, tokens, dim]. Needs classes None;
+            without either y is ignored.
+        first_time: what the release calls time 0; its networks count the noisy steps from 1.
         mlp_time_embed: an MLP on the time token (no published size has it).
         conv: a 3x3 convolution on the output image (every published size but Huge).
     """
@@ -74,15 +81,22 @@ class UViT(nn.Module):
         qkv_bias: bool = False,
         mlp_time_embed: bool = False,
         conv: bool = True,
+        null_class: bool = True,
+        context: tuple[int, int] | None = None,
+        first_time: float = 0.0,
     ):
         super().__init__()
         if depth % 2:
             raise ValueError(f"depth counts in- and out-blocks and must be even, not {depth}")
-        self.patch, self.width, self.null_class = patch, width, classes
+        if classes is not None and context is not None:
+            raise ValueError("a network has classes or a context, not both")
+        self.patch, self.width, self.first_time = patch, width, first_time
+        self.null_class = classes if null_class else None
         self.patch_embed = PatchEmbed(resolution, patch, channels, width)
         self.time_embed = _time_mlp(width) if mlp_time_embed else nn.Identity()
-        self.label_emb = None if classes is None else nn.Embedding(classes + 1, width)
-        self.extras = 1 if classes is None else 2
+        self.label_emb = None if classes is None else nn.Embedding(classes + null_class, width)
+        self.context_embed = None if context is None else nn.Linear(context[1], width)
+        self.extras = 1 + (classes is not None) + (context[0] if context else 0)
         tokens = self.extras + self.patch_embed.num_patches
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, width))
 
@@ -119,11 +133,17 @@ class UViT(nn.Module):
         return self.final_layer(self.image(self.decoder_pred(self.norm(tokens)), x.shape))
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The sequence [N, extras + patches, width]: class (if any), time, patches row by row."""
+        """The sequence [N, extras + patches, width].
+
+        Class (if any), time, context (if any), patches row by row.
+        """
+        t = t + self.first_time
         time = get_timestep_embedding(t, self.width, flip_sin_to_cos=True, downscale_freq_shift=0)
         parts = [self.time_embed(time.to(self.pos_embed)).unsqueeze(1), self.patch_embed(x)]
         if self.label_emb is not None:
             parts.insert(0, self.label_emb(y).unsqueeze(1))
+        if self.context_embed is not None:
+            parts.insert(1, self.context_embed(y))
         return torch.cat(parts, dim=1) + self.pos_embed
 
     def image(self, tokens: Tensor, shape: torch.Size) -> Tensor:
@@ -175,30 +195,12 @@ def remove_layer(model: UViT, name: str) -> None:
 
 def widths(model: UViT) -> list[Width]:
     """Attention heads and MLP hidden neurons of each block; the residual stream keeps its width."""
-    kinds = {"attn": _heads, "mlp": _neurons}
+    kinds = {"attn": dit.heads, "mlp": dit.neurons}
     return [
         kinds[branch](f"{name}.{branch}", getattr(block, branch))
         for name, block in _blocks(model).items()
         for branch in block.branches()
     ]
-
-
-def _heads(name: str, attention: Attention) -> Width:
-    heads, size = attention.num_heads, attention.head_dim
-    columns = torch.arange(heads * size).view(heads, size)
-    # The fused matrix holds all queries, then all keys, then all values.
-    rows = torch.cat([columns + part * heads * size for part in range(3)], dim=1)
-    members = [Member(f"{name}.qkv.weight", 0, rows), Member(f"{name}.proj.weight", 1, columns)]
-    if attention.qkv.bias is not None:
-        members.insert(1, Member(f"{name}.qkv.bias", 0, rows))
-    return Width(f"{name}.heads", heads, tuple(members))
-
-
-def _neurons(name: str, mlp: Mlp) -> Width:
-    index = torch.arange(mlp.fc1.out_features).unsqueeze(1)
-    members = (("fc1.weight", 0), ("fc1.bias", 0), ("fc2.weight", 1))
-    packed = tuple(Member(f"{name}.{tensor}", axis, index) for tensor, axis in members)
-    return Width(f"{name}.neurons", len(index), packed)
 
 
 def weights(model: UViT) -> list[str]:
@@ -220,9 +222,4 @@ def features(model: UViT) -> dict[str, str | None]:
     return dict.fromkeys(_blocks(model))
 
 
-def refresh(model: UViT) -> None:
-    """Derive the attributes that follow from tensor shapes after surgery."""
-    for block in _blocks(model).values():
-        if block.attn is not None:
-            block.attn.attn_dim = block.attn.proj.in_features
-            block.attn.num_heads = block.attn.attn_dim // block.attn.head_dim
+LAYOUTS = {"uvit": Layout()}  # the release's names are our own

@@ -1,7 +1,9 @@
 """What can be pruned: layers, widths and weights, described by data that every family fills in."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 
@@ -34,6 +36,39 @@ class Width:
     size: int
     members: tuple[Member, ...]
     groups: int = 1
+
+
+def inner_width(
+    name: str,
+    module: nn.Module,
+    kind: str,
+    size: int,
+    writers: Sequence[str],
+    readers: Sequence[str],
+    *,
+    block: int = 1,
+    start: int = 0,
+    groups: int = 1,
+) -> Width:
+    """The width between layers of `module` that write its channels and those that read them.
+
+    Args:
+        name: of `module` in the model; the width is `name.kind`.
+        size: channels, heads or neurons.
+        writers: layers (or norms) whose rows and biases are the channels: all of them once, or
+            several times over, one after another (fused q, k and v; a GEGLU's values and gates).
+        readers: layers whose columns are the channels, from column `start` on.
+        block: neighbouring rows or columns that make up one channel (a head's dimension).
+    """
+    members = []
+    for writer in writers:
+        layer = module.get_submodule(writer)
+        rows = torch.arange(len(layer.weight)).view(-1, size, block).transpose(0, 1).flatten(1)
+        leaves = ("weight",) if layer.bias is None else ("weight", "bias")
+        members += [Member(f"{name}.{writer}.{leaf}", 0, rows) for leaf in leaves]
+    columns = torch.arange(start, start + size * block).view(size, block)
+    members += [Member(f"{name}.{reader}.weight", 1, columns) for reader in readers]
+    return Width(f"{name}.{kind}", size, tuple(members), groups)
 
 
 def parameter_count(module: nn.Module) -> int:

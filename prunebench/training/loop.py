@@ -3,7 +3,9 @@
 import logging
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +15,10 @@ from tqdm import tqdm
 
 from prunebench.diffusion.objectives import Objective
 from prunebench.diffusion.sampling import to_float
-from prunebench.errors import CellError
+from prunebench.errors import CellError, UserError
+from prunebench.training import parallel
+from prunebench.training.budget import BudgetMeter
+from prunebench.training.checkpoints import Checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +50,10 @@ class Batch:
     target: Tensor
     network_time: Tensor = field(repr=False)
 
+    def rows(self, chosen: range) -> "Batch":
+        rows = slice(chosen.start, chosen.stop)
+        return Batch(**{name: tensor[rows] for name, tensor in self.__dict__.items()})
+
 
 @dataclass(frozen=True)
 class Data:
@@ -75,11 +84,14 @@ class Progress:
         total: steps of all parts together.
         done: steps taken.
         average: the averaged weights so far, by the names of the unparametrized model.
+        micro_batch: the most images that went through the model at once; less than the batch
+            where GPU memory was short, or where several GPUs shared it. None before training.
     """
 
     total: int
     done: int = 0
     average: dict[str, Tensor] = field(default_factory=dict)
+    micro_batch: int | None = None
 
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -108,54 +120,169 @@ def train(
     loss: Loss = own_loss,
     adjust: Adjust | None = None,
     progress: Progress | None = None,
+    meter: BudgetMeter | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> list[float]:
     """Train `model` in place on `images` images and leave it with its averaged weights.
 
     With `progress` this is one part of a longer training: schedule and average go on from the part
     before, and the model has its plain weights until the last part is done. Masked entries are
-    zeroed again after every step. `adjust` may change the gradients after each backward pass,
-    before they are clipped. Returns the loss of every step.
+    zeroed again after every step. `loss` is a mean over its batch, which may be a part of the whole
+    one: where GPU memory is short, gradients are summed over smaller and smaller micro-batches.
+    `adjust` may change the gradients after the backward passes, before they are clipped. With
+    `checkpoints` a training that was interrupted goes on; `meter` then knows what it had spent.
+    Returns the loss of every step.
 
     Raises:
         CellError: the loss is no longer a finite number.
+        UserError: not even one image fits into the GPU's memory.
     """
     steps = images // settings.batch
     progress = progress or Progress(steps)
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    optimizers = _optimizers(model, settings, muon_names)
-    rate = _cosine(progress, settings)
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, rate) for o in optimizers]
-    masks = {name: mask.to(device) for name, mask in (masks or {}).items()}
-    average = _average(model, settings, progress)
-    losses = []
+    run = _Run(model, settings, muon_names, progress, seed, meter or BudgetMeter())
+    masks = {name: mask.to(run.device) for name, mask in (masks or {}).items()}
     model.train()
-    for step in counted(steps, "train"):
-        batch = data.draw(settings.batch, generator, device)
-        batch = _drop_classes(batch, model, settings.class_dropout, generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            value = loss(model, batch)
-        losses.append(value.item())
-        if not math.isfinite(losses[-1]):
-            raise CellError(f"the training loss is {losses[-1]} at step {step} of {steps}")
+    with _own_randomness(seed, run.device), (checkpoints or Checkpoints()).part(run, meter) as part:
+        for step in counted(len(run.losses), steps, "train"):
+            batch = data.draw(settings.batch, run.generator, run.device)
+            batch = _drop_classes(batch, model, settings.class_dropout, run.generator)
+            run.losses.append(run.gradients(batch, loss))
+            if not math.isfinite(run.losses[-1]):
+                raise CellError(f"the training loss is {run.losses[-1]} at step {step} of {steps}")
+            if adjust:
+                adjust(model)
+            run.step()
+            _mask(model, masks)
+            run.average.update_parameters(model)
+            part.step_done()
+    run.close(progress, steps)
+    return run.losses
+
+
+@contextmanager
+def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Dropout inside the model draws from the global generator: seeded here, put back after."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed + parallel.rank())
+        yield
+
+
+class _Run:
+    """A training under way: everything that changes from step to step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        muon_names: list[str],
+        progress: Progress,
+        seed: int,
+        meter: BudgetMeter,
+    ):
+        self.model, self.settings, self.meter = model, settings, meter
+        self.device = next(model.parameters()).device
+        self.generator = Generator().manual_seed(seed)
+        self.optimizers = _optimizers(model, settings, muon_names)
+        rate = _cosine(progress, settings)
+        self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, rate) for o in self.optimizers]
+        self.average = _average(model, settings, progress)
+        self.share = parallel.share(settings.batch)
+        self.micro_batch, self.losses = len(self.share), []
+
+    def gradients(self, batch: Batch, loss: Loss) -> float:
+        """Fill the gradients of the batch's mean loss, which is returned."""
+        while True:
+            spent = Counter(self.meter.counts)
+            try:
+                value = sum(
+                    self._backward(batch.rows(rows), loss) for rows in self._micro_batches()
+                )
+                break
+            except torch.OutOfMemoryError as error:
+                self.meter.counts = spent  # the step is done again, from the start
+                if self.micro_batch == 1:
+                    raise UserError(f"one image does not fit into GPU memory: {error}") from None
+            self.model.zero_grad()
+            torch.cuda.empty_cache()
+            self.micro_batch = -(-self.micro_batch // 2)
+            log.warning("GPU memory is short: micro-batches of %d from now on", self.micro_batch)
+        parallel.sum_gradients(self.model.parameters())
+        return parallel.total(value)
+
+    def _micro_batches(self) -> Iterator[range]:
+        for start in range(self.share.start, self.share.stop, self.micro_batch):
+            yield range(start, min(start + self.micro_batch, self.share.stop))
+
+    def _backward(self, part: Batch, loss: Loss) -> float:
+        bf16 = self.settings.precision == "bf16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
+            value = loss(self.model, part) * (len(part.y) / self.settings.batch)
         value.backward()
-        if adjust:
-            adjust(model)
-        nn.utils.clip_grad_norm_(model.parameters(), settings.clip_norm)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+        return value.item()
+
+    def step(self) -> None:
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_norm)
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad()
-        _mask(model, masks)
-        average.update_parameters(model)
-    progress.done += steps
-    progress.average = {_plain(n): p.detach() for n, p in average.module.named_parameters()}
-    if settings.ema and 0 < progress.total <= progress.done and steps:
-        model.load_state_dict(average.module.state_dict())
-    if not all(parameter.isfinite().all() for parameter in model.parameters()):
-        raise CellError(f"training left weights that are not finite numbers after {steps} steps")
-    model.eval()
-    return losses
+
+    def close(self, progress: Progress, steps: int) -> None:
+        """Hand the average on to the next part, or leave the model with it after the last."""
+        progress.done += steps
+        progress.average = {
+            _plain(n): p.detach() for n, p in self.average.module.named_parameters()
+        }
+        progress.micro_batch = min(self.micro_batch, progress.micro_batch or self.micro_batch)
+        if self.settings.ema and 0 < progress.total <= progress.done and steps:
+            self.model.load_state_dict(self.average.module.state_dict())
+        if not all(parameter.isfinite().all() for parameter in self.model.parameters()):
+            raise CellError(
+                f"training left weights that are not finite numbers after {steps} steps"
+            )
+        self.model.eval()
+
+    def _stateful(self) -> dict:
+        return {
+            "model": self.model,
+            "average": self.average,
+            **{f"optimizer{i}": optimizer for i, optimizer in enumerate(self.optimizers)},
+            **{f"schedule{i}": schedule for i, schedule in enumerate(self.schedules)},
+        }
+
+    def state_dict(self) -> dict:
+        """Everything that the rest of the training depends on."""
+        cuda = self.device.type == "cuda"
+        return {
+            **{name: part.state_dict() for name, part in self._stateful().items()},
+            "generator": self.generator.get_state(),
+            "global_generator": torch.get_rng_state(),
+            "cuda_generator": torch.cuda.get_rng_state(self.device) if cuda else None,
+            "micro_batch": self.micro_batch,
+            "losses": self.losses,
+        }
+
+    def fits(self, state: dict) -> bool:
+        """Whether a state is of a model with these tensors: scoring on a GPU may not repeat."""
+        own, saved = (
+            {name: tensor.shape for name, tensor in tensors.items()}
+            for tensors in (self.model.state_dict(), state["model"])
+        )
+        return own == saved
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, part in self._stateful().items():
+            part.load_state_dict(state[name])
+        self.generator.set_state(state["generator"])
+        if not parallel.rank():  # it is the first's; with it the others would drop the same units
+            torch.set_rng_state(state["global_generator"])
+        if (
+            state["cuda_generator"] is not None
+            and self.device.type == "cuda"
+            and not parallel.rank()
+        ):
+            torch.cuda.set_rng_state(state["cuda_generator"], self.device)
+        self.micro_batch, self.losses = state["micro_batch"], list(state["losses"])
 
 
 def _average(model: nn.Module, settings: Settings, progress: Progress) -> AveragedModel:
@@ -174,9 +301,9 @@ def _plain(name: str) -> str:
     return re.sub(r"\.parametrizations\.(\w+)\.original$", r".\1", name)
 
 
-def counted(total: int, label: str) -> Iterator[int]:
+def counted(start: int, total: int, label: str) -> Iterator[int]:
     """A progress bar on a terminal, plain log lines at every tenth elsewhere."""
-    bar = tqdm(range(total), desc=label, disable=None, leave=False)
+    bar = tqdm(range(start, total), desc=label, disable=None, leave=False)
     for index in bar:
         if bar.disable and index % max(1, total // 10) == 0:
             log.info("%s %d/%d", label, index, total)

@@ -1,6 +1,5 @@
 # The track, its paths and the functions the rules share. Everything here is free of torch.
 import atexit
-import fcntl
 import functools
 import inspect
 import os
@@ -14,6 +13,7 @@ from prunebench import config as tracks
 from prunebench import gpus, leftovers, warm
 from prunebench.artefacts import read_json
 from prunebench.errors import UserError
+from prunebench.progress import activity
 
 try:
     TRACK = tracks.load(config.get("track", "embedded"))
@@ -37,9 +37,10 @@ ORACLE = [LAYOUT.oracle(*place) for place in TRACK.oracle()]
 def forget_killed_run():
     """Remove the marks that a killed run left, so that the same command simply goes on.
 
-    The kernel gives up our own lock with the process that holds it: if we get it, no run is alive
-    and Snakemake's lock is stale. Its list of incomplete outputs is too, because records appear
-    complete or not at all: a job cut short has left none.
+    Live runs, of different tracks, share a lock of our own, which the kernel gives up with its
+    process: if we get it for ourselves, no run is alive and Snakemake's lock is stale. Its list of
+    incomplete outputs is too, because records appear complete or not at all: a job cut short has
+    left none.
 
     A run on a cluster writes its machine's name into the lock file and takes it back when it ends.
     On some file systems locks are seen on their own machine only, so that a name that is not ours
@@ -48,10 +49,8 @@ def forget_killed_run():
     state = Path(".snakemake")
     state.mkdir(exist_ok=True)
     handle = (state / "prunebench.lock").open("a+")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return None
+    if not activity.only_run(handle):
+        return handle
     handle.seek(0)
     if handle.read() not in ("", socket.gethostname()):
         raise WorkflowError(
@@ -61,6 +60,7 @@ def forget_killed_run():
     atexit.register(handle.truncate, 0)
     for mark in (*state.glob("locks/*.lock"), *state.glob("incomplete/*")):
         mark.unlink()
+    activity.share(handle)
     return handle
 
 
@@ -69,7 +69,8 @@ RUN_LOCK = forget_killed_run() if workflow.is_main_process else None
 
 def cancel_leftover_jobs():
     """A killed run's Slurm jobs go on without it; ours would do the same work beside them."""
-    if RUN_LOCK is None:
+    if not activity.only_run(RUN_LOCK):
+        logger.warning("Another run of this folder is alive: no left-over jobs are looked for.")
         return
     try:
         found, left = leftovers.cancel(workflow.executor_settings.jobname_prefix, Path.cwd())
@@ -78,6 +79,7 @@ def cancel_leftover_jobs():
     RUN_LOCK.truncate(0)
     RUN_LOCK.write(socket.gethostname())
     RUN_LOCK.flush()
+    activity.share(RUN_LOCK)
     if left:
         logger.warning(f"Cancelled Slurm jobs of a killed run do not end, going on: {left}")
     elif found:
@@ -97,6 +99,15 @@ def prepare_machine():
     socket = warm.start(os.getpid(), PRELOAD, "prunebench.cli:main")
     if socket:
         os.environ[warm.VARIABLE] = socket
+
+
+def report_unfinished_run():
+    logger.error(
+        "Not everything was made; what is finished is kept. "
+        f"`prunebench progress --track {ARGUMENT}` lists lost jobs with their reasons and logs, "
+        "the same snakemake command tries them again, and "
+        f"`snakemake --cores 1 partial --config track={ARGUMENT}` makes leaderboards of the rest."
+    )
 
 
 def report_failed_cells():
@@ -160,6 +171,11 @@ def artefact(name):
 stage_fingerprint = functools.cache(TRACK.fingerprint)
 
 
+def shards(wildcards):
+    """Records and images of the shards a cell is drawn in; none where it is drawn in one piece."""
+    return [file for files in paths(wildcards).shards for file in files]
+
+
 def fingerprint(stage):
     """Params function: changes, and so reruns the stage, when settings it depends on change."""
     return inspected(
@@ -169,8 +185,22 @@ def fingerprint(stage):
     )
 
 
+def checkpoint_file(wildcards):
+    """The file of a model's weights, where the track names one by its path."""
+    file = TRACK.model(wildcards.model).get("weights", {}).get("file")
+    return [file] if file else []
+
+
 def method_file(wildcards):
     return str(TRACK.method(wildcards.method).file)
+
+
+def alone(wildcards):
+    """Threads function: every core of this machine, so that no job runs beside a measurement.
+
+    On a cluster a job has its node or GPU to itself where the profile asks for that.
+    """
+    return workflow.cores if workflow.local_exec else 1
 
 
 def finished(records):

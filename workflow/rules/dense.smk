@@ -2,6 +2,8 @@
 
 
 rule extractor:
+    input:
+        ancient(LAYOUT.assets),
     output:
         LAYOUT.extractor,
     log:
@@ -20,6 +22,9 @@ rule extractor:
 
 
 rule dense:
+    input:
+        ancient(LAYOUT.assets),
+        checkpoint_file,
     output:
         LAYOUT.trained("{model}"),
     log:

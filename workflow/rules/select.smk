@@ -31,9 +31,12 @@ rule cost:
         LAYOUT.selection("cost", "{model}", "{method}", "{sparsity}", "{seed}", "{selection}"),
     log:
         LAYOUT.log("cost", "{model}", "{method}", "{sparsity}", "{selection}", "seed{seed}"),
-    priority: 10
+    # Locally it needs every core, so the others go first until they run out or all cores are free;
+    # then all that can be measured is, before scores fill the cores again.
+    priority: 50
     conda:
         "../../envs/prunebench.yaml"
+    threads: alone
     resources:
         **needs("cost"),
     params:

@@ -1,0 +1,98 @@
+"""`prunebench assets list|fetch|verify`."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from prunebench.artefacts import write_json
+from prunebench.assets import fetch, store
+from prunebench.assets.registry import ASSETS, Asset, File, asset
+from prunebench.errors import UserError
+
+TITLES = ("NAME", "KIND", "SIZE", "STATE", "NEEDED BY", "LICENCE")
+
+
+def list_assets(names: Iterable[str]) -> None:
+    """Print a line per asset; what is there is not verified."""
+    rows = [TITLES] + [
+        (w.name, w.kind, readable(w.size), state(w), w.needed_by, w.licence) for w in _wanted(names)
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        sys.stdout.write("  ".join(cells).rstrip() + "\n")
+
+
+def fetch_assets(names: Iterable[str], record: Path | None = None) -> None:
+    """Fetch every asset, however many fail; then write the hash of each file to `record`.
+
+    Raises:
+        UserError: says of every asset that failed what to do.
+    """
+    failures = []
+    for wanted in _wanted(names):
+        try:
+            path = fetch.fetch(wanted.name)
+            sys.stdout.write(f"{wanted.name:22} {path}\n")
+        except UserError as error:
+            failures.append(str(error))
+    if failures:
+        raise UserError("\n".join(failures))
+    if record:
+        write_json(record, {"assets": {name: _hashes(asset(name)) for name in names}})
+
+
+def verify_assets(names: Iterable[str]) -> None:
+    """Verify what is there, and with names that they are there.
+
+    Raises:
+        UserError: a file is not the expected one; or a named asset is missing.
+    """
+    names, failures = list(names), []
+    for wanted in _wanted(names):
+        if not names and not store.present(wanted):
+            continue
+        try:
+            path = store.locate(wanted.name)
+            sys.stdout.write(f"ok       {wanted.name:22} {path}\n")
+        except UserError as error:
+            sys.stdout.write(f"NOT OK   {wanted.name}\n")
+            failures.append(str(error))
+    if failures:
+        raise UserError("\n".join(failures))
+
+
+def _wanted(names: Iterable[str]) -> list[Asset]:
+    return list(map(asset, names)) or list(ASSETS.values())
+
+
+def _hashes(wanted: Asset) -> dict[str, str]:
+    """File -> sha256 of what is used: of the alternative where that is what is there."""
+    choices = [wanted, *map(asset, wanted.alternatives)]
+    used = next(choice for choice in choices if store.present(choice))
+    return {file.path: _sha256(used, file) for file in used.files}
+
+
+def _sha256(wanted: Asset, file: File) -> str:
+    path = store.root_of(wanted, file) / file.path
+    return store.digest(path, "sha256", path.stat().st_mtime_ns, path.stat().st_size)
+
+
+def state(wanted: Asset) -> str:
+    """Where an asset is, or how it would be had."""
+    if store.present(wanted):
+        root = store.root_of(wanted, wanted.files[0])
+        named = {store.cache_folder(): "in the cache", store.DATA: "packaged"}
+        return named.get(root, "in the mirror")
+    choices = [wanted, *map(asset, (*wanted.alternatives, *(wanted.made_from or ())))]
+    if any(choice.downloadable or store.present(choice) for choice in choices):
+        return "to fetch"
+    return "by hand"
+
+
+def readable(size: int | None) -> str:
+    """Bytes with a decimal unit; "?" if the size is not known."""
+    if size is None:
+        return "?"
+    power = min(len(f"{size}") - 1, 9) // 3
+    return f"{size / 1000**power:.3g} {('B', 'kB', 'MB', 'GB')[power]}"

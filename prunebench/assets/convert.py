@@ -1,0 +1,258 @@
+"""Published archives -> the suite's npz layout. Nothing is unpickled or unpacked to disk.
+
+Arrays are stored uncompressed with fixed timestamps, so equal pixels give equal bytes with every
+zlib. Images are read one by one: memory does not grow with the data set.
+"""
+
+import io
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO
+
+import numpy as np
+
+from prunebench.errors import UserError
+
+CIFAR_RECORD = 1 + 3 * 32 * 32
+CELEBA_BOX = (89 - 64, 121 - 64, 89 + 64, 121 + 64)  # left, top, right, bottom, as in DDIM's code
+SIZE = 256  # of the downstream sets
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Images that are yet to be read: `images` yields uint8 arrays that stack to `shape`."""
+
+    shape: tuple[int, ...]
+    images: Iterable[np.ndarray]
+
+
+def write_npz(
+    path: Path, arrays: Mapping[str, np.ndarray | Stack], compressed: bool = False
+) -> None:
+    """np.savez with fixed timestamps: equal arrays give equal bytes (compressed: equal zlib too).
+
+    Raises:
+        UserError: a Stack yields other images than its shape says.
+    """
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            member = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            member.external_attr = 0o644 << 16
+            if compressed:
+                content = io.BytesIO()
+                _write_array(content, name, array)
+                archive.writestr(member, content.getvalue(), zipfile.ZIP_DEFLATED, 9)
+            else:
+                with archive.open(member, "w", force_zip64=True) as handle:
+                    _write_array(handle, name, array)
+
+
+def _write_array(handle: BinaryIO, name: str, array: np.ndarray | Stack) -> None:
+    if isinstance(array, np.ndarray):
+        np.lib.format.write_array(handle, array, allow_pickle=False)
+        return
+    header = {"descr": "|u1", "fortran_order": False, "shape": array.shape}
+    np.lib.format.write_array_header_1_0(handle, header)
+    count = 0
+    for image in array.images:
+        if image.dtype != np.uint8 or image.shape != array.shape[1:]:
+            raise UserError(f"{name}: image {count} is {image.dtype} {image.shape}")
+        handle.write(np.ascontiguousarray(image).data)
+        count += 1
+    if count != array.shape[0]:
+        raise UserError(f"{name}: the archive has {count} images, {array.shape[0]} were expected")
+
+
+def _dataset(
+    images: Callable[[Sequence[str]], Iterable[np.ndarray]],
+    splits: Mapping[str, Mapping[str, int]],
+    size: int,
+) -> dict[str, np.ndarray | Stack]:
+    """The four arrays of a data set of RGB images.
+
+    Args:
+        images: the images of the named members, in that order.
+        splits: "train" and "reference" -> member name -> label, in the order of the archive.
+    """
+    arrays: dict[str, np.ndarray | Stack] = {}
+    for split in ("train", "reference"):
+        names = list(splits[split])
+        arrays[f"{split}_images"] = Stack((len(names), 3, size, size), images(names))
+        arrays[f"{split}_labels"] = np.array(list(splits[split].values()), np.uint8)
+    return arrays
+
+
+# ---- CIFAR-10
+
+
+def arrays(files: Sequence[Path]) -> dict[str, np.ndarray]:
+    """x_train, y_train, x_test, y_test (images uint8 NHWC) of one npz file."""
+    with np.load(files[0], allow_pickle=False) as source:
+        return {
+            f"{ours}_{kind}": _planes(source[f"{letter}_{theirs}"]) if letter == "x"
+            else source[f"{letter}_{theirs}"].reshape(-1)
+            for ours, theirs in (("train", "train"), ("reference", "test"))
+            for kind, letter in (("images", "x"), ("labels", "y"))
+        }  # fmt: skip
+
+
+def _planes(images: np.ndarray) -> np.ndarray:
+    """NHWC -> NCHW."""
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2))
+
+
+def cifar_binary(files: Sequence[Path]) -> dict[str, np.ndarray]:
+    """CIFAR-10's binary version: records of a label and three planes of 32x32."""
+    folder = "cifar-10-batches-bin"
+    with tarfile.open(files[0]) as tar:
+        batches = [f"{folder}/data_batch_{i}.bin" for i in range(1, 6)]
+        train = np.concatenate([_cifar_records(tar, name) for name in batches])
+        test = _cifar_records(tar, f"{folder}/test_batch.bin")
+    return {
+        f"{split}_{kind}": value
+        for split, records in (("train", train), ("reference", test))
+        for kind, value in (
+            ("images", np.ascontiguousarray(records[:, 1:]).reshape(-1, 3, 32, 32)),
+            ("labels", np.ascontiguousarray(records[:, 0])),
+        )
+    }
+
+
+def _cifar_records(tar: tarfile.TarFile, name: str) -> np.ndarray:
+    content = tar.extractfile(name).read()
+    return np.frombuffer(content, np.uint8).reshape(-1, CIFAR_RECORD)
+
+
+# ---- archives of pictures
+
+
+def rgb(content: BinaryIO, size: int, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    """A picture as uint8 [3, size, size].
+
+    With `box`: cropped to it and resized bilinearly (CelebA as in DDIM and Diff-Pruning). Without:
+    ADM's centre crop, which DiT trains with: halved by box filter while twice too large, resized
+    bicubically until the shorter side is `size`, and cropped in the middle.
+    """
+    from PIL import Image
+
+    picture = Image.open(content).convert("RGB")
+    if box:
+        picture = picture.crop(box).resize((size, size), Image.Resampling.BILINEAR)
+        return np.asarray(picture).transpose(2, 0, 1)
+    while min(picture.size) >= 2 * size:
+        halved = (picture.width // 2, picture.height // 2)
+        picture = picture.resize(halved, Image.Resampling.BOX)
+    scale = size / min(picture.size)
+    scaled = tuple(round(side * scale) for side in picture.size)
+    picture = picture.resize(scaled, Image.Resampling.BICUBIC)
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    picture = picture.crop((left, top, left + size, top + size))
+    return np.asarray(picture).transpose(2, 0, 1)
+
+
+def _from_tar(path: Path) -> Callable[[Sequence[str]], Iterator[np.ndarray]]:
+    """Reads named pictures of a tar archive, in the archive's order (which `names` must have)."""
+
+    def images(names: Sequence[str]) -> Iterator[np.ndarray]:
+        wanted = set(names)
+        with tarfile.open(path) as tar:
+            for member in tar:
+                if member.name in wanted:
+                    yield rgb(tar.extractfile(member), SIZE)
+
+    return images
+
+
+def _names(path: Path) -> list[str]:
+    with tarfile.open(path) as tar:
+        return [member.name for member in tar if member.isfile()]
+
+
+def celeba64(files: Sequence[Path]) -> dict[str, np.ndarray | Stack]:
+    """CelebA: partition 0 trains, partition 2 is the reference; one class."""
+    lines = files[1].read_text().split("\n")
+    parts = dict(line.split() for line in lines if line.strip())
+    splits = {
+        split: {f"img_align_celeba/{name}": 0 for name, part in parts.items() if part == number}
+        for split, number in (("train", "0"), ("reference", "2"))
+    }
+
+    def images(names: Sequence[str]) -> Iterator[np.ndarray]:
+        with zipfile.ZipFile(files[0]) as archive:
+            for name in names:
+                yield rgb(io.BytesIO(archive.read(name)), 64, CELEBA_BOX)
+
+    return _dataset(images, splits, 64)
+
+
+def flowers102(files: Sequence[Path]) -> dict[str, np.ndarray | Stack]:
+    """Flowers-102: the official training and validation images train, the test images judge."""
+    from scipy.io import loadmat
+
+    labels, sets = loadmat(files[1])["labels"][0], loadmat(files[2])
+    train = {*sets["trnid"][0].tolist(), *sets["valid"][0].tolist()}
+    test = set(sets["tstid"][0].tolist())
+    pictures = [name for name in _names(files[0]) if name.endswith(".jpg")]
+    number = {name: int(PurePosixPath(name).stem.removeprefix("image_")) for name in pictures}
+    splits = {
+        split: {n: int(labels[number[n] - 1]) - 1 for n in pictures if number[n] in members}
+        for split, members in (("train", train), ("reference", test))
+    }
+    return _dataset(_from_tar(files[0]), splits, SIZE)
+
+
+def cub200(files: Sequence[Path]) -> dict[str, np.ndarray | Stack]:
+    """CUB-200-2011 with its official split; the class is the folder's number."""
+    folder = "CUB_200_2011"
+    with tarfile.open(files[0]) as tar:
+        paths, trains = (_table(tar, f"{folder}/{n}.txt") for n in ("images", "train_test_split"))
+    is_train = {f"{folder}/images/{paths[number]}": trains[number] == "1" for number in paths}
+    pictures = [name for name in _names(files[0]) if name in is_train]
+    splits = {
+        split: {
+            name: int(PurePosixPath(name).parent.name.split(".")[0]) - 1
+            for name in pictures
+            if is_train[name] == wanted
+        }
+        for split, wanted in (("train", True), ("reference", False))
+    }
+    return _dataset(_from_tar(files[0]), splits, SIZE)
+
+
+def _table(tar: tarfile.TarFile, name: str) -> dict[str, str]:
+    lines = tar.extractfile(name).read().decode().splitlines()
+    return dict(line.split() for line in lines if line.strip())
+
+
+def artbench10(files: Sequence[Path]) -> dict[str, np.ndarray | Stack]:
+    """ArtBench-10: .../train/STYLE/*.jpg and .../test/STYLE/*.jpg; styles in alphabetical order."""
+    pictures = [name for name in _names(files[0]) if name.lower().endswith((".jpg", ".png"))]
+    place = {name: PurePosixPath(name).parts[-3:-1] for name in pictures}
+    styles = sorted({parts[1] for parts in place.values()})
+    splits = {
+        split: {name: styles.index(place[name][1]) for name in pictures if place[name][0] == theirs}
+        for split, theirs in (("train", "train"), ("reference", "test"))
+    }
+    return _dataset(_from_tar(files[0]), splits, SIZE)
+
+
+CONVERSIONS: dict[str, Callable[[Sequence[Path]], Mapping[str, np.ndarray | Stack]]] = {
+    function.__name__: function
+    for function in (arrays, cifar_binary, celeba64, flowers102, cub200, artbench10)
+}
+
+
+def convert(name: str, files: Sequence[Path], target: Path) -> None:
+    """Write `target`, a data set in the suite's layout, out of verified originals.
+
+    Raises:
+        UserError: the originals have not the layout that the conversion `name` reads.
+    """
+    try:
+        write_npz(target, CONVERSIONS[name](files))
+    except (KeyError, ValueError, AttributeError, tarfile.TarError, zipfile.BadZipFile) as error:
+        read = ", ".join(map(str, files))
+        raise UserError(f"{read}: not the layout that '{name}' reads ({error})") from error

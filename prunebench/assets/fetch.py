@@ -1,0 +1,102 @@
+"""Fetching an asset: what is not there yet is downloaded, recorded or converted."""
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from prunebench.artefacts import sha256, write_atomically
+from prunebench.assets import store
+from prunebench.assets.download import download
+from prunebench.assets.registry import Asset, File, asset
+from prunebench.errors import UserError
+
+log = logging.getLogger(__name__)
+
+
+def fetch(name: str, mirror: Path | None = None) -> Path:
+    """Path of the asset's verified file or folder; downloads and converts what is not there yet.
+
+    Raises:
+        UserError: the asset must be placed by hand, no source gave it, what is there is corrupt, or
+            the cache cannot be written. Says what to do; nothing unverified is left under its name.
+    """
+    wanted = asset(name)
+    chosen = _candidate(wanted, mirror)
+    if wanted.made_from and not store.present(wanted, mirror):
+        _convert(wanted, mirror)
+    elif chosen is None and not any(store.root_of(wanted, file, mirror) for file in wanted.files):
+        raise UserError(f"asset {name} cannot be downloaded. {store.by_hand(wanted, mirror)}")
+    elif chosen is not None:
+        for file in chosen.files:
+            if store.root_of(chosen, file, mirror) is None:
+                download(chosen, file, store.cache_folder() / file.path)
+        _record_unpublished(chosen, mirror)
+    return store.locate(name, mirror)
+
+
+def _candidate(wanted: Asset, mirror: Path | None) -> Asset | None:
+    """The asset or its alternative that is there, else the first that can be downloaded."""
+    choices = [wanted, *map(asset, wanted.alternatives)]
+    here = [choice for choice in choices if store.present(choice, mirror)]
+    return next(iter([*here, *(c for c in choices if c.downloadable)]), None)
+
+
+def _record_unpublished(wanted: Asset, mirror: Path | None) -> None:
+    """Hold files for which no hash is published to the content they have now, and say so."""
+    new = []
+    for file in wanted.files:
+        path = store.root_of(wanted, file, mirror) / file.path
+        if store.expectation(wanted, file, path, mirror) is None:
+            store.note(store.cache_folder() / file.path, sha256(path))
+            new.append(str(path))
+    if new:
+        log.warning(
+            "asset %s is UNVERIFIED: no published hash is recorded for %s. Its sha256 is kept from "
+            "now on; compare it with another copy if you can",
+            wanted.name,
+            ", ".join(new),
+        )
+
+
+# ---- data sets
+
+
+def _convert(wanted: Asset, mirror: Path | None) -> None:
+    """Make a data set of the first original that is there, or that can be downloaded."""
+    from prunebench.assets.convert import convert
+
+    choices = [(asset(name), conversion) for name, conversion in wanted.made_from.items()]
+    here = [choice for choice in choices if store.present(choice[0], mirror)]
+    open_ = [choice for choice in choices if choice[0].downloadable]
+    if not (here or open_):
+        raise UserError(
+            f"asset {wanted.name} cannot be downloaded. {store.by_hand(choices[0][0], mirror)} "
+            f"Then run `prunebench assets fetch {wanted.name}` again."
+        )
+    original, conversion = (here or open_)[0]
+    fetch(original.name, mirror)
+    files = [store.root_of(original, file, mirror) / file.path for file in original.files]
+    (made,) = wanted.files
+    target = store.cache_folder() / made.path
+    log.info("converting %s to %s", ", ".join(map(str, files)), target)
+    write_atomically(
+        target, lambda part: _converted(wanted, made, files, conversion, convert, part)
+    )
+    if made.checksum is None:
+        store.note(target, sha256(target))
+
+
+def _converted(
+    wanted: Asset,
+    made: File,
+    files: Sequence[Path],
+    conversion: str,
+    convert: Callable,
+    part: Path,
+) -> None:
+    convert(conversion, files, part)
+    if made.sha256 and sha256(part) != made.sha256:
+        raise UserError(
+            f"asset {wanted.name}: converting {files[0]} gave sha256 {sha256(part)} instead of "
+            f"{made.sha256}; this is a bug or broken memory, nothing was kept"
+        )

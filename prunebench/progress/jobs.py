@@ -1,0 +1,361 @@
+"""The jobs a track's divisions ask for, and what is known of each: finished, at work or lost."""
+
+import itertools
+import os
+import re
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from prunebench.artefacts import skim_record
+from prunebench.cli import CELL_STAGES
+from prunebench.config import RUNS, Cell, Layout, Paths, Track
+from prunebench.progress import activity
+from prunebench.progress.activity import Run, Work
+
+STAGES = ("extractor", "dense", "select", "cost", "recover", "sample", "score", "mask")  # in order
+STATES = ("done", "failed", "running", "queued", "stopped", "waiting")
+FRESH = 900  # s without a word, after which a job that can't be seen from here counts as stopped
+TAIL = 4096  # bytes of a log that are read
+
+
+@dataclass(frozen=True)
+class Part:
+    """One job of Snakemake's: its rule, the folders that hold its wildcards, what it writes."""
+
+    rule: str
+    fields: tuple[str, ...]
+    record: str
+    log: str
+
+    @property
+    def wildcards(self) -> str:
+        """As Snakemake's Slurm plugin names them in comments and folders of logs."""
+        return "_".join(re.sub(r"^(seed|mask|shard)(?=\d+$)", "", name) for name in self.fields)
+
+    @property
+    def comment(self) -> str:
+        """The Slurm job's."""
+        return f"rule_{self.rule}" + (f"_wildcards_{self.wildcards}" if self.fields else "")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One stage of a cell, or what several cells start from.
+
+    Attributes:
+        stage: one of STAGES.
+        fields: the folders of its record, which are those of its log too.
+        shards: the jobs that draw the images which this one gathers, if several do.
+    """
+
+    stage: str
+    fields: tuple[str, ...]
+    record: str
+    log: str
+    shards: tuple[Part, ...] = ()
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.fields) or self.stage
+
+    @property
+    def model(self) -> str:
+        return self.fields[0] if self.fields else ""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The job itself and its shards, whose records go when they are gathered."""
+        return Part(self.stage, self.fields, self.record, self.log), *self.shards
+
+
+@dataclass
+class Plan:
+    """Jobs by record.
+
+    Attributes:
+        cells: of each cell the records of its own stages, its score's last.
+        shared: of each cell the records that others start from too.
+    """
+
+    layout: Layout
+    jobs: dict[str, Job] = field(default_factory=dict)
+    cells: dict[Cell, list[str]] = field(default_factory=dict)
+    shared: dict[Cell, list[str]] = field(default_factory=dict)
+
+    def add(self, stage: str, record: str, *fields: str, shards: Iterable[str] = ()) -> str:
+        """Take up a job, given its record and those of its shards; returns its record."""
+        if record not in self.jobs:
+            log = self.layout.log("oracle" if stage == "mask" else stage, *fields)
+            parts = tuple(self._shard(fields, i, shard) for i, shard in enumerate(shards))
+            self.jobs[record] = Job(stage, fields, record, log, parts)
+        return record
+
+    def _shard(self, fields: tuple[str, ...], index: int, record: str) -> Part:
+        place = (*fields, f"shard{index}")
+        return Part("shard", place, record, self.layout.log("shard", *place))
+
+    def add_cell(self, cell: Cell, paths: Paths) -> None:
+        dense = self.add("dense", paths.trained, cell.model)
+        self.shared[cell] = [paths.extractor, dense, paths.dense_sample]
+        own = self.cells[cell] = []
+        for stage in STAGES:
+            if stage in CELL_STAGES and (stage != "recover" or cell.recovery != "none"):
+                record = getattr(paths, CELL_STAGES[stage][0])
+                fields = record[len(self.layout.root) + 1 :].split("/")[:-1]
+                shards = (record for record, _ in paths.shards) if stage == "sample" else ()
+                own.append(self.add(stage, record, *fields, shards=shards))
+
+
+def plan(track: Track, divisions: Iterable[str], runs: Path, oracle: bool = False) -> Plan:
+    """What the divisions ask for, as the rules of the workflow make it."""
+    layout = Layout(track.name, runs)
+    made = Plan(layout)
+    made.add("extractor", layout.extractor)
+    for cell in itertools.chain.from_iterable(map(track.cells, divisions)):
+        if cell not in made.cells:
+            made.add_cell(cell, Paths(track, cell, runs))
+    for model, recovery, seed, mask in track.oracle() if oracle else ():
+        made.add("dense", layout.trained(model), model)
+        record = layout.oracle(model, recovery, seed, mask)
+        made.add("mask", record, model, recovery, f"seed{seed}", f"mask{mask}")
+    return made
+
+
+# ---- what is known of a job
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What is known of one job.
+
+    Attributes:
+        state: one of STATES.
+        cost: what a finished job's record says, see artefacts.skim_record.
+        work: the jobs of a running or queued one, several where it is drawn in shards.
+        reason: why a stopped one stopped, or the last word of a running one.
+        logs: where to read on.
+    """
+
+    state: str
+    cost: dict | None = None
+    work: tuple[Work, ...] = ()
+    reason: str = ""
+    logs: tuple[str, ...] = ()
+
+
+WAITING = Finding("waiting")
+
+
+@dataclass
+class Survey:
+    """Everything that a view shows.
+
+    Attributes:
+        run: the workflow that was last started in the folder.
+        blind: why jobs may be at work that can't be seen from here, "" if none can.
+    """
+
+    plan: Plan
+    found: dict[str, Finding]
+    run: Run | None
+    blind: str
+
+    @cached_property
+    def means(self) -> dict[tuple[str, str | None], float]:
+        """Mean seconds of jobs that went well by (stage, model); by (stage, None) over models."""
+        times: dict[tuple[str, str | None], list[float]] = {}
+        for record, job in self.plan.jobs.items():
+            if self.found[record].state == "done":
+                for key in ((job.stage, job.model), (job.stage, None)):
+                    times.setdefault(key, []).append(self.found[record].cost["wall_s"])
+        return {key: statistics.fmean(values) for key, values in times.items()}
+
+    def cell_state(self, cell: Cell) -> str:
+        """A cell is done with its score, and else what of its own jobs catches the eye first."""
+        records = self.plan.cells[cell]
+        if self.found[records[-1]].state == "done":
+            return "done"
+        own = {self.found[record].state for record in records}
+        shown = ("failed", "running", "stopped")  # a failure is only passed on by later stages
+        return next((state for state in shown if state in own), "waiting")
+
+    def failure(self, cell: Cell) -> dict | None:
+        """Stage, error and log of a failed cell."""
+        found = (self.found[record] for record in self.plan.cells[cell])
+        return next((each.cost["failure"] for each in found if each.state == "failed"), None)
+
+
+class Records:
+    """Costs of finished jobs; a record is read again only when it has changed."""
+
+    def __init__(self):
+        self.known: dict[str, tuple] = {}
+
+    def read(self, records: Iterable[str]) -> dict[str, dict | str]:
+        """By record, of those that are there: its cost, or in words why it can't be read."""
+        found = ((record, self._cost(record)) for record in records)
+        return {record: cost for record, cost in found if cost is not None}
+
+    def _cost(self, record: str) -> dict | str | None:
+        try:
+            status = os.stat(record)  # noqa: PTH116 (of tens of thousands; Path takes as long again)
+            stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
+            if self.known.get(record, (None,))[0] != stamp:
+                self.known[record] = stamp, skim_record(record)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            return f"its record {record} can't be read ({error}); delete it and run again"
+        return self.known[record][1]
+
+
+def survey(track: Track, planned: Plan, runs: Path, records: Records) -> Survey:
+    """Look at everything once."""
+    costs = records.read(planned.jobs)
+    run = activity.read_run(runs.parent)
+    work, blind = _work(track, planned, runs, run)
+    slurm = SlurmLogs(runs.parent)
+    found = {}
+    for record, job in planned.jobs.items():
+        if record in costs:
+            found[record] = _finished(costs[record])
+        elif record in work:
+            found[record] = _at_work(job, work[record])
+        else:
+            found[record] = _unseen(job, slurm, blind)
+    # A job that ended while we looked had no record before and was not at work after.
+    suspects = [record for record, finding in found.items() if finding.state == "stopped"]
+    found |= {record: _finished(cost) for record, cost in records.read(suspects).items()}
+    return Survey(planned, found, run, blind)
+
+
+def _work(
+    track: Track, planned: Plan, runs: Path, run: Run | None
+) -> tuple[dict[str, list[Work]], str]:
+    """Work by record, and why there may be more than can be seen from here."""
+    work, (entries, problem) = activity.in_processes(track, runs), activity.queue()
+    if entries and (run is None or run.track == track.name):  # comments do not name the track
+        comments = {part.comment: job.record for job in planned.jobs.values() for part in job.parts}
+        queued, unknown = activity.in_slurm(entries, comments, runs)
+        work |= queued
+        problem = problem or (f"{unknown} Slurm jobs do not tell what they run" if unknown else "")
+    if run is None or (run.ended and run.local):
+        return work, ""
+    if run.local:
+        return work, "" if run.here else f"its jobs run on {run.host}"
+    return work, problem
+
+
+def _finished(cost: dict | str) -> Finding:
+    if isinstance(cost, str):
+        return Finding("stopped", reason=cost)
+    return Finding("done" if cost["status"] == "ok" else "failed", cost)
+
+
+def _at_work(job: Job, work: list[Work]) -> Finding:
+    running = tuple(one for one in work if not one.queued)
+    if not running:
+        return Finding("queued", work=tuple(work))
+    log = max((part.log for part in job.parts), key=_touched)
+    return Finding("running", work=running, reason=last_word(read_tail(log)))
+
+
+def _unseen(job: Job, slurm: "SlurmLogs", blind: str) -> Finding:
+    """A job without a record that is not seen at work: lost, or out of sight, or not yet begun."""
+    for part in job.parts:
+        if part.rule == "shard" and Path(part.record).exists():
+            continue  # drawn, and not yet gathered
+        log = part.log
+        touched, official = _touched(log), slurm.newest(part)
+        if not touched and not official:
+            continue
+        record = Path(job.record)
+        checkpoints = record.parent / "training" / record.stem
+        own, silent = read_tail(log), time.time() - max(touched, _touched(checkpoints))
+        if blind and silent < FRESH:
+            work = Work(f"seen {silent:.0f} s ago", 0.0)
+            return Finding("running", work=(work,), reason=last_word(own))
+        reason = why_stopped(own, read_tail(official) if official else "")
+        logs = tuple(map(str, filter(None, (log if touched else "", official))))
+        return Finding("stopped", reason=reason, logs=logs)
+    return WAITING
+
+
+def _touched(path: str | Path) -> float:
+    """When a file or folder was last written, seconds since the epoch; 0 without it."""
+    try:
+        return os.stat(path).st_mtime  # noqa: PTH116 (as above)
+    except OSError:
+        return 0.0
+
+
+# ---- logs
+
+
+class SlurmLogs:
+    """What Slurm wrote of the jobs; the plugin deletes the logs of those that went well."""
+
+    def __init__(self, home: Path):
+        self.home, self.folder = f"{home}/", home / ".snakemake" / "slurm_logs"
+        self.names: dict[str, set[str]] = {}  # of the folders, by rule
+
+    def newest(self, part: Part) -> Path | None:
+        """The part's last log, if it is of the same track, which the folders do not tell."""
+        rule = self.folder / f"rule_{part.rule}"
+        if part.rule not in self.names:
+            self.names[part.rule] = {path.name for path in rule.glob("*")}
+        names = self.names[part.rule]
+        if not names or (part.fields and part.wildcards not in names):
+            return None
+        logs = sorted((rule / part.wildcards).glob("*.log"), key=_touched, reverse=True)
+        return next((log for log in logs if self._concerns(_text(log), part)), None)
+
+    def _concerns(self, text: str, part: Part) -> bool:
+        """A log names the records of its job, unless that was killed before it could write them."""
+        return part.record.removeprefix(self.home) in text or f" {RUNS}/" not in text
+
+
+def _text(log: str | Path, most: int | None = None) -> str:
+    """A log, or its last `most` bytes; "" without one."""
+    try:
+        with Path(log).open("rb") as handle:
+            if most:
+                handle.seek(max(0, os.fstat(handle.fileno()).st_size - most))
+            return handle.read().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+def read_tail(log: str | Path) -> str:
+    return _text(log, TAIL)
+
+
+STAMP = re.compile(r"^\d\d:\d\d:\d\d ")
+ERROR = re.compile(
+    r"^(prunebench: (?!.*importing everything here$)|[\w.]*(Error|Exception|Interrupt)\b)"
+    r"|\b(Killed|Terminated|Segmentation fault|Bus error)\b"
+)
+STEP = re.compile(r"^slurmstepd\S*: error: ")
+SLURM = re.compile(STEP.pattern + r"|DUE TO|CANCELLED|oom.kill|out.of.memory", re.IGNORECASE)
+
+
+def last_word(text: str) -> str:
+    """The last line of a running job's log, without its time: "train 40/400"."""
+    lines = [line for line in text.splitlines() if STAMP.match(line)]
+    return STAMP.sub("", lines[-1]).strip() if lines else ""
+
+
+def why_stopped(own: str, slurm: str = "") -> str:
+    """The line that says best why a job ended, from the ends of its own log and of Slurm's."""
+    for text, pattern in ((own, ERROR), (slurm, SLURM), (slurm, ERROR)):
+        lines = [line.strip() for line in text.splitlines() if pattern.search(line)]
+        if lines:
+            return STEP.sub("", lines[-1]).strip("* ")
+    word = last_word(own)
+    return "killed, or its machine lost: the log ends without an error" + (
+        f", after “{word}”" if word else ""
+    )

@@ -1,0 +1,173 @@
+"""Published archives -> the suite's layout, on small archives built like the published ones."""
+
+import io
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy.io import savemat
+
+from prunebench.assets import convert
+from prunebench.errors import UserError
+
+GENERATOR = np.random.default_rng(0)
+
+
+def add(tar: tarfile.TarFile, name: str, content: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(content)
+    tar.addfile(member, io.BytesIO(content))
+
+
+def picture(shade: int, width: int, height: int) -> bytes:
+    handle = io.BytesIO()
+    Image.new("RGB", (width, height), (shade, shade, shade)).save(handle, "png")
+    return handle.getvalue()
+
+
+def converted(name, files, tmp_path) -> dict[str, np.ndarray]:
+    """The arrays, after a check that converting twice gives the same bytes."""
+    for target in ("one.npz", "two.npz"):
+        convert.convert(name, files, tmp_path / target)
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+    with np.load(tmp_path / "one.npz", allow_pickle=False) as file:
+        arrays = {key: file[key] for key in file.files}
+    assert set(arrays) == {f"{s}_{k}" for s in ("train", "reference") for k in ("images", "labels")}
+    assert all(array.dtype == np.uint8 for array in arrays.values())
+    return arrays
+
+
+def shades(images: np.ndarray) -> list[int]:
+    assert (images == images[:, :1, :1, :1]).all()  # every picture is of one shade
+    return images[:, 0, 0, 0].tolist()
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    """Two records a batch, as NHWC arrays and as the binary version."""
+    x = GENERATOR.integers(0, 256, (12, 32, 32, 3), np.uint8)
+    y = np.arange(12, dtype=np.uint8) % 10
+    arrays = tmp_path / "arrays.npz"
+    np.savez(arrays, x_train=x[:10], y_train=y[:10].reshape(-1, 1), x_test=x[10:], y_test=y[10:])
+    records = np.concatenate([y[:, None], x.transpose(0, 3, 1, 2).reshape(12, -1)], axis=1)
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+    with tarfile.open(tmp_path / "binary.tar.gz", "w:gz") as tar:
+        for index, name in reversed(list(enumerate(names))):  # the order in the archive is free
+            content = records[2 * index : 2 * index + 2].tobytes()
+            add(tar, f"cifar-10-batches-bin/{name}.bin", content)
+    return x, y, arrays, tmp_path / "binary.tar.gz"
+
+
+def test_both_forms_of_cifar10_give_the_same_file(cifar, tmp_path):
+    x, y, arrays, binary = cifar
+    ours = converted("arrays", [arrays], tmp_path)
+    assert (ours["train_images"] == x[:10].transpose(0, 3, 1, 2)).all()
+    assert (ours["reference_images"] == x[10:].transpose(0, 3, 1, 2)).all()
+    assert (ours["train_labels"] == y[:10]).all()
+    first = (tmp_path / "one.npz").read_bytes()
+    converted("cifar_binary", [binary], tmp_path)
+    assert (tmp_path / "one.npz").read_bytes() == first
+
+
+def test_pickles_and_other_layouts_are_refused(cifar, tmp_path):
+    with (tmp_path / "pickled.npz").open("wb") as file:
+        np.savez(file, x_train=np.array([{}], dtype=object), y_train=[0], x_test=[0], y_test=[0])
+    with pytest.raises(UserError, match="not the layout that 'arrays' reads"):
+        convert.convert("arrays", [tmp_path / "pickled.npz"], tmp_path / "out.npz")
+    with tarfile.open(tmp_path / "other.tar.gz", "w:gz") as tar:
+        add(tar, "cifar-10-batches-py/data_batch_1", b"pickle")
+    with pytest.raises(
+        UserError, match=r"other\.tar\.gz: not the layout that 'cifar_binary' reads"
+    ):
+        convert.convert("cifar_binary", [tmp_path / "other.tar.gz"], tmp_path / "out.npz")
+
+
+def test_celeba_is_cropped_as_in_ddim(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for index in range(4):
+            image = np.full((218, 178, 3), 255, np.uint8)
+            image[57:185, 25:153] = 10 * index  # the official crop: 128x128 around (89, 121)
+            handle = io.BytesIO()
+            Image.fromarray(image).save(handle, "png")
+            archive.writestr(f"img_align_celeba/{index:06}.jpg", handle.getvalue())
+    (tmp_path / "p.txt").write_text("000000.jpg 0\n000001.jpg 1\n000002.jpg 2\n000003.jpg 0\n")
+    arrays = converted("celeba64", [tmp_path / "a.zip", tmp_path / "p.txt"], tmp_path)
+    assert arrays["train_images"].shape == (2, 3, 64, 64)
+    assert shades(arrays["train_images"]) == [0, 30]
+    assert shades(arrays["reference_images"]) == [20]
+    assert arrays["train_labels"].tolist() == [0, 0]
+
+
+def test_flowers_follow_the_official_split(tmp_path):
+    with tarfile.open(tmp_path / "102flowers.tgz", "w:gz") as tar:
+        for index in (3, 1, 2, 4):
+            add(tar, f"jpg/image_{index:05}.jpg", picture(50 * index, 300 + index, 280))
+    savemat(tmp_path / "labels.mat", {"labels": np.array([[7, 5, 102, 1]], np.uint8)})
+    split = {"trnid": [[1]], "valid": [[3]], "tstid": [[2, 4]]}
+    savemat(tmp_path / "setid.mat", {k: np.array(v, np.uint16) for k, v in split.items()})
+    files = [tmp_path / name for name in ("102flowers.tgz", "labels.mat", "setid.mat")]
+    arrays = converted("flowers102", files, tmp_path)
+    assert arrays["train_images"].shape == (2, 3, 256, 256)
+    assert shades(arrays["train_images"]) == [150, 50]  # in the archive's order
+    assert arrays["train_labels"].tolist() == [101, 6]
+    assert shades(arrays["reference_images"]) == [100, 200]
+    assert arrays["reference_labels"].tolist() == [4, 0]
+
+
+def test_cub_follows_the_official_split(tmp_path):
+    names = ["001.Auk/a.jpg", "001.Auk/b.jpg", "200.Wren/c.jpg"]
+    with tarfile.open(tmp_path / "cub.tgz", "w:gz") as tar:
+        lines = "".join(f"{i} {name}\n" for i, name in enumerate(names, 1))
+        add(tar, "CUB_200_2011/images.txt", lines.encode())
+        add(tar, "CUB_200_2011/train_test_split.txt", b"1 1\n2 0\n3 1\n")
+        for shade, name in enumerate(names):
+            add(tar, f"CUB_200_2011/images/{name}", picture(shade, 256, 400))
+    arrays = converted("cub200", [tmp_path / "cub.tgz"], tmp_path)
+    assert shades(arrays["train_images"]) == [0, 2]
+    assert arrays["train_labels"].tolist() == [0, 199]
+    assert shades(arrays["reference_images"]) == [1]
+    assert arrays["reference_labels"].tolist() == [0]
+
+
+def test_artbench_takes_its_labels_from_the_folders(tmp_path):
+    with tarfile.open(tmp_path / "art.tar", "w") as tar:
+        for shade, name in enumerate(["train/ukiyo_e/a", "test/baroque/b", "train/baroque/c"]):
+            add(tar, f"artbench-10-imagefolder-split/{name}.jpg", picture(shade, 256, 256))
+    arrays = converted("artbench10", [tmp_path / "art.tar"], tmp_path)
+    assert shades(arrays["train_images"]) == [0, 2]
+    assert arrays["train_labels"].tolist() == [1, 0]
+    assert arrays["reference_labels"].tolist() == [0]
+
+
+def test_centre_crop_halves_then_resizes_the_shorter_side():
+    image = np.zeros((600, 1100, 3), np.uint8)
+    image[:, 300:800] = 200  # the middle: 550 of 1100 wide, 256 / 300 of it after halving
+    handle = io.BytesIO()
+    Image.fromarray(image).save(handle, "png")
+    handle.seek(0)
+    cropped = convert.rgb(handle, 256)
+    assert cropped.shape == (3, 256, 256)
+    row = cropped[0, 128].astype(int)
+    edges = np.flatnonzero(np.abs(np.diff(row)) > 50)
+    # 1100 x 600 -> 550 x 300 -> 469 x 256, cropped from column 106: 150 / 550 of 469 is at 22
+    assert abs(edges.min() - 21) <= 1
+    assert abs(edges.max() - 235) <= 1
+
+
+def test_npz_bytes_depend_on_the_arrays_only(tmp_path):
+    array = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    stack = convert.Stack(array.shape, iter(array))
+    for name, values, compressed in (("a", array, False), ("b", stack, False), ("c", array, True)):
+        convert.write_npz(tmp_path / name, {"x": values}, compressed)
+        assert (np.load(tmp_path / name, allow_pickle=False)["x"] == array).all()
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_stack_that_lies_is_refused(tmp_path):
+    array = np.zeros((2, 4), np.uint8)
+    with pytest.raises(UserError, match="has 2 images, 3 were expected"):
+        convert.write_npz(tmp_path / "x", {"images": convert.Stack((3, 4), iter(array))})
+    with pytest.raises(UserError, match=r"image 0 is uint8 \(4,\)"):
+        convert.write_npz(tmp_path / "x", {"images": convert.Stack((2, 5), iter(array))})

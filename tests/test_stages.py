@@ -1,0 +1,201 @@
+"""Sampling in shards: the same file whatever their number, and nothing stale among them."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+
+from prunebench import artefacts, config, models, stages
+from prunebench.cli import main
+from prunebench.errors import UserError
+from prunebench.pruning import surgery
+from prunebench.pruning.plan import Plan
+
+SMOKE = tiny.smoke()
+CELL = SMOKE.cell("dit", "dense", 0.0, "none", 3)
+
+
+def _track(shards: int, **sampling) -> config.Track:
+    content = copy.deepcopy(dict(SMOKE.content))
+    content["sampling"] |= {"count": 34, "lanes": 8, "shards": shards, **sampling}
+    return config.Track(SMOKE.name, content, SMOKE.methods)
+
+
+def _paths(track: config.Track, runs: Path) -> config.Paths:
+    return config.Paths(track, CELL, runs)
+
+
+def _save(runs: Path, change: float = 0.0) -> None:
+    """Write the cell's checkpoint, random weights moved by `change`."""
+    settings = SMOKE.model("dit")
+    model = models.family("dit").build(settings["config"])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # DiT's own output layer starts at zero
+            parameter.normal_(0.0, 0.1, generator=generator).add_(change)
+    paths = _paths(_track(1), runs)
+    files = surgery.save(Path(paths.checkpoint).parent, model, Plan(), "dit", settings["config"])
+    artefacts.write_record(Path(paths.checkpoint), {"status": "ok"}, files)
+
+
+@pytest.fixture
+def runs(tmp_path) -> Path:
+    _save(tmp_path)
+    return tmp_path
+
+
+def _draw(track: config.Track, runs: Path, indices: tuple[int, ...], batch: int = 20) -> None:
+    for index in indices:
+        stages.shard(track, CELL, _paths(track, runs), index=index, batch=batch)
+
+
+def _record(runs: Path) -> dict:
+    return artefacts.read_record(_paths(_track(1), runs).sample)
+
+
+def _comparable(record: dict) -> dict:
+    return {k: v for k, v in record.items() if k not in ("wall_s", "provenance", "shards")}
+
+
+def _shard_files(runs: Path) -> set[str]:
+    return {file.name for file in runs.rglob("shard*of*")}
+
+
+def test_any_number_of_shards_gives_the_same_bytes(runs):
+    stages.sample(_track(1), CELL, _paths(_track(1), runs))
+    whole = _record(runs)
+    assert whole["shards"] == 1 and not _shard_files(runs)
+    drawn = artefacts.read_tensors(Path(_paths(_track(1), runs).sample).parent / stages.IMAGES)
+    assert drawn["images"].shape == (34, 1, 16, 16)
+    assert len({image.numpy().tobytes() for image in drawn["images"]}) == 34
+    assert drawn["labels"].tolist() == [i % 10 for i in range(34)]
+    for shards, batch in ((2, 20), (3, 7), (5, 1)):  # the last of five has two images
+        track = _track(shards)
+        _draw(track, runs, tuple(reversed(range(shards))), batch)
+        parts = [artefacts.read_record(record) for record, _ in _paths(track, runs).shards]
+        stages.sample(track, CELL, _paths(track, runs))
+        gathered = _record(runs)
+        assert _comparable(gathered) == _comparable(whole)  # the file's sha256 among it
+        assert gathered["shards"] == shards
+        assert gathered["wall_s"] > sum(part["wall_s"] for part in parts)
+
+
+def test_a_missing_or_corrupt_shard_is_named_and_redone_alone(runs):
+    track = _track(3)
+    paths = _paths(track, runs)
+    _draw(track, runs, (0, 2))
+    with pytest.raises(UserError, match=r"shard1of3\.json does not exist"):
+        stages.sample(track, CELL, paths)
+    _draw(track, runs, (1,))
+    images = Path(paths.shards[2][1])
+    images.write_bytes(images.read_bytes()[:-1])
+    with pytest.raises(UserError, match=r"shard2of3\.safetensors is corrupt"):
+        stages.sample(track, CELL, paths)
+    assert not Path(paths.sample).exists()
+    _draw(track, runs, (2,))
+    stages.sample(track, CELL, paths)
+    stages.sample(track, CELL, paths)  # as after a kill before the shards were removed
+    assert _record(runs)["status"] == "ok"
+
+
+@pytest.mark.parametrize("change", ["checkpoint", "track", "code"])
+def test_a_stale_shard_is_not_gathered(runs, change, monkeypatch):
+    track = _track(2)
+    _draw(track, runs, (0,))
+    if change == "checkpoint":
+        _save(runs, change=0.5)
+    elif change == "track":
+        track.content["models"]["dit"]["sampling"]["steps"] += 1
+    else:
+        monkeypatch.setattr(stages, "code_hash", lambda _: "other")
+    _draw(track, runs, (1,))
+    paths = _paths(track, runs)
+    with pytest.raises(
+        UserError, match=r"shard0of2\.json was drawn from another .* it was removed"
+    ):
+        stages.sample(track, CELL, paths)
+    assert _shard_files(runs) == {"shard0of2.safetensors", *map(_name, paths.shards[1])}
+    _draw(track, runs, (0,))
+    stages.sample(track, CELL, paths)
+    assert _record(runs)["status"] == "ok"
+
+
+def test_all_stale_shards_go_at_once(runs):
+    track = _track(3)
+    _draw(track, runs, (0, 1, 2))
+    _save(runs, change=0.5)
+    with pytest.raises(UserError, match=r"shard0of3\.json, .*shard1of3\.json, .*shard2of3\.json"):
+        stages.sample(track, CELL, _paths(track, runs))
+    assert not list(runs.rglob("shard*.json"))
+
+
+def _name(file: str) -> str:
+    return Path(file).name
+
+
+def test_shards_of_another_number_are_left_out_and_removed(runs):
+    _draw(_track(3), runs, (0, 1))
+    track = _track(2)
+    _draw(track, runs, (0, 1))
+    stages.sample(track, CELL, _paths(track, runs))
+    assert _shard_files(runs) == {_name(f) for files in _paths(track, runs).shards for f in files}
+    stages.sample(_track(1), CELL, _paths(_track(1), runs))
+    assert not _shard_files(runs)
+
+
+def test_a_failed_shard_fails_the_cell_with_its_reason(runs):
+    _save(runs, change=float("nan"))
+    track = _track(2)
+    paths = _paths(track, runs)
+    for index, (record, _) in enumerate(paths.shards):
+        log = f"shard{index}.log"
+        assert not stages.guarded(stages.shard, track, CELL, paths, record, log, index=index)
+    assert not stages.guarded(stages.sample, track, CELL, paths, paths.sample, "sample.log")
+    failure = _record(runs)["failure"]
+    assert failure["stage"] == "shard" and failure["log"] == "shard0.log"
+    assert "not finite" in failure["error"]
+
+
+@pytest.mark.parametrize(
+    ("shards", "arguments", "message"),
+    [
+        (3, ["--shard", "3"], "--shard 3: track mine draws a cell in 3 shards, counted from 0"),
+        (3, ["--shard", "-1"], "--shard -1: "),
+        (1, ["--shard", "0"], "--shard 0: track mine draws a cell in one piece"),
+        (3, ["--batch", "7"], "--batch: track mine draws a cell in 3 shards"),
+    ],
+)
+def test_the_command_refuses_what_makes_no_sense(
+    tmp_path, monkeypatch, capsys, shards, arguments, message
+):
+    monkeypatch.chdir(tiny.ROOT)
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump(json.loads(json.dumps(dict(_track(shards).content)))))
+    cell = ["--model", "dit", "--method", "dense", "--sparsity", "0", "--seed", "3"]
+    assert main(["sample", "--track", str(file), *cell, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_draws_one_shard(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny.ROOT)
+    monkeypatch.setattr("prunebench.cli._prepare", lambda: None)
+    file = tmp_path / f"{SMOKE.name}.yaml"
+    track = _track(3)
+    file.write_text(yaml.safe_dump(json.loads(json.dumps(dict(track.content)))))
+    cell = ["--model", "dit", "--method", "dense", "--sparsity", "0", "--seed", "3"]
+    command = ["sample", "--track", str(file), "--runs", str(runs), *cell]
+    assert main([*command, "--shard", "1", "--batch", "3"]) == 0
+    assert _shard_files(runs) == {"shard1of3.json", "shard1of3.safetensors"}
+    assert main(command) == 2  # the others are missing
+    _draw(track, runs, (0, 2))
+    assert main(command) == 0
+    assert _record(runs)["shards"] == 3
+
+
+def test_drawing_needs_no_data_set(runs, monkeypatch):
+    monkeypatch.setattr(stages.assets, "locate", lambda *_: pytest.fail("looked for a file"))
+    stages.sample(_track(1), CELL, _paths(_track(1), runs))
