@@ -252,7 +252,10 @@ def _methods(arguments: argparse.Namespace) -> None:
 def _assets(arguments: argparse.Namespace) -> None:
     from prunebench.assets import commands
 
-    names = [*arguments.names, *(config.load_any(arguments.track).assets() if arguments.track else ())]
+    names = [
+        *arguments.names,
+        *(config.load_any(arguments.track).assets() if arguments.track else ()),
+    ]
     if arguments.action == "fetch":
         if not (names or arguments.track):
             raise UserError("assets fetch: name assets, or a track with --track")

@@ -82,7 +82,7 @@ def _chosen(
 
 
 def _two_of_four(network: nn.Module, family: ModuleType) -> Plan:
-    """The first two of every four inputs stay. The masks are views of one row and take no memory."""
+    """The first two of every four inputs stay; the masks are views of a row and take no memory."""
     weights = {name: network.get_parameter(name) for name in family.weights(network)}
     return Plan(
         masks={n: _pattern(w.shape) for n, w in weights.items() if w.shape[1] % 4 == 0},

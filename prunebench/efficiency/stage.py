@@ -1,4 +1,4 @@
-"""The stage of an efficiency track: one row, counted exactly and, where there is a GPU, measured."""
+"""The stage of an efficiency track: one row, counted and, where there is a GPU, measured."""
 
 import copy
 import functools
@@ -178,4 +178,3 @@ def _free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-

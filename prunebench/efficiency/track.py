@@ -22,12 +22,12 @@ DEPENDS = ("seed", "device", "precisions", "modes", "rounds", "warmup")
 
 @dataclass(frozen=True)
 class Track:
-    """A validated efficiency track; `content` is the YAML with published configurations filled in."""
+    """A validated efficiency track; `content` is the YAML, published configurations filled in."""
 
     name: str
     content: Mapping
     kind = "efficiency"
-    divisions = {DIVISION: {}}
+    divisions = (DIVISION,)
     default_division = DIVISION
     shards = 1
 
@@ -67,7 +67,9 @@ class Track:
     def records(self, division: str = DIVISION, runs: Path = config.RUNS) -> list[str]:
         """What the table is made of."""
         if division != DIVISION:
-            raise UserError(f"unknown division '{division}' in track {self.name}; known: {DIVISION}")
+            raise UserError(
+                f"unknown division '{division}' in track {self.name}; known: {DIVISION}"
+            )
         return [self.record(*row, runs) for row in self.rows()]
 
     def fingerprint(self, stage: str, model: str = "", plan: str = "") -> str:
