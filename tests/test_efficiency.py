@@ -284,20 +284,18 @@ def test_without_a_gpu_nothing_is_measured(load, tmp_path, monkeypatch):
 
 def test_measuring_runs_on_a_cpu_where_a_track_says_so(load, tmp_path):
     track = load({"device": "cpu"})
-    dense, layers, sparse = run(track, tmp_path, "dense", "layers_50", "sparse_2_4")
-    for record in (dense, layers):
-        places = [(t["precision"], t["mode"], t["batch"]) for t in record["timings"]]
-        assert places == [(p, "eager", b) for p in ("fp32", "bf16") for b in (1, 3)]
-        for timing in record["timings"]:
-            assert timing["ms"] > 0 and timing["ratio"] == timing["ms"] / timing["dense_ms"]
-            assert timing["images_per_s"] == pytest.approx(1e3 * timing["batch"] / timing["ms"])
-    for ours, theirs in zip(layers["timings"], dense["timings"], strict=True):
-        assert ours["peak_memory_mb"] < ours["dense_peak_memory_mb"] == theirs["peak_memory_mb"]
+    layers, sparse = run(track, tmp_path, "layers_50", "sparse_2_4")
+    places = [(t["precision"], t["mode"], t["batch"]) for t in layers["timings"]]
+    assert places == [(p, "eager", b) for p in ("fp32", "bf16") for b in (1, 3)]
+    for timing in layers["timings"]:
+        assert timing["ms"] > 0 and timing["ratio"] == timing["ms"] / timing["dense_ms"]
+        assert timing["images_per_s"] == pytest.approx(1e3 * timing["batch"] / timing["ms"])
+        assert 0 < timing["peak_memory_mb"] < timing["dense_peak_memory_mb"]
     assert {t["failure"] for t in sparse["timings"]} == {
         "2:4 kernels exist in half precision only",
         "no 2:4 kernels on this CPU: the pattern brings no speed",
     }
-    text = table.published(track, [dense, layers, sparse])["leaderboard.md"]
+    text = table.published(track, [layers, sparse])["leaderboard.md"]
     assert f"{1 / layers['timings'][3]['ratio']:.2f}×" in text.split("## Tiny DiT")[0]
     assert "sparse\\_2\\_4: not timed in fp32" in text and "Images/s" in text
 

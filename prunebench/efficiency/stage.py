@@ -174,7 +174,7 @@ def _timing(
 
 
 def _free(device: torch.device) -> None:
-    """Give back what a failed or finished attempt held."""
-    gc.collect()
+    """Give the GPU's memory back that a failed or finished attempt held."""
     if device.type == "cuda":
+        gc.collect()
         torch.cuda.empty_cache()
