@@ -28,16 +28,17 @@ onstart:
         prepare_machine()
     elif workflow.executor_plugin.name == "slurm":
         cancel_leftover_jobs()
-    mark_run(TRACK.name, workflow.local_exec, workflow.cores)  # for `prunebench progress`
+    # For `prunebench progress`.
+    activity.mark_run(TRACK.name, workflow.local_exec, workflow.cores)
 
 
 onsuccess:
-    unmark_run()
+    activity.unmark_run()
     report_failed_cells()
 
 
 onerror:
-    unmark_run()
+    activity.unmark_run()
     report_unfinished_run()
 
 

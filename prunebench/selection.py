@@ -142,7 +142,9 @@ class Context:
     ) -> list[float]:
         """Train `model`, a copy of `self.model`, in place; charged to the cell's budget.
 
-        `adjust` may change the gradients after each backward pass. Weights may be parametrized.
+        `loss` is a mean over its batch, of which it may be given parts; `adjust` may change the
+        gradients once per step. What they remember from step to step must lie in the model's
+        buffers, or is lost where an interrupted training goes on. Weights may be parametrized.
         All calls, and the recovery after them, are one training with one schedule and one average:
         the model has its plain weights in between.
 

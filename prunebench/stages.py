@@ -361,13 +361,15 @@ def _drawn(
 def _gathered(paths: Paths, origin: dict) -> tuple[dict[str, Tensor], dict, float]:
     """As `_drawn`, out of the shards' files, and the seconds that drawing them took."""
     records = [_upstream(record) for record, _ in paths.shards]
-    for (file, _), record in zip(paths.shards, records, strict=True):
-        if record["origin"] != origin:
-            Path(file).unlink()
-            raise UserError(
-                f"{file} was drawn from another checkpoint, track or code than there is now; it "
-                "was removed, run the same command again"
-            )
+    drawn_from = zip(paths.shards, records, strict=True)
+    stale = [file for (file, _), record in drawn_from if record["origin"] != origin]
+    for file in stale:
+        Path(file).unlink(missing_ok=True)
+    if stale:
+        raise UserError(
+            f"{', '.join(stale)} was drawn from another checkpoint, track or code than there is "
+            "now; it was removed, run the same command again"
+        )
     parts = [artefacts.read_tensors(Path(images)) for _, images in paths.shards]
     drawn = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return drawn, records[0]["sampling"], sum(record["wall_s"] for record in records)

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 import yaml
 from torch import nn
 
-from prunebench import methods, selection
+from prunebench import artefacts, methods, selection
 from prunebench.errors import UserError
 from prunebench.training import loop, parallel
 from prunebench.training.budget import BudgetMeter
@@ -207,6 +208,51 @@ def test_a_checkpoint_of_something_else_is_not_used(tmp_path):
     assert not checkpoints.resumed
 
 
+def test_a_checkpoint_of_a_model_of_other_shapes_is_not_used(tmp_path, caplog):
+    """Scores on a GPU may differ in the last bits, and with them what was pruned."""
+    with pytest.raises(Interrupted):
+        train(tiny.dense("dit"), Checkpoints(tmp_path, None, 0), interrupt_at(6))
+
+    def smaller():
+        model = tiny.dense("dit")
+        tiny.INSTANCES["dit"].module.remove_layer(model, "blocks.1")
+        return model
+
+    whole, model, checkpoints = smaller(), smaller(), Checkpoints(tmp_path, None, 1e9)
+    assert train(model, checkpoints) == train(whole)
+    assert not checkpoints.resumed and "of a model of other shapes" in caplog.text
+    tiny.assert_same(model.state_dict(), whole.state_dict())
+
+
+def test_a_checkpoint_that_goes_while_it_is_written_stops_nothing(tmp_path, monkeypatch, caplog):
+    """A late twin of the job has written the record and removes the folder."""
+    write = artefacts.write_atomically
+
+    def gone(path, fill):
+        write(path, fill)
+        Path(path).unlink()
+
+    monkeypatch.setattr(artefacts, "write_atomically", gone)
+    assert train(tiny.dense("dit"), Checkpoints(tmp_path, None, 0)) == train(tiny.dense("dit"))
+    assert "not saved" in caplog.text
+
+
+def test_stages_of_one_folder_clean_up_beside_each_other(tmp_path, monkeypatch):
+    """As the oracle's masks do, of which any two may end or begin at once."""
+    records = [tmp_path / f"mask{i}.json" for i in range(2)]
+    for record in records:
+        folder_of(record).mkdir(parents=True)
+    remove = shutil.rmtree
+
+    def removes_and_begins(folder, **options):
+        remove(folder, **options)
+        monkeypatch.setattr(Path, "iterdir", lambda _: iter(()))  # seen before the other began
+
+    monkeypatch.setattr(shutil, "rmtree", removes_and_begins)
+    Checkpoints(folder_of(records[0])).discard()
+    assert folder_of(records[1]).is_dir()
+
+
 def test_a_checkpoint_that_cannot_be_written_stops_nothing(tmp_path, caplog):
     (tmp_path / "file").write_text("in the way")
     whole, model = tiny.dense("dit"), tiny.dense("dit")
@@ -277,14 +323,19 @@ torch.save(out, f"{sys.argv[1]}/rank{parallel.rank()}.pt")
 """
 
 
-def test_two_processes_train_as_one(tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
+def run_twice_over(text: str, folder: Path) -> None:
+    """Run a script in two processes under torchrun, with `folder` as its argument."""
+    script = folder / "script.py"
+    script.write_text(text)
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
-               "2", str(script), str(tmp_path)]  # fmt: skip
+               "2", str(script), str(folder)]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, check=True, env=environment, timeout=300)
+
+
+def test_two_processes_train_as_one(tmp_path):
+    run_twice_over(SCRIPT, tmp_path)
     ranks = [torch.load(tmp_path / f"rank{i}.pt", weights_only=True) for i in range(2)]
     tiny.assert_same(ranks[0]["model"], ranks[1]["model"])
     whole, meter = tiny.dense("dit"), BudgetMeter()
@@ -293,6 +344,55 @@ def test_two_processes_train_as_one(tmp_path):
     assert ranks[0]["counts"] == ranks[1]["counts"] == dict(meter.counts)
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(ranks[0]["model"][name], tensor, rtol=1e-2, atol=1e-3)
+
+
+APART = """
+import os, sys
+from pathlib import Path
+import tiny, torch
+from prunebench.errors import UserError
+from prunebench.training import loop, parallel
+from prunebench.training.checkpoints import Checkpoints
+torch.set_num_threads(1)
+parallel.start()
+folder = Path(sys.argv[1])
+
+def train(loss=loop.own_loss, checkpoints=None):
+    model = tiny.dense("dit")
+    return loop.train(model, tiny.data("dit"), tiny.settings(), images=96, seed=3, muon_names=[],
+                      loss=loss, checkpoints=checkpoints)
+
+checkpoints = Checkpoints(folder / f"rank{parallel.rank()}", None, 1e9)
+losses = train(checkpoints=checkpoints)
+torch.save([losses, checkpoints.resumed], folder / f"apart{parallel.rank()}.pt")
+
+calls = iter(range(100))
+def lose_one(model, batch):
+    if next(calls) == 3 and parallel.rank():
+        os._exit(0)
+    return loop.own_loss(model, batch)
+
+try:
+    train(lose_one)
+except UserError as error:
+    (folder / "lost").write_text(str(error))
+"""
+
+
+def test_processes_that_read_different_files_train_anew_and_a_lost_one_is_no_cells_fault(tmp_path):
+    def run(**extra):
+        options = {"images": 96, "seed": 3, "muon_names": []}
+        return loop.train(tiny.dense("dit"), tiny.data("dit"), tiny.settings(), **options, **extra)
+
+    whole = run()
+    with pytest.raises(Interrupted):
+        run(loss=interrupt_at(6), checkpoints=Checkpoints(tmp_path / "rank0", None, 0))
+    assert list((tmp_path / "rank0").glob("*.pt"))  # which rank 1 does not see
+    run_twice_over(APART, tmp_path)
+    for rank in range(2):
+        losses, resumed = torch.load(tmp_path / f"apart{rank}.pt", weights_only=True)
+        assert losses == pytest.approx(whole, rel=1e-3) and resumed == 0
+    assert "another process of this training is gone" in (tmp_path / "lost").read_text()
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(monkeypatch):

@@ -16,6 +16,7 @@ from prunebench import artefacts, cli, config, progress, stages
 from prunebench.config import Cell, Paths
 from prunebench.errors import CellError
 from prunebench.progress import activity, jobs, view
+from prunebench.training import checkpoints
 
 ROOT = Path(__file__).parents[1]
 PROVENANCE = {"commit": None, "dirty": False, "code": "c0de", "config": "c0ff", "cpu": "AMD EPYC",
@@ -129,6 +130,16 @@ def test_every_state_of_a_cell_and_its_stage(track, tmp_path):
     assert "1 x broken: no such luck" in text
     assert "log: a.log" in text
     assert "\033" not in text
+
+
+def test_a_failed_selection_fails_its_cells_before_they_are_scored(track, tmp_path):
+    runs, failure = tmp_path / "runs", {"stage": "select", "error": "no luck", "log": "a.log"}
+    record = Path(Paths(track, a_cell(track, "random_layers"), runs).select)
+    artefacts.write_record(record, {"schema": 1, "status": "failed", "failure": failure,
+                                    "provenance": {**PROVENANCE, "gpu": None}})  # fmt: skip
+    text = progress.show(track, None, runs)
+    assert ", 2 failed" in text.splitlines()[0]  # with and without fine-tuning
+    assert "2 x select: no luck" in text
 
 
 def test_nothing_on_disk_is_everything_waiting_and_no_estimate(track, tmp_path):
@@ -406,7 +417,7 @@ def test_jobs_out_of_sight_run_as_long_as_their_logs_are_fresh(
     assert re.search(r"  dense +dit +seen \d+ s ago +train 40/400", text)
     assert table_of(text)["extractor"]["stopped"] == "1"
     os.utime(fresh, (time.time() - 2 * jobs.FRESH,) * 2)
-    (Path(paths.trained).parent / "training").mkdir(parents=True)  # it just saved a checkpoint
+    checkpoints.folder_of(paths.trained).mkdir(parents=True)  # it has just saved itself
     text = show_with_queue(track, tmp_path, monkeypatch, "", problem)
     assert table_of(text)["dense"]["running"] == "1"
 

@@ -124,6 +124,15 @@ def test_a_stale_shard_is_not_gathered(runs, change, monkeypatch):
     assert _record(runs)["status"] == "ok"
 
 
+def test_all_stale_shards_go_at_once(runs):
+    track = _track(3)
+    _draw(track, runs, (0, 1, 2))
+    _save(runs, change=0.5)
+    with pytest.raises(UserError, match=r"shard0of3\.json, .*shard1of3\.json, .*shard2of3\.json"):
+        stages.sample(track, CELL, _paths(track, runs))
+    assert not list(runs.rglob("shard*.json"))
+
+
 def _name(file: str) -> str:
     return Path(file).name
 

@@ -1,77 +1,27 @@
 """The real workflow on real data: the smoke track, killed, resumed, extended and abused."""
 
-import csv
 import json
-import os
 import re
 import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
+from project import ROOT, Project
 
 from prunebench import config
 
-ROOT = Path(__file__).parents[1]
 SMOKE = config.load(str(ROOT / "config" / "smoke.yaml"))
 CELLS = len(SMOKE.cells())
 SEEDS = 2
 ROWS = CELLS // SEEDS
 NEW_ROWS = 6  # of a method: three models, two recoveries
-PARTS = ("Snakefile", "workflow", "config", "methods", "environment.yml", "envs")
-BIN = Path(sys.executable).parent
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workflow")]
-
-
-class Project:
-    """A copy of the workflow in a folder of its own; the package is the checkout's."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        for part in PARTS:
-            source = ROOT / part
-            if source.is_dir():
-                shutil.copytree(source, folder / part, symlinks=True)
-            else:
-                shutil.copy(source, folder / part)
-
-    def start(self, *command: str, stdout=subprocess.PIPE, **options) -> subprocess.Popen:
-        environment = {**os.environ, "PATH": f"{BIN}:{os.environ['PATH']}"}
-        return subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=environment,
-            stdout=stdout,
-            stderr=subprocess.STDOUT,
-            text=True,
-            **options,
-        )
-
-    def run(self, *command: str, **options) -> tuple[int, str]:
-        process = self.start(*command, **options)
-        output, _ = process.communicate(timeout=400)
-        return process.returncode, output
-
-    def snakemake(self, *arguments: str, track: str = "smoke") -> tuple[int, str]:
-        return self.run("snakemake", "--cores", "2", *arguments, "--config", f"track={track}")
-
-    def records(self, track: str = "smoke") -> dict[Path, int]:
-        """Every finished record and when it was written."""
-        files = (self.folder / "runs" / track).rglob("*.json")
-        return {file: file.stat().st_mtime_ns for file in files if file.name != "plan.json"}
-
-    def metrics(self, track: str = "smoke") -> list[Path]:
-        return sorted((self.folder / "runs" / track).rglob("metrics.json"))
-
-    def rows(self, track: str = "smoke") -> list[dict]:
-        with (self.folder / "results" / track / "leaderboard.csv").open() as handle:
-            return list(csv.DictReader(handle))
 
 
 @pytest.fixture(scope="module")

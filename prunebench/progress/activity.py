@@ -1,5 +1,6 @@
 """Which jobs are at work now: in Slurm's queue, and among the processes of this machine."""
 
+import fcntl
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 
@@ -79,6 +81,21 @@ def mark_run(track: str, local: bool, cores: int | None) -> None:
 
 def unmark_run() -> None:
     Path(MARK).unlink(missing_ok=True)
+
+
+def only_run(lock: TextIO) -> bool:
+    """Whether no other run holds the folder's lock; if so none can start until it is shared."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        share(lock)
+        return False
+    return True
+
+
+def share(lock: TextIO) -> None:
+    """Hold the lock with the other live runs: when the first one ends, the rest are still known."""
+    fcntl.flock(lock, fcntl.LOCK_SH)
 
 
 def read_run(home: Path) -> Run | None:

@@ -6,7 +6,6 @@ import re
 import statistics
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +19,6 @@ from prunebench.progress.activity import Run, Work
 STAGES = ("extractor", "dense", "select", "cost", "recover", "sample", "score", "mask")  # in order
 STATES = ("done", "failed", "running", "queued", "stopped", "waiting")
 FRESH = 900  # s without a word, after which a job that can't be seen from here counts as stopped
-READERS = 8  # files opened at once: on a network disk most of the time is waiting
 TAIL = 4096  # bytes of a log that are read
 
 
@@ -177,13 +175,18 @@ class Survey:
         return {key: statistics.fmean(values) for key, values in times.items()}
 
     def cell_state(self, cell: Cell) -> str:
-        """A cell is what its score is, or what of its own jobs catches the eye first."""
+        """A cell is done with its score, and else what of its own jobs catches the eye first."""
         records = self.plan.cells[cell]
-        last = self.found[records[-1]].state
-        if last in ("done", "failed"):
-            return last
+        if self.found[records[-1]].state == "done":
+            return "done"
         own = {self.found[record].state for record in records}
-        return next((state for state in ("running", "stopped") if state in own), "waiting")
+        shown = ("failed", "running", "stopped")  # a failure is only passed on by later stages
+        return next((state for state in shown if state in own), "waiting")
+
+    def failure(self, cell: Cell) -> dict | None:
+        """Stage, error and log of a failed cell."""
+        found = (self.found[record] for record in self.plan.cells[cell])
+        return next((each.cost["failure"] for each in found if each.state == "failed"), None)
 
 
 class Records:
@@ -194,22 +197,15 @@ class Records:
 
     def read(self, records: Iterable[str]) -> dict[str, dict | str]:
         """By record, of those that are there: its cost, or in words why it can't be read."""
-        records = list(records)
-        parts = [records[start::READERS] for start in range(READERS)]
-        with ThreadPoolExecutor(READERS) as pool:
-            found = itertools.chain.from_iterable(pool.map(self._read, parts))
+        found = ((record, self._cost(record)) for record in records)
         return {record: cost for record, cost in found if cost is not None}
 
-    def _read(self, records: list[str]) -> list[tuple[str, dict | str | None]]:
-        return [(record, self._cost(record)) for record in records]
-
     def _cost(self, record: str) -> dict | str | None:
-        path = Path(record)
         try:
-            status = path.stat()
+            status = os.stat(record)  # noqa: PTH116 (of tens of thousands; Path takes as long again)
             stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
             if self.known.get(record, (None,))[0] != stamp:
-                self.known[record] = stamp, skim_record(path)
+                self.known[record] = stamp, skim_record(record)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -273,11 +269,13 @@ def _unseen(job: Job, slurm: "SlurmLogs", blind: str) -> Finding:
     for part in job.parts:
         if part.rule == "shard" and Path(part.record).exists():
             continue  # drawn, and not yet gathered
-        log, training = part.log, Path(job.record).parent / "training"
+        log = part.log
         touched, official = _touched(log), slurm.newest(part)
         if not touched and not official:
             continue
-        own, silent = read_tail(log), time.time() - max(touched, _touched(training))
+        record = Path(job.record)
+        checkpoints = record.parent / "training" / record.stem
+        own, silent = read_tail(log), time.time() - max(touched, _touched(checkpoints))
         if blind and silent < FRESH:
             work = Work(f"seen {silent:.0f} s ago", 0.0)
             return Finding("running", work=(work,), reason=last_word(own))
@@ -290,7 +288,7 @@ def _unseen(job: Job, slurm: "SlurmLogs", blind: str) -> Finding:
 def _touched(path: str | Path) -> float:
     """When a file or folder was last written, seconds since the epoch; 0 without it."""
     try:
-        return Path(path).stat().st_mtime
+        return os.stat(path).st_mtime  # noqa: PTH116 (as above)
     except OSError:
         return 0.0
 

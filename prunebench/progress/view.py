@@ -183,11 +183,8 @@ def _stopped(seen: Survey) -> list[str]:
 
 def _failed(seen: Survey) -> list[str]:
     """Cells that failed by their own fault, by reason, with a log to read."""
-    failures = {
-        records[-1]: seen.found[records[-1]].cost["failure"]
-        for records in seen.plan.cells.values()
-        if seen.found[records[-1]].state == "failed"
-    }
+    found = {records[-1]: seen.failure(cell) for cell, records in seen.plan.cells.items()}
+    failures = {record: failure for record, failure in found.items() if failure}
     blocks = []
     for alike in _alike({r: (each["stage"], each["error"]) for r, each in failures.items()}):
         failure = failures[alike[0]]

@@ -37,6 +37,7 @@ STOPPED = 128 + signal.SIGTERM  # exit status, as a shell gives it
 class Stateful(Protocol):
     def state_dict(self) -> dict: ...
     def load_state_dict(self, state: dict) -> None: ...
+    def fits(self, state: dict) -> bool: ...
 
 
 class Checkpoints:
@@ -70,7 +71,7 @@ class Checkpoints:
         """Remove the files: the stage's record is written."""
         if self.folder:
             shutil.rmtree(self.folder, ignore_errors=True)
-            if self.folder.parent.is_dir() and not any(self.folder.parent.iterdir()):
+            with contextlib.suppress(OSError):  # not there, or of another stage of this folder too
                 self.folder.parent.rmdir()
 
 
@@ -91,6 +92,13 @@ class Part:
 
     def __enter__(self) -> Self:
         state = self._read()
+        if state is not None and not self.run.fits(state["run"]):
+            log.warning("%s is of a model of other shapes: training anew", self.file)
+            state = None
+        # A late twin may have saved again while the processes read.
+        if not parallel.agreed(state["wall_s"] if state else -1.0):
+            log.warning("the processes read different saved trainings: training anew")
+            state = None
         if state is not None:
             self._restore(state)
         if self.owner.folder and threading.current_thread() is threading.main_thread():
@@ -135,7 +143,8 @@ class Part:
         try:
             artefacts.write_atomically(file, lambda temporary: _write(state, temporary))
             artefacts.write_record(self._record, {"identity": self.owner.identity}, [file])
-        except UserError as error:  # no reason to stop a training that may still end well
+        # No reason to stop a training that may still end well. OSError: read back for its hash.
+        except (UserError, OSError) as error:
             log.warning("not saved: %s", error)
             with contextlib.suppress(OSError):
                 file.unlink(missing_ok=True)

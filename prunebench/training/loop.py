@@ -262,12 +262,25 @@ class _Run:
             "losses": self.losses,
         }
 
+    def fits(self, state: dict) -> bool:
+        """Whether a state is of a model with these tensors: scoring on a GPU may not repeat."""
+        own, saved = (
+            {name: tensor.shape for name, tensor in tensors.items()}
+            for tensors in (self.model.state_dict(), state["model"])
+        )
+        return own == saved
+
     def load_state_dict(self, state: dict) -> None:
         for name, part in self._stateful().items():
             part.load_state_dict(state[name])
         self.generator.set_state(state["generator"])
-        torch.set_rng_state(state["global_generator"])
-        if state["cuda_generator"] is not None and self.device.type == "cuda":
+        if not parallel.rank():  # it is the first's; with it the others would drop the same units
+            torch.set_rng_state(state["global_generator"])
+        if (
+            state["cuda_generator"] is not None
+            and self.device.type == "cuda"
+            and not parallel.rank()
+        ):
             torch.cuda.set_rng_state(state["cuda_generator"], self.device)
         self.micro_batch, self.losses = state["micro_batch"], list(state["losses"])
 

@@ -5,7 +5,8 @@ the schedule and the images drawn are those of one process; only the order of su
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
@@ -60,8 +61,9 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     if world() == 1:
         return
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
-        work.wait()
+    with _together():
+        for work in [dist.all_reduce(gradient, async_op=True) for gradient in gradients]:
+            work.wait()
 
 
 def total(value: float) -> float:
@@ -69,5 +71,30 @@ def total(value: float) -> float:
     if world() == 1:
         return value
     number: Tensor = torch.tensor(value, dtype=torch.float64, device=device())
-    dist.all_reduce(number)
+    with _together():
+        dist.all_reduce(number)
     return number.item()
+
+
+def agreed(value: float) -> bool:
+    """Whether a number is the same in all processes, which all get the same answer."""
+    if world() == 1:
+        return True
+    ends = torch.tensor([value, -value], dtype=torch.float64, device=device())
+    with _together():
+        dist.all_reduce(ends, dist.ReduceOp.MAX)
+    return bool(ends[0] == -ends[1])
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    """A process that is gone is the machine's fault; the RuntimeError would be the cell's."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        raise UserError(
+            f"another process of this training is gone: {error}; its own error is above, if it "
+            "had one; the same command goes on from what was saved"
+        ) from error

@@ -1,6 +1,5 @@
 # The track, its paths and the functions the rules share. Everything here is free of torch.
 import atexit
-import fcntl
 import functools
 import inspect
 import os
@@ -14,7 +13,7 @@ from prunebench import config as tracks
 from prunebench import gpus, slurm, warm
 from prunebench.artefacts import read_json
 from prunebench.errors import UserError
-from prunebench.progress.activity import mark_run, unmark_run
+from prunebench.progress import activity
 
 try:
     TRACK = tracks.load_any(config.get("track", "embedded"))
@@ -35,9 +34,10 @@ ORACLE = [LAYOUT.oracle(*place) for place in TRACK.oracle()]
 def forget_killed_run():
     """Remove the marks that a killed run left, so that the same command simply goes on.
 
-    The kernel gives up our own lock with the process that holds it: if we get it, no run is alive
-    and Snakemake's lock is stale. Its list of incomplete outputs is too, because records appear
-    complete or not at all: a job cut short has left none.
+    Live runs, of different tracks, share a lock of our own, which the kernel gives up with its
+    process: if we get it for ourselves, no run is alive and Snakemake's lock is stale. Its list of
+    incomplete outputs is too, because records appear complete or not at all: a job cut short has
+    left none.
 
     A run on a cluster writes its machine's name into the lock file and takes it back when it ends.
     On some file systems locks are seen on their own machine only, so that a name that is not ours
@@ -46,10 +46,8 @@ def forget_killed_run():
     state = Path(".snakemake")
     state.mkdir(exist_ok=True)
     handle = (state / "prunebench.lock").open("a+")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return None
+    if not activity.only_run(handle):
+        return handle
     handle.seek(0)
     if handle.read() not in ("", socket.gethostname()):
         raise WorkflowError(
@@ -59,6 +57,7 @@ def forget_killed_run():
     atexit.register(handle.truncate, 0)
     for mark in (*state.glob("locks/*.lock"), *state.glob("incomplete/*")):
         mark.unlink()
+    activity.share(handle)
     return handle
 
 
@@ -67,7 +66,8 @@ RUN_LOCK = forget_killed_run() if workflow.is_main_process else None
 
 def cancel_leftover_jobs():
     """A killed run's Slurm jobs go on without it; ours would do the same work beside them."""
-    if RUN_LOCK is None:
+    if not activity.only_run(RUN_LOCK):
+        logger.warning("Another run of this folder is alive: no left-over jobs are looked for.")
         return
     try:
         found, left = slurm.cancel_leftovers(workflow.executor_settings.jobname_prefix, Path.cwd())
@@ -76,6 +76,7 @@ def cancel_leftover_jobs():
     RUN_LOCK.truncate(0)
     RUN_LOCK.write(socket.gethostname())
     RUN_LOCK.flush()
+    activity.share(RUN_LOCK)
     if left:
         logger.warning(f"Cancelled Slurm jobs of a killed run do not end, going on: {left}")
     elif found:
