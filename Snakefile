@@ -3,6 +3,7 @@
 # snakemake --cores all oracle                    every layer mask of one sparsity
 # snakemake --cores all everything                all divisions and the oracle
 # snakemake --cores all --config track=smoke      another track: config/<track>.yaml, or a YAML file
+# snakemake --cores all --config track=efficiency parameters, MACs and, on a GPU, speed at full size
 # snakemake --cores all partial                   the leaderboards of what is finished so far
 # snakemake --cores all assets                    only download what the track needs
 
@@ -19,6 +20,7 @@ wildcard_constraints:
     seed="[0-9]+",
     mask="[0-9]+",
     shard="[0-9]+",
+    plan="[a-z][a-z0-9_]*",
 
 
 onstart:
@@ -84,3 +86,4 @@ include: "workflow/rules/sample.smk"
 include: "workflow/rules/score.smk"
 include: "workflow/rules/leaderboard.smk"
 include: "workflow/rules/oracle.smk"
+include: "workflow/rules/efficiency.smk"

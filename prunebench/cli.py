@@ -62,6 +62,10 @@ def parser() -> argparse.ArgumentParser:
     mask = command("oracle", _oracle, "run one of all layer masks of the oracle's sparsity")
     for name, kind in (("model", str), ("recovery", str), ("seed", int), ("mask", int)):
         mask.add_argument(f"--{name}", type=kind, required=True)
+    row = command("efficiency", _efficiency, "count, and on a GPU measure, a row of such a track")
+    row.add_argument("--model", required=True)
+    row.add_argument("--plan", required=True, help="a plan of the track, or dense")
+    row.set_defaults(track="efficiency")
     board = command("leaderboard", _leaderboard, "build the tables, plots and page of a track")
     board.add_argument("--division", help="a division of the track; default: its first")
     board.add_argument("--out", type=Path, help="default: results/<track>[/<division>]")
@@ -183,26 +187,51 @@ def _oracle(arguments: argparse.Namespace) -> None:
                     arguments.mask)  # fmt: skip
 
 
-def _leaderboard(arguments: argparse.Namespace) -> None:
-    from prunebench import leaderboard
+def _efficiency(arguments: argparse.Namespace) -> None:
+    from prunebench.efficiency import track as efficiency
 
-    track = config.load(arguments.track)
+    track = efficiency.load(arguments.track)
+    track.plan(arguments.model, arguments.plan)
+    _prepare()
+    from prunebench.efficiency import stage
+
+    stage.measure(track, arguments.model, arguments.plan, arguments.runs)
+
+
+def _leaderboard(arguments: argparse.Namespace) -> None:
+    track = config.load_any(arguments.track)
     division = arguments.division or track.default_division
-    cells = track.cells(division)
-    layout = config.Layout(track.name, arguments.runs)
-    files = [Path(config.Paths(track, cell, arguments.runs).metrics) for cell in cells]
+    files = [Path(record) for record in track.records(division, arguments.runs)]
     if arguments.partial:
         files = [file for file in files if file.exists()]
+    layout = config.Layout(track.name, arguments.runs)
+    out = arguments.out or Path(layout.results(division, track.default_division))
+    {"benchmark": _benchmark_board, "efficiency": _efficiency_board}[track.kind](
+        track, division, files, out, layout
+    )
+
+
+def _benchmark_board(
+    track: config.Track, division: str, files: list[Path], out: Path, layout: config.Layout
+) -> None:
+    from prunebench import leaderboard
+
     own = division == track.default_division  # the one whose selections the oracle is about
     masks = [Path(layout.oracle(*place)) for place in track.oracle() if own]
     leaderboard.build(
         files,
-        arguments.out or Path(layout.results(division, track.default_division)),
-        expected_cells=[config.as_dict(cell) for cell in cells],
+        out,
+        expected_cells=[config.as_dict(cell) for cell in track.cells(division)],
         title=f"{track.content['title']}: {division}",
         compares=track.divisions[division]["compares"],
         oracle_files=[file for file in masks if file.exists()],
     )
+
+
+def _efficiency_board(track, division: str, files: list[Path], out: Path, layout) -> None:
+    from prunebench.leaderboard import efficiency
+
+    efficiency.build(track, files, out)
 
 
 def _progress(arguments: argparse.Namespace) -> None:
@@ -223,7 +252,10 @@ def _methods(arguments: argparse.Namespace) -> None:
 def _assets(arguments: argparse.Namespace) -> None:
     from prunebench.assets import commands
 
-    names = [*arguments.names, *(config.load(arguments.track).assets() if arguments.track else ())]
+    names = [
+        *arguments.names,
+        *(config.load_any(arguments.track).assets() if arguments.track else ()),
+    ]
     if arguments.action == "fetch":
         if not (names or arguments.track):
             raise UserError("assets fetch: name assets, or a track with --track")

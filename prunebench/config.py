@@ -78,6 +78,7 @@ NEEDS = {
     "cost": {"mem_mb": 2000, "runtime": 10, "gpu": 0, "cpus": 1},
     "score": {"mem_mb": 2000, "runtime": 10, "gpu": 0, "cpus": 1},
     "mask": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
+    "efficiency": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},  # of a track of that kind
 }
 SEVERAL_GPUS = ("dense", "recover")  # rules that train data-parallel; one job of another uses one
 
@@ -85,6 +86,7 @@ SEVERAL_GPUS = ("dense", "recover")  # rules that train data-parallel; one job o
 # Targets and rules of the workflow and folders of results, which no division may be called.
 RESERVED = (
     *("all", "everything", "partial", "assets", "fetch", "oracle", "mask", "raw", "shard"),
+    "efficiency",
     *DEPENDS,
 )
 
@@ -124,6 +126,7 @@ class Track:
     name: str
     content: Mapping
     methods: Mapping[str, methods.Method]
+    kind = "benchmark"
 
     def model(self, name: str) -> Mapping:
         if name not in self.content["models"]:
@@ -179,6 +182,10 @@ class Track:
             raise UserError(f"unknown division '{division}' in track {self.name}; known: {known}")
         rows = dict.fromkeys(self._rows(self.divisions[division]))
         return [Cell(self.name, *row, seed) for row in rows for seed in self.content["seeds"]]
+
+    def records(self, division: str, runs: Path = RUNS) -> list[str]:
+        """What the table of a division is made of."""
+        return [Paths(self, cell, runs).metrics for cell in self.cells(division)]
 
     def _rows(self, division: Mapping) -> Iterator[tuple[str, str, float, str]]:
         for model, settings in self.content["models"].items():
@@ -270,8 +277,7 @@ class Track:
 
     def needs(self, rule: str) -> dict[str, int]:
         """What a job of a rule needs: mem_mb, runtime (minutes), gpu, cpus."""
-        given = self.content.get("needs", {})
-        return {**NEEDS[rule], **given.get("default", {}), **given.get(rule, {})}
+        return needs_of(self.content, rule)
 
     def fingerprint(self, stage: str, model: str = "", method: str = "") -> str:
         """Hash of the settings a stage depends on; a change of it recomputes the stage."""
@@ -285,6 +291,12 @@ class Track:
                 entry = entry.get(names[keys[0]] if key == "*" else key, {}) if entry else {}
             parts.append(entry)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def needs_of(content: Mapping, rule: str) -> dict[str, int]:
+    """What a job of a rule needs, by the content of a track of either kind."""
+    given = content.get("needs", {})
+    return {**NEEDS[rule], **given.get("default", {}), **given.get(rule, {})}
 
 
 class Layout:
@@ -364,8 +376,31 @@ def load(name: str) -> Track:
     """Load `config/<name>.yaml`, or the YAML file `name`, and check everything that can be checked.
 
     Raises:
-        UserError: the track is unknown, a key is unknown or wrong, or a method breaks its contract.
+        UserError: the track is unknown or of another kind, a key is unknown or wrong, or a method
+            breaks its contract.
     """
+    file, content = read(name)
+    if _is_efficiency(content):
+        raise UserError(
+            f"{file} is an efficiency track, which measures costs only and has no cells: its "
+            f"commands are `snakemake --config track={name}`, `prunebench efficiency` and "
+            f"`prunebench leaderboard`; records and logs lie in {RUNS}/{file.stem}"
+        )
+    _validate(file, content)
+    track = Track(file.stem, content, _methods(file, content))
+    _check_assets(file, track)
+    return track
+
+
+def load_any(name: str):
+    """Load a track of either kind: a `Track`, or one of `prunebench.efficiency.track`."""
+    from prunebench.efficiency import track as efficiency  # rests on this module
+
+    return efficiency.load(name) if _is_efficiency(read(name)[1]) else load(name)
+
+
+def read(name: str) -> tuple[Path, object]:
+    """The file of a track and its content, unchecked."""
     file = Path(name) if name.endswith((".yaml", ".yml")) else Path("config") / f"{name}.yaml"
     if not file.exists():
         known = ", ".join(sorted(path.stem for path in Path("config").glob("*.yaml")))
@@ -373,13 +408,13 @@ def load(name: str) -> Track:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", file.stem, re.ASCII):
         raise UserError(f"{file}: a track's file name is its folder; use letters, digits, _ . -")
     try:
-        content = yaml.safe_load(file.read_text())
+        return file, yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
         raise UserError(f"{file} is not valid YAML: {error}") from None
-    _validate(file, content)
-    track = Track(file.stem, content, _methods(file, content))
-    _check_assets(file, track)
-    return track
+
+
+def _is_efficiency(content: object) -> bool:
+    return isinstance(content, Mapping) and content.get("kind") == "efficiency"
 
 
 def _check_assets(file: Path, track: Track) -> None:
@@ -419,12 +454,15 @@ def _check_model(file: Path, name: str, model: Mapping, content: Mapping) -> Non
         raise UserError(f"{where}.training.images: less than one batch")
 
 
-def _take_published(where: str, model: dict) -> None:
+def take_published(where: str, model: dict) -> None:
     """Put the published configuration that a model's `config` names in its place.
 
     Its checkpoint's layout is the default of `weights`, and what it was trained for must be the
     model's objective.
     """
+    if model["family"] not in models.family_names():
+        families = ", ".join(models.family_names())
+        raise UserError(f"{where}.family: unknown family '{model['family']}'; known: {families}")
     known, entry = models.published(model["family"]), None
     if isinstance(model["config"], str):
         entry = known.get(model["config"])
@@ -465,22 +503,22 @@ def _check_classes(where: str, model: Mapping) -> None:
 
 
 @functools.cache
-def _schema() -> jsonschema.Draft202012Validator:
-    return jsonschema.Draft202012Validator(yaml.safe_load(SCHEMA.read_text()))
+def _schema(file: Path) -> jsonschema.Draft202012Validator:
+    return jsonschema.Draft202012Validator(yaml.safe_load(file.read_text()))
 
 
-def _validate(file: Path, content: object) -> None:
-    errors = sorted(_schema().iter_errors(content), key=lambda error: list(map(str, error.path)))
+def check_schema(file: Path, content: object, schema: Path) -> None:
+    """Refuse what a JSON schema does not allow, naming the first wrong key."""
+    errors = sorted(_schema(schema).iter_errors(content), key=lambda e: list(map(str, e.path)))
     if errors:
         key = ".".join(map(str, errors[0].absolute_path)) or "the file"
         raise UserError(f"{file}: {key}: {errors[0].message}")
+
+
+def _validate(file: Path, content: object) -> None:
+    check_schema(file, content, SCHEMA)
     for name, model in content["models"].items():
-        if model["family"] not in models.family_names():
-            known = ", ".join(models.family_names())
-            raise UserError(
-                f"{file}: models.{name}.family: unknown family '{model['family']}'; known: {known}"
-            )
-        _take_published(f"{file}: models.{name}", model)
+        take_published(f"{file}: models.{name}", model)
         _check_model(file, name, model, content)
     extractor, lpips = content["extractor"], content["evaluation"]["lpips"]
     needed = "training" if extractor["name"] == "domain" else "asset"
@@ -498,10 +536,10 @@ def _validate(file: Path, content: object) -> None:
             _check_recovery(f"{file}: divisions.{division}", name, content["budgets"])
     _check_shards(file, content["sampling"])
     _check_oracle(file, content)
-    _check_needs(file, content.get("needs", {}))
+    check_needs(file, content.get("needs", {}))
 
 
-def _check_needs(file: Path, needs: Mapping) -> None:
+def check_needs(file: Path, needs: Mapping) -> None:
     for rule, given in needs.items():
         if rule not in ("default", *NEEDS):
             known = ", ".join(("default", *NEEDS))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import FlopCounterMode, baddbmm_flop, bmm_flop
 
 aten = torch.ops.aten
@@ -69,8 +70,14 @@ def peak_memory(run: Callable[[], object], model: nn.Module) -> float:
     device = tensors[0].device
     with torch.inference_mode():  # gradients would keep every activation
         allocated = _cuda_peak(run, device) if device.type == "cuda" else _cpu_peak(run)
-    own = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return (own + allocated) / 1e6
+    return (sum(map(_bytes, tensors)) + allocated) / 1e6
+
+
+def _bytes(tensor: Tensor) -> int:
+    """Of a 2:4 weight that is stored for sparse kernels: what it is packed into."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return tensor.numel() * tensor.element_size()
+    return sum(_bytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
 
 
 def _cuda_peak(run: Callable[[], object], device: torch.device) -> int:

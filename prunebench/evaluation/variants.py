@@ -42,13 +42,25 @@ def measure(
     for number in range(1, len(wanted) + 1):
         for names in combinations(sorted(wanted, reverse=True), number):
             key = "_".join(sorted(names, reverse=True))
-            try:
-                report[key] = _measure([_variant(m, names, backend) for m in pair], inputs, timed)
-            except RuntimeError as error:  # what dynamo, its compilers and CUDA raise
-                reason = " ".join(str(error).split())[:REASON]
-                log.warning("no latency of %s: %s", key, reason)
-                report[key] = {"failure": reason}
+            build = partial(_variants, pair, names, backend)
+            report[key] = attempt(key, lambda build=build: compare(build(), inputs, timed))
     return report
+
+
+def attempt(what: str, run: Callable[[], dict]) -> dict:
+    """What `run` returns, or {"failure": reason} where it can't be compiled, run or held."""
+    try:
+        return run()
+    except RuntimeError as error:  # what dynamo, its compilers and CUDA raise
+        reason = " ".join(str(error).split())[:REASON]
+        if isinstance(error, torch.OutOfMemoryError):
+            reason = f"out of memory: {reason}"
+        log.warning("no latency of %s: %s", what, reason)
+        return {"failure": reason}
+
+
+def _variants(pair: Iterable[nn.Module], names: Iterable[str], backend: str) -> list[nn.Module]:
+    return [_variant(model, names, backend) for model in pair]
 
 
 def _variant(model: nn.Module, names: Iterable[str], backend: str) -> nn.Module:
@@ -56,11 +68,21 @@ def _variant(model: nn.Module, names: Iterable[str], backend: str) -> nn.Module:
         if isinstance(model, Half):
             raise RuntimeError("2:4 kernels are timed in float16")
         model = Half(model, torch.bfloat16)
-    # Not dynamic: the second batch size would get slower kernels that fit any size.
-    return torch.compile(model, backend=backend, dynamic=False) if "compiled" in names else model
+    return compiled(model, backend) if "compiled" in names else model
 
 
-def _measure(pair: Sequence[nn.Module], inputs: Mapping, timed: Timed) -> dict:
+def compiled(model: nn.Module, backend: str = "inductor") -> nn.Module:
+    """Compiled by `torch.compile` for every batch size anew.
+
+    Not dynamic: the second batch size would get slower kernels that fit any size.
+    """
+    return torch.compile(model, backend=backend, dynamic=False)
+
+
+def compare(
+    pair: Sequence[nn.Module], inputs: Mapping, timed: Timed, wait: float = 0.0
+) -> dict[str, object]:
+    """The timing of each input, by its name, and "alone"; see `measure` and `conditions`."""
     runs = {name: [partial(m, *values) for m in pair] for name, values in inputs.items()}
     device = next(iter(inputs.values()))[0].device
     torch._dynamo.reset()  # the limit of recompilations is per function, and models share theirs
@@ -68,7 +90,7 @@ def _measure(pair: Sequence[nn.Module], inputs: Mapping, timed: Timed) -> dict:
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for run in runs.values():  # compiles, with compilers that must not count as neighbours
             latency.interleaved_latency(*run, rounds=1, warmup=0, device=device)
-        with latency.conditions(device) as conditions:
+        with latency.conditions(device, wait) as conditions:
             times = {name: timed(*run) for name, run in runs.items()}
     sizes = {name: len(values[0]) for name, values in inputs.items()}
     found = {name: latency.with_throughput(time, sizes[name]) for name, time in times.items()}

@@ -1,5 +1,6 @@
 """DDPM UNets (Ho et al. 2020) as diffusers' UNet2DModel, class-conditional where asked for."""
 
+import copy
 import re
 from collections.abc import Iterable
 
@@ -70,7 +71,13 @@ def remove_layer(model: UNet, name: str) -> None:
 
 
 def widths(model: UNet) -> list[Width]:
-    """Channel groups by torch-pruning's dependency graph (DepGraph), and whole attention heads."""
+    """Channel groups by torch-pruning's dependency graph (DepGraph), and whole attention heads.
+
+    The graph is traced, which takes memory for the weights; a model on the meta device gets it for
+    as long as that lasts.
+    """
+    if model.device.type == "meta":
+        model = _with_memory(model)
     names = {module: name for name, module in model.named_modules()}
     inner = {
         linear
@@ -86,8 +93,16 @@ def widths(model: UNet) -> list[Width]:
     return sorted(units, key=lambda unit: unit.name)
 
 
+def _with_memory(model: UNet) -> UNet:
+    model = copy.deepcopy(model).to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data.zero_()  # the graph does not depend on values, but denormal ones take long
+    return model
+
+
 def _example(model: UNet) -> tuple[Tensor, Tensor, Tensor]:
-    size = model.config.sample_size
+    """The smallest image that every level can halve: channels depend on each other at any size."""
+    size = 2 ** (len(model.down_blocks) - 1)
     x = torch.zeros(1, model.config.in_channels, size, size, device=model.device)
     index = torch.zeros(1, dtype=torch.long, device=model.device)
     return x, index, index

@@ -24,15 +24,22 @@ from prunebench.pruning.units import Width
 PLAN, WEIGHTS, MASKS = "plan.json", "model.safetensors", "masks.safetensors"
 
 
-def apply(model: nn.Module, plan: Plan, family: ModuleType) -> nn.Module:
+def apply(
+    model: nn.Module, plan: Plan, family: ModuleType, widths: Sequence[Width] | None = None
+) -> nn.Module:
     """Carry out `plan` on a dense `model`, in place.
+
+    Args:
+        widths: the model's, where they are known; a family may have to trace it to find them.
 
     Raises:
         CellError: the plan names units that the model does not have.
     """
-    check(model, plan, family)
+    if plan.kept and widths is None:
+        widths = family.widths(model)
+    check(model, plan, family, widths)
     if plan.kept:
-        units = {unit.name: unit for unit in family.widths(model)}
+        units = {unit.name: unit for unit in widths}
         shrink(model, [(units[name], kept) for name, kept in plan.kept.items()])
     for name in plan.layers:
         family.remove_layer(model, name)
@@ -43,7 +50,9 @@ def apply(model: nn.Module, plan: Plan, family: ModuleType) -> nn.Module:
     return model
 
 
-def check(model: nn.Module, plan: Plan, family: ModuleType) -> None:
+def check(
+    model: nn.Module, plan: Plan, family: ModuleType, widths: Sequence[Width] | None = None
+) -> None:
     """Every unit a plan names must exist, and something must be left of every width."""
     layers = {
         u.name for granularity in ("block", "branch") for u in family.layers(model, granularity)
@@ -51,7 +60,7 @@ def check(model: nn.Module, plan: Plan, family: ModuleType) -> None:
     _known("layer", plan.layers, layers)
     _check_overlap(plan.layers)
     if plan.kept:
-        units = {unit.name: unit for unit in family.widths(model)}
+        units = {unit.name: unit for unit in widths or family.widths(model)}
         _known("width", plan.kept, units)
         for name, kept in plan.kept.items():
             _check_kept(units[name], kept)

@@ -16,16 +16,13 @@ from prunebench.errors import UserError
 from prunebench.progress import activity
 
 try:
-    TRACK = tracks.load(config.get("track", "embedded"))
+    TRACK = tracks.load_any(config.get("track", "embedded"))
 except UserError as error:
     raise WorkflowError(str(error))
 
 ARGUMENT = config.get("track", "embedded")
 LAYOUT = tracks.Layout(TRACK.name)
-METRICS = {
-    division: [tracks.Paths(TRACK, cell).metrics for cell in TRACK.cells(division)]
-    for division in TRACK.divisions
-}
+METRICS = {division: TRACK.records(division) for division in TRACK.divisions}
 RESULTS = {division: LAYOUT.results(division, TRACK.default_division) for division in METRICS}
 LEADERBOARD = {
     division: [f"{folder}/leaderboard.{kind}" for kind in ("csv", "md", "tex", "html", "bib")]
