@@ -537,6 +537,20 @@ def _validate(file: Path, content: object) -> None:
     _check_shards(file, content["sampling"])
     _check_oracle(file, content)
     check_needs(file, content.get("needs", {}))
+    _check_shared_batches(file, content)
+
+
+def _check_shared_batches(file: Path, content: Mapping) -> None:
+    """A batch that several GPUs train on must be divisible by them: said before jobs are queued."""
+    for rule, key in (("dense", "training"), ("recover", "recovery")):
+        count = needs_of(content, rule)["gpu"]
+        for name, model in content["models"].items():
+            batch = model.get(key, {}).get("batch", 0)
+            if count > 1 and batch % count:
+                raise UserError(
+                    f"{file}: models.{name}.{key}.batch: {batch} can't be shared by the {count} "
+                    f"GPUs of needs.{rule}"
+                )
 
 
 def check_needs(file: Path, needs: Mapping) -> None:

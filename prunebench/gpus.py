@@ -46,6 +46,9 @@ def prepare(count: int, argv: list[str], parallel: bool = False) -> None:
     if CLAIM in os.environ:
         os.environ[VISIBLE] = ",".join(claim(count))
     granted = _names(os.environ.get(VISIBLE, ""))
+    if 0 < count < len(granted):  # the shell's or the whole node's: more than the rule asks for
+        granted = granted[:count]
+        os.environ[VISIBLE] = ",".join(granted)
     if parallel and len(granted) > 1:
         torchrun(len(granted), argv)
 
@@ -92,7 +95,7 @@ def _lock(known: list[str], count: int) -> dict[str, int]:
     """
     locks = {}
     for name in known if count else ():
-        file = _locked(LOCKS / f"{name}.lock")
+        file = _locked(LOCKS / f"{name.replace('/', '_')}.lock")  # old names of parts have slashes
         if file is not None:
             locks[name] = file
         if len(locks) == count:

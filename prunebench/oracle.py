@@ -16,7 +16,7 @@ from torch import nn
 
 from prunebench import artefacts, models, stages
 from prunebench.config import Cell, Layout, Track
-from prunebench.errors import CellError, UserError
+from prunebench.errors import CellError, UserError, machine_fault
 from prunebench.evaluation import features, quality
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
@@ -72,9 +72,9 @@ def evaluate(
     try:
         plan = Plan(layers=found[index])
         fid = _fid(track, layout, cell, dense, plan, meter, checkpoints)
-    except torch.OutOfMemoryError:
-        raise
     except (CellError, RuntimeError) as error:  # as in stages.guarded: the mask does not run
+        if machine_fault(error):
+            raise
         failure = {"stage": "oracle", "error": str(error), "log": None}
     place = {"track": track.name, "model": model, "sparsity": settings["sparsity"],
              "recovery": recovery, "seed": seed, "mask": index}  # fmt: skip

@@ -20,7 +20,7 @@ from prunebench import artefacts, assets, methods, models, official, recovery, s
 from prunebench.config import Cell, Layout, Paths, Track, as_dict
 from prunebench.diffusion.objectives import objective
 from prunebench.diffusion.sampling import Sampler, shard_range
-from prunebench.errors import CellError, UserError
+from prunebench.errors import CellError, UserError, machine_fault
 from prunebench.evaluation import (
     classifier,
     consistency,
@@ -507,12 +507,14 @@ def guarded(
     try:
         stage(track, cell, paths, **options)
         return True
-    except torch.OutOfMemoryError:
-        raise
     except (CellError, RuntimeError) as error:  # RuntimeError: the pruned model does not run
+        if machine_fault(error):
+            raise
         traceback.print_exc()
         own = {"stage": stage.__name__, "error": str(error), "log": log_file}
         failure = getattr(error, "inherited", None) or own
+        if parallel.rank() and not isinstance(error, CellError):
+            raise  # the other processes may not have failed with this one
     log.error("cell failed in %s: %s", failure["stage"], failure["error"])
     if parallel.rank():
         return False  # the first process writes

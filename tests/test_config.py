@@ -525,3 +525,8 @@ def test_needs_recompute_nothing(edited):
 def test_needs_that_make_no_sense_are_refused(edited, needs, message):
     with pytest.raises(UserError, match=message):
         edited({"needs": needs})
+
+
+def test_a_batch_that_several_gpus_cannot_share_is_refused(edited):
+    with pytest.raises(UserError, match=r"recovery.batch: 16 can't be shared by the 3 GPUs of"):
+        edited({"needs.recover": {"gpu": 3}})

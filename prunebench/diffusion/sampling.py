@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prunebench.diffusion.objectives import FlowMatching, Objective
-from prunebench.errors import CellError, UserError
+from prunebench.errors import CellError, UserError, short_of_memory
 
 SAMPLERS = {
     "ddim": functools.partial(diffusers.DDIMScheduler, timestep_spacing="trailing"),
@@ -106,10 +106,12 @@ class Sampler:
         labels = self.labels(indices).to(self.device)
         try:
             x = self.denoise(noise.to(self.device), labels, randomness)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not short_of_memory(error):
+                raise
             raise UserError(
-                f"the GPU has too little memory to draw {lanes} images at once; take a larger GPU, "
-                "or lower sampling.lanes, a constant of the track: all images are drawn anew"
+                f"the device has too little memory to draw {lanes} images at once; take a larger "
+                "one, or lower sampling.lanes, a constant of the track: all images are drawn anew"
             ) from error
         if not x.isfinite().all():
             raise CellError("the model draws images that are not finite numbers")
