@@ -101,6 +101,7 @@ def test_the_committed_track_names_every_family_and_published_speedup(monkeypatc
     assert kinds == {"layers", "widths", "uniform", "2:4"}
     assert track.rows()[0] == ("dit_xl_2_256", "dense")
     assert ("dit_xl_2_256", "snapfusion_removals") not in track.rows()
+    assert [p for m, p in track.rows() if m == "uvit_wide"] == ["dense", "sparse_2_4"]
     assert track.needs("efficiency")["gpu"] == 1
 
 
@@ -114,6 +115,10 @@ REFUSED = {
     "sparsity of a pattern": ({"plans.sparse_2_4.sparsity": 0.5}, r"plans\.sparse_2_4"),
     "named widths": ({"plans.named.kind": "widths"}, r"plans\.named"),
     "reserved": ({"plans.dense": {"kind": "2:4"}}, r"plans\.dense: the name is taken"),
+    "plan of a model": (
+        {"models.dit.plans": ["half"]},
+        r"unknown plan 'half' in .*models\.dit\.plans",
+    ),
     "model of a plan": ({"plans.named.models": ["sit"]}, r"plans\.named\.models: unknown .*'sit'"),
     "unknown key": ({"latency": {}}, "'latency' was unexpected"),
     "unknown rule": ({"needs": {"costs": {"gpu": 1}}}, r"needs: unknown rule 'costs'"),

@@ -42,11 +42,12 @@ class Track:
         return config.needs_of(self.content, rule)
 
     def model(self, name: str) -> Mapping:
-        return _named("model", name, self.content["models"], self.name)
+        return _named("model", name, self.content["models"], f"track {self.name}")
 
     def plan(self, model: str, name: str) -> Mapping:
         """A plan of the track that is asked of a model."""
-        wanted = _named("plan", name, {DENSE: {"kind": "none"}, **self.content["plans"]}, self.name)
+        known = {DENSE: {"kind": "none"}, **self.content["plans"]}
+        wanted = _named("plan", name, known, f"track {self.name}")
         self.model(model)
         if (model, name) not in self.rows():
             raise UserError(f"plan '{name}' of track {self.name} is not for model '{model}'")
@@ -54,11 +55,15 @@ class Track:
 
     def rows(self) -> list[tuple[str, str]]:
         """(model, plan) of every row, dense first."""
+        plans = self.content["plans"]
         return [
             (model, plan)
-            for model in self.content["models"]
-            for plan in (DENSE, *self.content["plans"])
-            if model in self.content["plans"].get(plan, {}).get("models", [model])
+            for model, settings in self.content["models"].items()
+            for plan in (DENSE, *plans)
+            if plan == DENSE
+            or (
+                plan in settings.get("plans", plans) and model in plans[plan].get("models", [model])
+            )
         ]
 
     def record(self, model: str, plan: str, runs: Path = config.RUNS) -> str:
@@ -79,9 +84,9 @@ class Track:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _named(what: str, name: str, known: Mapping, track: str) -> Mapping:
+def _named(what: str, name: str, known: Mapping, where: str) -> Mapping:
     if name not in known:
-        raise UserError(f"unknown {what} '{name}' in track {track}; known: {', '.join(known)}")
+        raise UserError(f"unknown {what} '{name}' in {where}; known: {', '.join(known)}")
     return known[name]
 
 
@@ -95,6 +100,8 @@ def load(name: str) -> Track:
     config.check_schema(file, content, SCHEMA)
     for key, model in content["models"].items():
         _fill_in(f"{file}: models.{key}", model)
+        for plan in model.get("plans", ()):
+            _named("plan", plan, content["plans"], f"{file}: models.{key}.plans")
     for key, plan in content["plans"].items():
         _check_plan(f"{file}: plans.{key}", key, plan, content["models"])
     config.check_needs(file, content.get("needs", {}))
