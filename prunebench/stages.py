@@ -52,7 +52,7 @@ def dataset(track: Track) -> assets.Dataset:
 def training_data(track: Track, model: str) -> loop.Data:
     images = dataset(track)
     goal = objective(track.model(model)["objective"])
-    return loop.Data(images.train_images, images.train_labels, goal)
+    return loop.Data(images.train_images, images.train_labels, goal, images.flip)
 
 
 def extractor(track: Track, layout: Layout) -> None:

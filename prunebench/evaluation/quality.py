@@ -50,7 +50,7 @@ def quality(
     kid_subsets: int = 20,
     kid_subset_size: int = 1000,
     prc_samples: int = 2048,
-) -> dict[str, float | int | None | dict[str, str]]:
+) -> dict[str, float | int | dict[str, str] | None]:
     """Compare the features of generated images with those of reference images.
 
     Args:
