@@ -83,11 +83,11 @@ def tiny_track() -> dict:
     content = yaml.safe_load((ROOT / "config" / "cifar10_scratch.yaml").read_text())
     content["dataset"] |= {"limit_train": 48, "limit_reference": 48}
     training = {"batch": 8, "learning_rate": 1e-3, "ema": 0.5}
-    for model in content["models"].values():
-        model["training"], model["recovery"] = {**training, "images": 32}, training
-        model["sampling"]["steps"] = 4
-    content["models"]["sit"]["config"] |= {"patch": 8, "width": 32, "depth": 4}
-    content["models"]["unet"]["config"] |= {
+    del content["models"]["sit"]  # a cell takes half a minute, most of it clean-fid's matrix root
+    model = content["models"]["unet"]
+    model["training"], model["recovery"] = {**training, "images": 32}, training
+    model["sampling"]["steps"] = 4
+    model["config"] |= {
         "block_out_channels": [8, 16],
         "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
         "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
@@ -127,7 +127,7 @@ def test_the_tiny_track_is_valid(tmp_path):
     """Also without a mirror, which the run itself needs."""
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(tiny_track()))
-    assert {cell.model for cell in config.load(str(file)).cells()} == {"unet", "sit"}
+    assert {cell.model for cell in config.load(str(file)).cells()} == {"unet"}
 
 
 @pytest.mark.slow
