@@ -52,7 +52,7 @@ def dataset(track: Track) -> assets.Dataset:
 def training_data(track: Track, model: str) -> loop.Data:
     images = dataset(track)
     goal = objective(track.model(model)["objective"])
-    return loop.Data(images.train_images, images.train_labels, goal)
+    return loop.Data(images.train_images, images.train_labels, goal, images.flip)
 
 
 def extractor(track: Track, layout: Layout) -> None:
@@ -74,8 +74,9 @@ def extractor(track: Track, layout: Layout) -> None:
     else:
         weights = assets.locate(settings["asset"])
     judge = features.load_extractor(settings["name"], weights)
-    batch = track.content["evaluation"]["batch"]
-    artefacts.write_tensors(folder / FEATURES, judge.extract(images.reference_images, batch))
+    found = judge.extract(images.reference_images, track.content["evaluation"]["batch"])
+    compared = {name: found[name] for name in ("features", "spatial")}  # no logits: see `quality`
+    artefacts.write_tensors(folder / FEATURES, compared)
     report |= {"weights": str(weights), "sha256": artefacts.sha256(weights)}
     payload = [folder / FEATURES, *([weights] if weights.parent == folder else [])]
     finish(layout.extractor, track, start, payload, extractor=report)

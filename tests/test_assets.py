@@ -200,6 +200,9 @@ def test_training_images_can_be_the_reference(monkeypatch, register, tmp_path):
     assert torch.equal(held_out.reference_images, torch.from_numpy(images[:1] + 1))
     assert torch.equal(train.reference_images, train.train_images)
     assert len(assets.load_dataset("tiny", reference="train", limit_reference=1).reference_labels)
+    flip = assets.load_dataset("tiny", flip=True)
+    assert flip.flip and not train.flip
+    assert torch.equal(flip.train_images, train.train_images)  # mirrored when they are drawn
 
 
 # ---- the registry

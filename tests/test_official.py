@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import releases
+import tiny
 import torch
 import yaml
 from accelerate import init_empty_weights
@@ -413,6 +414,9 @@ def test_unknown_layouts_and_impossible_configs_are_named(tmp_path):
         official.load("dit", DIT, file, "uvit")
     with pytest.raises(UserError, match=r"config of family dit: .*'depht'"):
         official.load("dit", {**DIT, "depht": 3}, file, "dit")
+    heads = {**tiny.INSTANCES["unet"].config, "attention_head_dim": 64}
+    with pytest.raises(UserError, match="config of family unet: attention_head_dim is more than"):
+        official.load("unet", heads, file, "suite")
 
 
 # Files.

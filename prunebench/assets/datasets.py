@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 class Dataset:
     """Images uint8 [N, C, R, R] and labels int64 [N].
 
-    The reference images are held out, unless the track judges against the training images.
+    The reference images are held out, unless the track judges against the training images. `flip`
+    says whether training images are mirrored left to right with probability one half.
     """
 
     train_images: "Tensor"
     train_labels: "Tensor"
     reference_images: "Tensor"
     reference_labels: "Tensor"
+    flip: bool = False
 
 
 def load_dataset(
@@ -31,6 +33,7 @@ def load_dataset(
     limit_reference: int | None = None,
     reference: str = "held_out",
     mirror: Path | None = None,
+    flip: bool = False,
 ) -> Dataset:
     """Load an image data set.
 
@@ -39,6 +42,7 @@ def load_dataset(
         limit_train, limit_reference: keep the first so many images (smoke tracks, tests).
         reference: "held_out", or "train": the images that generated ones are compared with are the
             training images, as in the published FIDs of CIFAR-10 and CelebA.
+        flip: handed on; the images that are returned are not mirrored.
 
     Raises:
         UserError: as `locate`; not a data set; or a limit that the data set cannot give.
@@ -48,6 +52,7 @@ def load_dataset(
     return Dataset(
         *_prefix(arrays, "train", "train", limit_train),
         *_prefix(arrays, "reference", judged, limit_reference),
+        flip,
     )
 
 
