@@ -19,6 +19,7 @@ wildcard_constraints:
     seed="[0-9]+",
     mask="[0-9]+",
     shard="[0-9]+",
+    autoencoder="[a-z][a-z0-9_]*",
 
 
 onstart:

@@ -99,7 +99,8 @@ def _fid(
     pruned = surgery.apply(copy.deepcopy(dense), plan, family)
     if cell.recovery != "none":
         left = stages.training_left(track, cell)
-        stages.heal(track, cell, pruned, plan, dense, meter, left, checkpoints)
+        data = stages.training_data(track, layout, cell.model)
+        stages.heal(track, cell, pruned, plan, dense, data, meter, left, checkpoints)
     sampler = stages.sampler_for(track, cell.model, pruned, plan)
     images = torch.cat(list(sampler.images(
         cell.seed, 0, track.content["sampling"]["count"], track.content["sampling"]["batch"]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from prunebench import artefacts, assets, methods, models, official, recovery, selection
 from prunebench.config import Cell, Layout, Paths, Track, as_dict
+from prunebench.diffusion.autoencoder import Autoencoder
 from prunebench.diffusion.objectives import objective
 from prunebench.diffusion.sampling import Sampler, shard_range
 from prunebench.errors import CellError, UserError
@@ -35,7 +36,7 @@ from prunebench.evaluation.grid import write_grid
 from prunebench.provenance import PACKAGE, code_hash, provenance
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
-from prunebench.training import loop, parallel
+from prunebench.training import latents, loop, parallel
 from prunebench.training.budget import BudgetMeter, unspent
 from prunebench.training.checkpoints import Checkpoints, folder_of
 
@@ -49,10 +50,40 @@ def dataset(track: Track) -> assets.Dataset:
     return assets.load_dataset(**track.content["dataset"])
 
 
-def training_data(track: Track, model: str) -> loop.Data:
-    images = dataset(track)
+def training_data(track: Track, layout: Layout, model: str) -> loop.Data:
+    """What a model trains on: images, or latents that `encode` wrote."""
     goal = objective(track.model(model)["objective"])
+    if name := track.model(model).get("autoencoder"):
+        record = layout.latents(name)
+        artefacts.read_record(record)
+        encoded = latents.Latents(Path(record).parent, track.autoencoder(name)["scale"])
+        return latents.LatentData(encoded, encoded.labels, goal)
+    images = dataset(track)
     return loop.Data(images.train_images, images.train_labels, goal)
+
+
+def autoencoder(track: Track, name: str) -> Autoencoder:
+    entry = track.autoencoder(name)
+    folder = assets.locate(entry["asset"]) if "asset" in entry else Path(entry["folder"])
+    return Autoencoder(folder, entry["scale"], entry["batch"], parallel.device())
+
+
+def encode(track: Track, layout: Layout, name: str) -> None:
+    """Encode the training set once; an interrupted start goes on with the part it was at."""
+    start, images, coder = time.perf_counter(), dataset(track), autoencoder(track, name)
+    record, flip = layout.latents(name), track.autoencoder(name).get("flip", False)
+    weights = coder.sha256()
+    identity = {
+        "code": code_hash(PACKAGE),
+        "torch": torch.__version__,
+        "track": track.fingerprint("encode", autoencoder=name),
+        "weights": weights,
+    }
+    index = latents.encode(
+        Path(record).parent, images.train_images, images.train_labels, coder, flip, identity
+    )
+    report = {"folder": str(coder.folder), "sha256": weights, "images": len(images.train_labels)}
+    finish(record, track, start, [index], autoencoder=report)
 
 
 def extractor(track: Track, layout: Layout) -> None:
@@ -86,7 +117,7 @@ def dense(track: Track, layout: Layout, model: str) -> None:
     start, settings = time.perf_counter(), track.model(model)
     if "weights" in settings:
         return _adopt(track, layout, model)
-    family, data = models.family(settings["family"]), training_data(track, model)
+    family, data = models.family(settings["family"]), training_data(track, layout, model)
     torch.manual_seed(0)
     network = _built(track, model).to(parallel.device())
     _check_sparsities(track, model, network)
@@ -199,7 +230,7 @@ def select(track: Track, cell: Cell, paths: Paths) -> None:
         network.to(parallel.device()),
         models.family(settings["family"]),
         settings["config"],
-        training_data(track, cell.model),
+        training_data(track, paths.layout, cell.model),
         sparsity=cell.sparsity,
         seed=cell.seed,
         method=method.name,
@@ -241,7 +272,8 @@ def recover(track: Track, cell: Cell, paths: Paths) -> None:
     average = Path(paths.select).parent / AVERAGE
     begun = artefacts.read_tensors(average) if AVERAGE in chosen["files"] else {}
     progress = training_left(track, cell, chosen["trained_images"], begun)
-    losses = heal(track, cell, pruned, plan, whole, meter, progress, checkpoints)
+    data = training_data(track, paths.layout, cell.model)
+    losses = heal(track, cell, pruned, plan, whole, data, meter, progress, checkpoints)
     if parallel.rank():
         return  # the first process writes
     files = _save(paths.recover, pruned, plan, settings)
@@ -277,6 +309,7 @@ def heal(
     pruned: nn.Module,
     plan: Plan,
     whole: nn.Module,
+    data: loop.Data,
     meter: BudgetMeter,
     progress: loop.Progress,
     checkpoints: Checkpoints,
@@ -294,7 +327,7 @@ def heal(
     with meter.clock():
         return loop.train(
             meter.watch(pruned),
-            training_data(track, cell.model),
+            data,
             options,
             images=(progress.total - progress.done) * options.batch,
             seed=cell.seed,
@@ -555,13 +588,15 @@ def sampler_for(track: Track, model: str, network: nn.Module, plan: Plan) -> Sam
     """The sampler of a model's settings over a network of its kind."""
     settings = track.model(model)
     images = assets.data_set(track.content["dataset"]["name"])
+    coder = autoencoder(track, settings["autoencoder"]) if "autoencoder" in settings else None
     return Sampler(
         network,
         objective(settings["objective"]),
-        images.shape,
+        coder.latent_shape(images.shape) if coder else images.shape,
         images.classes,
         {**settings["sampling"], "lanes": track.content["sampling"]["lanes"]},
         plan.steps,
+        coder.decode if coder else None,
     )
 
 
@@ -610,7 +645,9 @@ def _settings(track: Track, cell: Cell) -> dict:
 def shared_settings(track: Track, model: str) -> dict:
     """What of the track made every cell of a model."""
     common = ("dataset", "extractor", "budgets", "sampling", "latency", "evaluation")
-    return {"model": track.model(model), **{name: track.content[name] for name in common}}
+    coder = track.model(model).get("autoencoder")
+    own = {"autoencoder": track.autoencoder(coder)} if coder else {}
+    return {"model": track.model(model), **own, **{name: track.content[name] for name in common}}
 
 
 def _history(records: dict[str, dict]) -> dict:

@@ -295,7 +295,7 @@ CHANGED = {
     "title": ("title", "Other", set(), "", ""),
     "seeds": ("seeds", [5], set(), "", ""),
     "sparsities": ("sparsities", [0.3], set(), "", ""),
-    "data": ("dataset.limit_train", 999, {"extractor", "dense"}, "", ""),
+    "data": ("dataset.limit_train", 999, {"extractor", "encode", "dense"}, "", ""),
     "extractor": ("extractor.training.epochs", 2, {"extractor"}, "", ""),
     "architecture": ("models.dit.config.depth", 5, {"dense"}, "dit", ""),
     "objective": ("models.dit.objective.beta_end", 0.03, {"dense"}, "dit", ""),

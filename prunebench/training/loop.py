@@ -63,6 +63,10 @@ class Data:
     labels: Tensor
     objective: Objective
 
+    def clean(self, rows: Tensor, generator: Generator) -> Tensor:
+        """The images of some rows as the model is to generate them, float [N, C, H, W]."""
+        return to_float(self.images[rows])
+
     def noised(self, x0: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Batch:
         noised, target = self.objective.noised(x0, noise, t)
         return Batch(x0, y, t, noise, noised, target, self.objective.model_time(t))
@@ -70,7 +74,7 @@ class Data:
     def draw(self, count: int, generator: Generator, device: torch.device) -> Batch:
         """`count` random images with random times and noise."""
         rows = torch.randint(len(self.images), (count,), generator=generator)
-        x0, y = to_float(self.images[rows]), self.labels[rows]
+        x0, y = self.clean(rows, generator), self.labels[rows]
         t = self.objective.sample_times(count, generator)
         noise = torch.randn(x0.shape, generator=generator)
         return self.noised(x0.to(device), y.to(device), t.to(device), noise.to(device))
