@@ -267,8 +267,10 @@ class Track:
     def assets(self) -> list[str]:
         """Names of everything from outside that the track's stages read."""
         lpips = self.content["evaluation"]["lpips"]
+        reference = self.content["dataset"].get("reference", "held_out")
         names = [
             self.content["dataset"]["name"],
+            reference if reference not in ("held_out", "train") else None,
             self.content["extractor"].get("asset"),
             f"lpips-{lpips}" if lpips in ("alex", "vgg") else None,
             *(model.get("weights", {}).get("asset") for model in self.content["models"].values()),
@@ -436,8 +438,12 @@ def _check_model(file: Path, name: str, model: Mapping, content: Mapping) -> Non
     for budget, images in content["budgets"].items():
         if images < model["recovery"]["batch"]:
             raise UserError(f"{file}: budgets.{budget}: less than one batch of model '{name}'")
-    if ("training" in model) == ("weights" in model):
-        raise UserError(f"{where}: needs either 'training', from scratch, or 'weights'; not both")
+    if "training" not in model and "weights" not in model:
+        raise UserError(
+            f"{where}: needs 'training', 'weights', or both: the weights are fine-tuned"
+        )
+    if "classes" in model.get("weights", {}) and "training" not in model:
+        raise UserError(f"{where}.weights.classes: other classes must be learnt; add 'training'")
     if "training" in model and model["training"]["images"] < model["training"]["batch"]:
         raise UserError(f"{where}.training.images: less than one batch")
 

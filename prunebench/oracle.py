@@ -108,5 +108,7 @@ def _fid(
     judge = artefacts.read_record(layout.extractor)["extractor"]
     eye = features.load_extractor(judge["name"], Path(judge["weights"]))
     generated = eye.extract(images, track.content["evaluation"]["batch"])["features"]
-    reference = artefacts.read_tensors(Path(layout.extractor).parent / stages.FEATURES)["features"]
-    return quality.frechet_distance(*quality.statistics(generated), *quality.statistics(reference))
+    reference = artefacts.read_tensors(Path(layout.extractor).parent / stages.FEATURES)
+    return quality.frechet_distance(
+        *quality.statistics(generated), *quality.reference_statistics(reference)
+    )

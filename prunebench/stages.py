@@ -106,26 +106,31 @@ def extractor(track: Track, layout: Layout) -> None:
         weights = assets.locate(settings["asset"])
     judge = features.load_extractor(settings["name"], weights)
     batch = track.content["evaluation"]["batch"]
-    artefacts.write_tensors(folder / FEATURES, judge.extract(images.reference_images, batch))
+    seen = judge.extract(images.reference_images, batch)
+    if images.statistics:
+        seen |= dict(zip(("mu", "sigma"), images.statistics, strict=True))
+    artefacts.write_tensors(folder / FEATURES, seen)
     report |= {"weights": str(weights), "sha256": artefacts.sha256(weights)}
     payload = [folder / FEATURES, *([weights] if weights.parent == folder else [])]
     finish(layout.extractor, track, start, payload, extractor=report)
 
 
 def dense(track: Track, layout: Layout, model: str) -> None:
-    """Train the dense model from scratch, or take the checkpoint that the track names."""
+    """Train the dense model from scratch or from the track's checkpoint, or take that as it is."""
     start, settings = time.perf_counter(), track.model(model)
-    if "weights" in settings:
+    if "training" not in settings:
         return _adopt(track, layout, model)
     family, data = models.family(settings["family"]), training_data(track, layout, model)
     torch.manual_seed(0)
-    network = _built(track, model).to(parallel.device())
+    network, source = _begun(track, model)
+    network = network.to(parallel.device())
     _check_sparsities(track, model, network)
     meter, record = BudgetMeter(), layout.trained(model)
     options = dict(settings["training"])
     images = options.pop("images")
     progress = loop.Progress(images // options["batch"])
-    checkpoints = checkpoints_of(track, record, "dense", model)
+    inputs = (Path(source["file"]),) if source else ()
+    checkpoints = checkpoints_of(track, record, "dense", model, inputs=inputs)
     try:
         with meter.clock():
             losses = loop.train(
@@ -153,6 +158,7 @@ def dense(track: Track, layout: Layout, model: str) -> None:
         budget=meter.report(),
         training=_training(progress, checkpoints),
         loss=sum(tail) / len(tail),
+        weights=source,
     )
 
 
@@ -182,16 +188,28 @@ def _training(progress: loop.Progress, checkpoints: Checkpoints) -> dict:
 def _adopt(track: Track, layout: Layout, model: str) -> None:
     """Convert an official checkpoint into the suite's own dense record."""
     start, settings = time.perf_counter(), track.model(model)
-    weights = settings["weights"]
-    place = assets.locate(weights["asset"]) if "asset" in weights else Path(weights["file"])
-    file = official.denoiser_of(place)
-    network = official.load(settings["family"], settings["config"], file, weights["layout"])
-    log.info("%s: %d parameters from %s", model, cost.count_parameters(network), file)
+    network, source = _begun(track, model)
     _check_sparsities(track, model, network)
-    source = {**weights, "name": file.name, "sha256": artefacts.sha256(file)}
     record = layout.trained(model)
     files = _save(record, network, Plan(), settings)
     finish(record, track, start, files, budget=unspent(), loss=None, weights=source)
+
+
+def _begun(track: Track, model: str) -> tuple[nn.Module, dict | None]:
+    """The network before any training, and where its weights are from: None, initialised."""
+    settings = track.model(model)
+    if "weights" not in settings:
+        return _built(track, model), None
+    weights, config = settings["weights"], settings["config"]
+    place = assets.locate(weights["asset"]) if "asset" in weights else Path(weights["file"])
+    file, classes = official.denoiser_of(place), weights.get("classes")
+    released = {**config, "classes": classes} if classes else config
+    network = official.load(settings["family"], released, file, weights["layout"])
+    log.info("%s: %d parameters from %s", model, cost.count_parameters(network), file)
+    if classes:
+        network = official.with_classes(network, settings["family"], config)
+    source = {**weights, "file": str(file), "name": file.name, "sha256": artefacts.sha256(file)}
+    return network, source
 
 
 def _built(track: Track, model: str) -> nn.Module:
