@@ -392,14 +392,30 @@ def load(name: str) -> Track:
         raise UserError(f"unknown track '{name}': {file} does not exist; known tracks: {known}")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", file.stem, re.ASCII):
         raise UserError(f"{file}: a track's file name is its folder; use letters, digits, _ . -")
-    try:
-        content = yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not valid YAML: {error}") from None
+    content = _read(file)
+    if isinstance(content, dict) and "base" in content:
+        base = file.with_name(f"{content.pop('base')}.yaml")
+        if not base.exists():
+            raise UserError(f"{file}: base: {base} does not exist")
+        content = _merged(_read(base), content)
     _validate(file, content)
     track = Track(file.stem, content, _methods(file, content))
     _check_assets(file, track)
     return track
+
+
+def _read(file: Path) -> object:
+    try:
+        return yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not valid YAML: {error}") from None
+
+
+def _merged(base: object, changes: object) -> object:
+    """`base` with the keys of `changes`, mappings in depth; anything else is replaced."""
+    if not (isinstance(base, dict) and isinstance(changes, dict)):
+        return changes
+    return {**base, **{key: _merged(base.get(key), value) for key, value in changes.items()}}
 
 
 def _check_assets(file: Path, track: Track) -> None:

@@ -59,20 +59,19 @@ def training_data(track: Track, layout: Layout, model: str) -> loop.Data:
         encoded = latents.Latents(Path(record).parent, track.autoencoder(name)["scale"])
         return latents.LatentData(encoded, encoded.labels, goal)
     images = dataset(track)
-    return loop.Data(images.train_images, images.train_labels, goal)
+    return loop.Data(images.train_images, images.train_labels, goal, images.flip)
 
 
 def autoencoder(track: Track, name: str) -> Autoencoder:
     entry = track.autoencoder(name)
-    folder = assets.locate(entry["asset"]) if "asset" in entry else Path(entry["folder"])
-    return Autoencoder(folder, entry["scale"], entry["batch"], parallel.device())
+    place = assets.locate(entry["asset"]) if "asset" in entry else Path(entry["folder"])
+    return Autoencoder(place, entry["scale"], entry["batch"], parallel.device())
 
 
 def encode(track: Track, layout: Layout, name: str) -> None:
     """Encode the training set once; an interrupted start goes on with the part it was at."""
     start, images, coder = time.perf_counter(), dataset(track), autoencoder(track, name)
-    record, flip = layout.latents(name), track.autoencoder(name).get("flip", False)
-    weights = coder.sha256()
+    record, weights = layout.latents(name), coder.sha256()
     identity = {
         "code": code_hash(PACKAGE),
         "torch": torch.__version__,
@@ -80,9 +79,9 @@ def encode(track: Track, layout: Layout, name: str) -> None:
         "weights": weights,
     }
     index = latents.encode(
-        Path(record).parent, images.train_images, images.train_labels, coder, flip, identity
+        Path(record).parent, images.train_images, images.train_labels, coder, images.flip, identity
     )
-    report = {"folder": str(coder.folder), "sha256": weights, "images": len(images.train_labels)}
+    report = {"place": str(coder.place), "sha256": weights, "images": len(images.train_labels)}
     finish(record, track, start, [index], autoencoder=report)
 
 
@@ -105,11 +104,11 @@ def extractor(track: Track, layout: Layout) -> None:
     else:
         weights = assets.locate(settings["asset"])
     judge = features.load_extractor(settings["name"], weights)
-    batch = track.content["evaluation"]["batch"]
-    seen = judge.extract(images.reference_images, batch)
+    found = judge.extract(images.reference_images, track.content["evaluation"]["batch"])
+    compared = {name: found[name] for name in ("features", "spatial")}  # no logits: see `quality`
     if images.statistics:
-        seen |= dict(zip(("mu", "sigma"), images.statistics, strict=True))
-    artefacts.write_tensors(folder / FEATURES, seen)
+        compared |= dict(zip(("mu", "sigma"), images.statistics, strict=True))
+    artefacts.write_tensors(folder / FEATURES, compared)
     report |= {"weights": str(weights), "sha256": artefacts.sha256(weights)}
     payload = [folder / FEATURES, *([weights] if weights.parent == folder else [])]
     finish(layout.extractor, track, start, payload, extractor=report)

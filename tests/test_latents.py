@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, VQModel
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from prunebench import artefacts, config, stages
+from prunebench.diffusion import autoencoder
 from prunebench.diffusion.autoencoder import WEIGHTS, Autoencoder
 from prunebench.errors import UserError
 from prunebench.models.unet import EARLY
@@ -69,6 +71,36 @@ def test_an_autoencoder_is_the_one_that_was_saved(folder):
     torch.testing.assert_close(deviation, posterior.std)
     torch.testing.assert_close(_coder(folder).decode(mean * SCALE), theirs.decode(mean).sample)
     assert _coder(folder).latent_shape((1, 16, 16)) == (2, 8, 8) == mean.shape[1:]
+
+
+@torch.no_grad()
+def test_the_first_stage_of_an_ldm_is_read_under_its_official_names(tmp_path, monkeypatch):
+    small = {"block_out_channels": [8, 8, 16], "norm_num_groups": 4, "num_vq_embeddings": 16}
+    monkeypatch.setattr(autoencoder, "VQ_F4", {**autoencoder.VQ_F4, **small})
+    theirs = VQModel.from_config(autoencoder.VQ_F4).eval()
+    own = theirs.state_dict()
+    names = autoencoder.COMPVIS.names(theirs, ())
+    stored = {  # attention is stored as 1x1 convolutions
+        names[name]: tensor[:, :, None, None] if ".to_" in name and tensor.dim() == 2 else tensor
+        for name, tensor in own.items()
+    }
+    again = convert_ldm_vae_checkpoint(stored, autoencoder.VQ_F4)  # diffusers' own conversion
+    assert again.keys() == own.keys() - {"quantize.embedding.weight"}
+    assert all(torch.equal(tensor, own[name]) for name, tensor in again.items())
+    file = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {**stored, "model.diffusion_model.x": torch.zeros(1)}}, file)
+    coder, images = Autoencoder(file, 1.0, 2), torch.randint(0, 256, (2, 3, 16, 16)).byte()
+    mean, deviation = coder.moments(images).unbind(1)
+    assert mean.shape[1:] == coder.latent_shape((3, 16, 16)) == (3, 4, 4)
+    torch.testing.assert_close(mean, theirs.encode(images.float() / 127.5 - 1).latents)
+    assert not deviation.any()
+    torch.testing.assert_close(coder.decode(mean), theirs.decode(mean).sample)
+
+
+def test_ldms_first_stage_has_its_published_size():
+    with torch.device("meta"):
+        module = VQModel.from_config(autoencoder.VQ_F4)
+    assert sum(p.numel() for p in module.parameters()) == 55_322_782
 
 
 def test_what_comes_with_an_image_changes_no_bit_of_it(folder):
@@ -234,10 +266,8 @@ def test_memory_does_not_grow_with_the_latents(folder, tmp_path):
 def track(folder) -> config.Track:
     """The smoke track's transformer on latents 2x8x8 of 60 images."""
     content = copy.deepcopy(dict(SMOKE.content))
-    content["dataset"] |= {"limit_train": 60, "limit_reference": 60}
-    content["autoencoders"] = {
-        "tiny": {"folder": str(folder), "scale": SCALE, "batch": BATCH, "flip": True}
-    }
+    content["dataset"] |= {"limit_train": 60, "limit_reference": 60, "flip": True}
+    content["autoencoders"] = {"tiny": {"folder": str(folder), "scale": SCALE, "batch": BATCH}}
     model = content["models"]["dit"]
     model["config"] |= {"resolution": 8, "channels": 2}
     model["training"] |= {"images": 32}

@@ -29,12 +29,14 @@ class Dataset:
     The reference images are held out, unless the track judges against the training images or a
     published reference. Such a one may bring `statistics` of its own, of more images than it has:
     mean [D] and covariance [D, D] of Inception's features.
+    `flip` says whether training images are mirrored left to right with probability one half.
     """
 
     train_images: "Tensor | Pictures"
     train_labels: "Tensor"
     reference_images: "Tensor"
     reference_labels: "Tensor"
+    flip: bool = False
     statistics: "tuple[Tensor, Tensor] | None" = None
 
 
@@ -85,6 +87,7 @@ def load_dataset(
     limit_reference: int | None = None,
     reference: str = "held_out",
     mirror: Path | None = None,
+    flip: bool = False,
 ) -> Dataset:
     """Load an image data set.
 
@@ -94,6 +97,7 @@ def load_dataset(
         reference: what generated images are compared with: "held_out"; "train", the training
             images, as in the published FIDs of CIFAR-10 and CelebA; or an asset of kind
             "reference", a batch in ADM's format.
+        flip: handed on; the images that are returned are not mirrored.
 
     Raises:
         UserError: as `locate`; not a data set; or a limit that the data set cannot give.
@@ -110,7 +114,7 @@ def load_dataset(
         raise UserError(f"dataset.reference: {name} has no '{reference}' images; name an asset")
     images = _images(judged["images"], limit_reference, "reference")
     labels = _tensor(judged["labels"])[: len(images)].long()
-    return Dataset(*train, images, labels, judged.get("statistics"))
+    return Dataset(*train, images, labels, flip, judged.get("statistics"))
 
 
 def _training(arrays: dict, limit: int | None) -> "tuple[Tensor | Pictures, Tensor]":

@@ -161,5 +161,11 @@ def to_float(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1
 
 
+def flip_some(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror each image [N, C, H, W] left to right with probability one half."""
+    mirrored = torch.rand(len(images), generator=generator) < 0.5
+    return torch.where(mirrored[:, None, None, None], images.flip(3), images)
+
+
 def to_uint8(x: Tensor) -> Tensor:
     return ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -106,7 +106,7 @@ def _moments(images: Sequence, rows: range, autoencoder: Autoencoder, flip: bool
         views = [some, some.flip(-1)] if flip else [some]
         found.append(torch.stack([autoencoder.moments(view) for view in views], 1).half())
         if not found[-1].isfinite().all():
-            raise UserError(f"{autoencoder.folder}: latents from image {start} on are not finite")
+            raise UserError(f"{autoencoder.place}: latents from image {start} on are not finite")
     return torch.cat(found)
 
 

@@ -14,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from prunebench.diffusion.objectives import Objective
-from prunebench.diffusion.sampling import to_float
+from prunebench.diffusion.sampling import flip_some, to_float
 from prunebench.errors import CellError, UserError
 from prunebench.training import parallel
 from prunebench.training.budget import BudgetMeter
@@ -57,11 +57,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Data:
-    """Training images (uint8 [N, C, H, W]) and labels with the objective that noises them."""
+    """Training images (uint8 [N, C, H, W]) and labels with the objective that noises them.
+
+    With `flip` half of the images that are drawn, for training and for calibration, are mirrored.
+    """
 
     images: Tensor
     labels: Tensor
     objective: Objective
+    flip: bool = False
 
     def clean(self, rows: Tensor, generator: Generator) -> Tensor:
         """The images of some rows as the model is to generate them, float [N, C, H, W]."""
@@ -77,6 +81,7 @@ class Data:
         x0, y = self.clean(rows, generator), self.labels[rows]
         t = self.objective.sample_times(count, generator)
         noise = torch.randn(x0.shape, generator=generator)
+        x0 = flip_some(x0, generator) if self.flip else x0
         return self.noised(x0.to(device), y.to(device), t.to(device), noise.to(device))
 
 
