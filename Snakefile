@@ -21,6 +21,7 @@ wildcard_constraints:
     mask="[0-9]+",
     shard="[0-9]+",
     plan="[a-z][a-z0-9_]*",
+    autoencoder="[a-z][a-z0-9_]*",
 
 
 onstart:

@@ -62,6 +62,19 @@ def test_committed_tracks_load(track):
     assert config.load(f"config/{track}.yaml").content == loaded.content
 
 
+def test_a_track_may_rest_on_another(tmp_path):
+    (tmp_path / "whole.yaml").write_text(SMOKE.read_text())
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("base: whole\nseeds: [7]\nmodels: {dit: {config: {depth: 6}}}\n")
+    ours, whole = config.load(str(mine)), config.load(str(SMOKE))
+    assert ours.name == "mine" and ours.content["seeds"] == [7]
+    assert ours.model("dit")["config"] == {**whole.model("dit")["config"], "depth": 6}
+    assert ours.model("unet") == whole.model("unet")
+    mine.write_text("base: none\n")
+    with pytest.raises(UserError, match=r"base: .*none\.yaml does not exist"):
+        config.load(str(mine))
+
+
 @pytest.mark.parametrize("track", TRACKS)
 def test_committed_tracks_fit_the_code(track):
     """What the schema leaves open (architectures, objectives, solvers) is understood."""
@@ -70,7 +83,8 @@ def test_committed_tracks_fit_the_code(track):
             model = models.family(settings["family"]).build(settings["config"])
         assert models.family(settings["family"]).layers(model, "block")
         goal = objective(settings["objective"])
-        Settings(**{k: v for k, v in settings["training"].items() if k != "images"})
+        training = settings.get("training", settings["recovery"])
+        Settings(**{k: v for k, v in training.items() if k != "images"})
         Settings(**settings["recovery"])
         sampling = settings["sampling"]
         scheduler(sampling["sampler"], goal, sampling["steps"], sampling.get("options", {}))
@@ -299,7 +313,7 @@ CHANGED = {
     "title": ("title", "Other", set(), "", ""),
     "seeds": ("seeds", [5], set(), "", ""),
     "sparsities": ("sparsities", [0.3], set(), "", ""),
-    "data": ("dataset.limit_train", 999, {"extractor", "dense"}, "", ""),
+    "data": ("dataset.limit_train", 999, {"extractor", "encode", "dense"}, "", ""),
     "extractor": ("extractor.training.epochs", 2, {"extractor"}, "", ""),
     "architecture": ("models.dit.config.depth", 5, {"dense"}, "dit", ""),
     "objective": ("models.dit.objective.beta_end", 0.03, {"dense"}, "dit", ""),

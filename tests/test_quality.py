@@ -174,3 +174,17 @@ def test_fewer_samples_than_dimensions_still_give_a_fid(features):
     result = quality(features(6, 1), features(90, 2), None)
     assert np.isfinite(result["fid"])
     assert result["fid"] > 0
+
+
+def test_statistics_of_the_reference_come_before_those_of_its_images():
+    features = correlated(64, 8, 0)
+    mu, sigma = statistics(correlated(64, 8, 1))
+    known = {"features": features, "mu": torch.tensor(mu), "sigma": torch.tensor(sigma)}
+    options = {"kid_subsets": 1, "kid_subset_size": 10}
+    with_, without = (
+        quality({"features": features}, reference, None, **options)
+        for reference in (known, {"features": features})
+    )
+    assert with_["fid"] == frechet_distance(*statistics(features), mu, sigma) > 0.1
+    assert without["fid"] == pytest.approx(0, abs=1e-6)
+    assert with_["kid"] == without["kid"]

@@ -25,6 +25,13 @@ def statistics(features: Tensor | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
 
 
+def reference_statistics(reference: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """As `statistics`: the published ones where the reference has them, else of its features."""
+    if "mu" in reference:
+        return reference["mu"].numpy(), reference["sigma"].numpy()
+    return statistics(reference["features"])
+
+
 def frechet_distance(
     mu1: np.ndarray, sigma1: np.ndarray, mu2: np.ndarray, sigma2: np.ndarray
 ) -> float:
@@ -57,7 +64,7 @@ def quality(
         generated: "features" [N, D] and, where the judge has them, "spatial" [N, S], "logits"
             [N, classes] of the data set and "imagenet_logits" [N, 1008], as `Extractor.extract`
             returns them.
-        reference: the same of M real images.
+        reference: the same of M real images; "mu" and "sigma" where more is known of the features.
         labels: int64 [N], the class each image was asked for; None for unconditional models.
         kid_subsets: random subsets KID is averaged over; the draw is fixed.
         kid_subset_size: images per subset, at most N and M.
@@ -72,7 +79,7 @@ def quality(
         inception_score is None; it is empty where there is one.
     """
     ours, theirs = generated["features"], reference["features"]
-    mine, yours = statistics(ours), statistics(theirs)
+    mine, yours = statistics(ours), reference_statistics(reference)
     count = min(len(ours), len(theirs), prc_samples)
     precision_recall = prc_features_to_metric(
         _evenly_spaced(ours, count), _evenly_spaced(theirs, count), verbose=False

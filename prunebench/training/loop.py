@@ -67,6 +67,10 @@ class Data:
     objective: Objective
     flip: bool = False
 
+    def clean(self, rows: Tensor, generator: Generator) -> Tensor:
+        """The images of some rows as the model is to generate them, float [N, C, H, W]."""
+        return to_float(self.images[rows])
+
     def noised(self, x0: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Batch:
         noised, target = self.objective.noised(x0, noise, t)
         return Batch(x0, y, t, noise, noised, target, self.objective.model_time(t))
@@ -74,7 +78,7 @@ class Data:
     def draw(self, count: int, generator: Generator, device: torch.device) -> Batch:
         """`count` random images with random times and noise."""
         rows = torch.randint(len(self.images), (count,), generator=generator)
-        x0, y = to_float(self.images[rows]), self.labels[rows]
+        x0, y = self.clean(rows, generator), self.labels[rows]
         t = self.objective.sample_times(count, generator)
         noise = torch.randn(x0.shape, generator=generator)
         x0 = flip_some(x0, generator) if self.flip else x0

@@ -188,6 +188,16 @@ def checkpoint_file(wildcards):
     return [file] if file else []
 
 
+def latents(wildcards):
+    """The record of the latents that a model trains on; none where it trains on images."""
+    name = TRACK.model(wildcards.model).get("autoencoder")
+    return [LAYOUT.latents(name)] if name else []
+
+
+def encode_fingerprint(wildcards):
+    return TRACK.fingerprint("encode", autoencoder=wildcards.autoencoder)
+
+
 def method_file(wildcards):
     return str(TRACK.method(wildcards.method).file)
 
