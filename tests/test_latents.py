@@ -306,6 +306,7 @@ def test_a_latent_track_runs_through_all_stages(track, tmp_path):
     assert metrics["settings"]["autoencoder"]["scale"] == SCALE
     drawn = artefacts.read_tensors(Path(paths.sample).parent / stages.IMAGES)["images"]
     assert drawn.shape == (34, 1, 16, 16) and drawn.dtype == torch.uint8
+    assert len({image.numpy().tobytes() for image in drawn}) == 34
     for shards, batch in itertools.product((1, 2, 4), (1, 13)):
         split = _with(track, shards)
         where = config.Paths(split, cell, tmp_path)
