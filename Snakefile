@@ -21,6 +21,7 @@ wildcard_constraints:
     mask="[0-9]+",
     shard="[0-9]+",
     plan="[a-z][a-z0-9_]*",
+    autoencoder="[a-z][a-z0-9_]*",
 
 
 onstart:
@@ -65,7 +66,7 @@ rule everything:
 
 rule partial:
     input:
-        [f"{LAYOUT.root}/partial_{name}.done" for name in METRICS if finished(METRICS[name])],
+        partial_leaderboards,
 
 
 for division in METRICS:

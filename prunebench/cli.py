@@ -55,6 +55,8 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     command("extractor", _extractor, "train or take the feature extractor")
+    encode = command("encode", _encode, "encode the training set by an autoencoder")
+    encode.add_argument("--autoencoder", required=True)
     dense = command("dense", _dense, "train a dense model")
     dense.add_argument("--model", required=True)
     for name, (_, help_) in CELL_STAGES.items():
@@ -126,6 +128,15 @@ def _extractor(arguments: argparse.Namespace) -> None:
     from prunebench import stages
 
     stages.extractor(track, config.Layout(track.name, arguments.runs))
+
+
+def _encode(arguments: argparse.Namespace) -> None:
+    track = config.load(arguments.track)
+    track.autoencoder(arguments.autoencoder)
+    _prepare()
+    from prunebench import stages
+
+    stages.encode(track, config.Layout(track.name, arguments.runs), arguments.autoencoder)
 
 
 def _dense(arguments: argparse.Namespace) -> None:

@@ -31,6 +31,7 @@ PUBLISHED = "published"  # the recovery that stands for each method's own recipe
 # recomputes the stage, editing anything else does not. "*" stands for the cell's model or method.
 DEPENDS = {
     "extractor": ("dataset", "extractor"),
+    "encode": ("dataset", "autoencoders.*"),
     "dense": (
         "dataset",
         "models.*.family",
@@ -38,10 +39,11 @@ DEPENDS = {
         "models.*.objective",
         "models.*.training",
         "models.*.weights",
+        "models.*.autoencoder",
     ),
     "select": ("models.*.sampling", "methods.parameters.*"),
     "recover": ("budgets", "models.*.recovery"),
-    "sample": ("models.*.sampling", "sampling.count", "sampling.lanes"),
+    "sample": ("models.*.sampling", "sampling.count", "sampling.lanes", "autoencoders.*"),
     "cost": (  # but not latency.wait, which changes no result
         "models.*.sampling",
         "latency.batch",
@@ -59,6 +61,7 @@ DEPENDS = {
         "oracle.masks",
         "sampling.count",
         "sampling.lanes",
+        "autoencoders.*",
         "evaluation.batch",
     ),
 }
@@ -66,10 +69,11 @@ DEPENDS = {
 
 # What a job of each rule needs of a cluster where the track's `needs` say nothing. Enough for the
 # embedded track on one CPU core, several times over; a track of larger models states its own.
-# Memory (MB): a job peaks at 1,000 to 1,200, most of it imports; Snakemake takes 250 more in a
-# Slurm job. Time (minutes): several times what the longest job of a rule takes on one slow core.
+# Memory (MB): a job peaks at 1,000 to 1,200, most of it imports, and Snakemake's own two processes
+# in a Slurm job take 250. Time (minutes): several times the longest job's on one slow core.
 NEEDS = {
     "extractor": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
+    "encode": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
     "dense": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
     "select": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
     "recover": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
@@ -133,6 +137,13 @@ class Track:
             known = ", ".join(self.content["models"])
             raise UserError(f"unknown model '{name}' in track {self.name}; known: {known}")
         return self.content["models"][name]
+
+    def autoencoder(self, name: str) -> Mapping:
+        entries = self.content.get("autoencoders", {})
+        if name not in entries:
+            known = ", ".join(entries) or "none"
+            raise UserError(f"unknown autoencoder '{name}' in track {self.name}; known: {known}")
+        return entries[name]
 
     def method(self, name: str) -> methods.Method:
         if name not in self.methods:
@@ -263,11 +274,14 @@ class Track:
     def assets(self) -> list[str]:
         """Names of everything from outside that the track's stages read."""
         lpips = self.content["evaluation"]["lpips"]
+        reference = self.content["dataset"].get("reference", "held_out")
         names = [
             self.content["dataset"]["name"],
+            reference if reference not in ("held_out", "train") else None,
             self.content["extractor"].get("asset"),
             f"lpips-{lpips}" if lpips in ("alex", "vgg") else None,
             *(model.get("weights", {}).get("asset") for model in self.content["models"].values()),
+            *(entry.get("asset") for entry in self.content.get("autoencoders", {}).values()),
         ]
         return [name for name in dict.fromkeys(names) if name]
 
@@ -279,9 +293,12 @@ class Track:
         """What a job of a rule needs: mem_mb, runtime (minutes), gpu, cpus."""
         return needs_of(self.content, rule)
 
-    def fingerprint(self, stage: str, model: str = "", method: str = "") -> str:
+    def fingerprint(
+        self, stage: str, model: str = "", method: str = "", autoencoder: str = ""
+    ) -> str:
         """Hash of the settings a stage depends on; a change of it recomputes the stage."""
-        names = {"models": model, "methods": method}
+        uses = autoencoder or self.content["models"].get(model, {}).get("autoencoder", "")
+        names = {"models": model, "methods": method, "autoencoders": uses}
         trains = stage == "select" and method in self.methods and self.methods[method].trains
         parts = []
         for dotted in (*DEPENDS[stage], *(DEPENDS["recover"] if trains else ())):
@@ -309,6 +326,9 @@ class Layout:
 
     def trained(self, model: str) -> str:
         return f"{self.root}/{model}/trained/dense.json"
+
+    def latents(self, autoencoder: str) -> str:
+        return f"{self.root}/latents/{autoencoder}/latents.json"
 
     def selection(
         self, stage: str, model: str, method: str, sparsity: object, seed: object, kind: str
@@ -354,7 +374,7 @@ class Paths:
     """The artefacts of one cell."""
 
     def __init__(self, track: Track, cell: Cell, runs: Path = RUNS):
-        layout = Layout(track.name, runs)
+        self.layout = layout = Layout(track.name, runs)
         own = track.method(cell.method).trains or cell.published
         kind = f"selection-{cell.recovery}" if own else "selection"
         shared = (cell.model, cell.method, cell.sparsity)
@@ -407,14 +427,31 @@ def read(name: str) -> tuple[Path, object]:
         raise UserError(f"unknown track '{name}': {file} does not exist; known tracks: {known}")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", file.stem, re.ASCII):
         raise UserError(f"{file}: a track's file name is its folder; use letters, digits, _ . -")
-    try:
-        return file, yaml.safe_load(file.read_text())
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is not valid YAML: {error}") from None
+    content = _parsed(file)
+    if isinstance(content, dict) and "base" in content:
+        base = file.with_name(f"{content.pop('base')}.yaml")
+        if not base.exists():
+            raise UserError(f"{file}: base: {base} does not exist")
+        content = _merged(_parsed(base), content)
+    return file, content
 
 
 def _is_efficiency(content: object) -> bool:
     return isinstance(content, Mapping) and content.get("kind") == "efficiency"
+
+
+def _parsed(file: Path) -> object:
+    try:
+        return yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise UserError(f"{file} is not valid YAML: {error}") from None
+
+
+def _merged(base: object, changes: object) -> object:
+    """`base` with the keys of `changes`, mappings in depth; anything else is replaced."""
+    if not (isinstance(base, dict) and isinstance(changes, dict)):
+        return changes
+    return {**base, **{key: _merged(base.get(key), value) for key, value in changes.items()}}
 
 
 def _check_assets(file: Path, track: Track) -> None:
@@ -443,13 +480,22 @@ def _check_model(file: Path, name: str, model: Mapping, content: Mapping) -> Non
                 "change steps or fewer_steps"
             )
     _check_classes(where, model)
+    learned = sampling.get("options", {}).get("variance_type") == "learned_range"
+    if learned and not model["config"].get("learn_sigma"):
+        raise UserError(
+            f"{where}.sampling.options.variance_type: the model predicts no variance; leave it out"
+        )
     if "images" in model["recovery"]:
         raise UserError(f"{where}.recovery.images: budgets say how long recovery trains")
     for budget, images in content["budgets"].items():
         if images < model["recovery"]["batch"]:
             raise UserError(f"{file}: budgets.{budget}: less than one batch of model '{name}'")
-    if ("training" in model) == ("weights" in model):
-        raise UserError(f"{where}: needs either 'training', from scratch, or 'weights'; not both")
+    if "training" not in model and "weights" not in model:
+        raise UserError(
+            f"{where}: needs 'training', 'weights', or both: the weights are fine-tuned"
+        )
+    if "classes" in model.get("weights", {}) and "training" not in model:
+        raise UserError(f"{where}.weights.classes: other classes must be learnt; add 'training'")
     if "training" in model and model["training"]["images"] < model["training"]["batch"]:
         raise UserError(f"{where}.training.images: less than one batch")
 
@@ -534,9 +580,24 @@ def _validate(file: Path, content: object) -> None:
             raise UserError(f"{file}: divisions.{division}: the name is taken; choose another")
         for name in settings["recoveries"]:
             _check_recovery(f"{file}: divisions.{division}", name, content["budgets"])
+    _check_autoencoders(file, content)
     _check_shards(file, content["sampling"])
     _check_oracle(file, content)
     check_needs(file, content.get("needs", {}))
+    _check_shared_batches(file, content)
+
+
+def _check_shared_batches(file: Path, content: Mapping) -> None:
+    """A batch that several GPUs train on must be divisible by them: said before jobs are queued."""
+    for rule, key in (("dense", "training"), ("recover", "recovery")):
+        count = needs_of(content, rule)["gpu"]
+        for name, model in content["models"].items():
+            batch = model.get(key, {}).get("batch", 0)
+            if count > 1 and batch % count:
+                raise UserError(
+                    f"{file}: models.{name}.{key}.batch: {batch} can't be shared by the {count} "
+                    f"GPUs of needs.{rule}"
+                )
 
 
 def check_needs(file: Path, needs: Mapping) -> None:
@@ -547,6 +608,21 @@ def check_needs(file: Path, needs: Mapping) -> None:
         if given.get("gpu", 0) > 1 and rule not in SEVERAL_GPUS:
             able = " and ".join(SEVERAL_GPUS)
             raise UserError(f"{file}: needs.{rule}.gpu: only {able} can use more than one GPU")
+
+
+def _check_autoencoders(file: Path, content: Mapping) -> None:
+    known = content.get("autoencoders", {})
+    for name, entry in known.items():
+        if ("asset" in entry) == ("folder" in entry):
+            raise UserError(
+                f"{file}: autoencoders.{name}: needs either the key 'asset' or 'folder'"
+            )
+    for name, model in content["models"].items():
+        if model.get("autoencoder") not in (None, *known):
+            raise UserError(
+                f"{file}: models.{name}.autoencoder: unknown autoencoder '{model['autoencoder']}'; "
+                f"known: {', '.join(known) or 'none'}"
+            )
 
 
 def _check_shards(file: Path, sampling: Mapping) -> None:

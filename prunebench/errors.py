@@ -14,3 +14,21 @@ class CellError(Exception):
     def __init__(self, message: str, inherited: dict | None = None):
         super().__init__(message)
         self.inherited = inherited
+
+
+def short_of_memory(error: BaseException) -> bool:
+    """Whether memory was short, in any of the words that torch has for it."""
+    import torch
+
+    words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def machine_fault(error: BaseException) -> bool:
+    """Whether the machine failed, not the cell: short memory, or a GPU that is lost or broken."""
+    import torch
+
+    broken = isinstance(error, torch.AcceleratorError) and "device-side assert" not in str(error)
+    return broken or short_of_memory(error)

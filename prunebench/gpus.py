@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 CLAIM = "PRUNEBENCH_CLAIM_GPUS"  # set by a Snakefile that runs its jobs on this machine
 RANK = "LOCAL_RANK"  # set by torchrun for its processes
+# Of this user. Not in TMPDIR, which may differ between runs: all on the machine must see the same.
+LOCKS = Path(f"/tmp/prunebench-gpus-{os.getuid()}")
 POLL_SECONDS = 1.0
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -44,6 +46,9 @@ def prepare(count: int, argv: list[str], parallel: bool = False) -> None:
     if CLAIM in os.environ:
         os.environ[VISIBLE] = ",".join(claim(count))
     granted = _names(os.environ.get(VISIBLE, ""))
+    if 0 < count < len(granted):  # the shell's or the whole node's: more than the rule asks for
+        granted = granted[:count]
+        os.environ[VISIBLE] = ",".join(granted)
     if parallel and len(granted) > 1:
         torchrun(len(granted), argv)
 
@@ -90,7 +95,7 @@ def _lock(known: list[str], count: int) -> dict[str, int]:
     """
     locks = {}
     for name in known if count else ():
-        file = _locked(_folder() / f"{name}.lock")
+        file = _locked(LOCKS / f"{name.replace('/', '_')}.lock")  # old names of parts have slashes
         if file is not None:
             locks[name] = file
         if len(locks) == count:
@@ -101,6 +106,7 @@ def _lock(known: list[str], count: int) -> dict[str, int]:
 
 
 def _locked(path: Path) -> int | None:
+    path.parent.mkdir(mode=0o700, exist_ok=True)
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,13 +115,6 @@ def _locked(path: Path) -> int | None:
         return None
     os.set_inheritable(file, True)  # torchrun takes the place of this process
     return file
-
-
-def _folder() -> Path:
-    """Where this user's locks lie: /tmp, not TMPDIR, as every run on the machine must see them."""
-    path = Path(f"/tmp/prunebench-gpus-{os.getuid()}")
-    path.mkdir(mode=0o700, exist_ok=True)
-    return path
 
 
 def torchrun(processes: int, argv: list[str]) -> None:

@@ -76,6 +76,21 @@ def load(
     return network.eval()
 
 
+def with_classes(network: nn.Module, family: str, config: dict) -> nn.Module:
+    """`network` for the classes of `config`, else its own: the classes' vectors start anew.
+
+    The vector of "no class", the last, is kept like everything else.
+    """
+    changed = models.family(family).build(config)
+    old = network.state_dict()
+    for name, tensor in changed.state_dict().items():
+        if tensor.shape == old[name].shape:
+            tensor.copy_(old[name])
+        elif network.null_class is not None:
+            tensor[-1] = old[name][-1]
+    return changed
+
+
 def denoiser_of(place: Path) -> Path:
     """The file with the denoiser's weights: `place` itself, or that of a diffusers repository.
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from prunebench import artefacts, models, stages
 from prunebench.config import Cell, Layout, Track
-from prunebench.errors import CellError, UserError
+from prunebench.errors import CellError, UserError, machine_fault
 from prunebench.evaluation import features, quality
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
@@ -72,9 +72,9 @@ def evaluate(
     try:
         plan = Plan(layers=found[index])
         fid = _fid(track, layout, cell, dense, plan, meter, checkpoints)
-    except torch.OutOfMemoryError:
-        raise
     except (CellError, RuntimeError) as error:  # as in stages.guarded: the mask does not run
+        if machine_fault(error):
+            raise
         failure = {"stage": "oracle", "error": str(error), "log": None}
     place = {"track": track.name, "model": model, "sparsity": settings["sparsity"],
              "recovery": recovery, "seed": seed, "mask": index}  # fmt: skip
@@ -99,7 +99,8 @@ def _fid(
     pruned = surgery.apply(copy.deepcopy(dense), plan, family)
     if cell.recovery != "none":
         left = stages.training_left(track, cell)
-        stages.heal(track, cell, pruned, plan, dense, meter, left, checkpoints)
+        data = stages.training_data(track, layout, cell.model)
+        stages.heal(track, cell, pruned, plan, dense, data, meter, left, checkpoints)
     sampler = stages.sampler_for(track, cell.model, pruned, plan)
     images = torch.cat(list(sampler.images(
         cell.seed, 0, track.content["sampling"]["count"], track.content["sampling"]["batch"]
@@ -107,5 +108,7 @@ def _fid(
     judge = artefacts.read_record(layout.extractor)["extractor"]
     eye = features.load_extractor(judge["name"], Path(judge["weights"]))
     generated = eye.extract(images, track.content["evaluation"]["batch"])["features"]
-    reference = artefacts.read_tensors(Path(layout.extractor).parent / stages.FEATURES)["features"]
-    return quality.frechet_distance(*quality.statistics(generated), *quality.statistics(reference))
+    reference = artefacts.read_tensors(Path(layout.extractor).parent / stages.FEATURES)
+    return quality.frechet_distance(
+        *quality.statistics(generated), *quality.reference_statistics(reference)
+    )

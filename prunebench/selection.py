@@ -12,7 +12,7 @@ from types import MappingProxyType, ModuleType
 import torch
 from torch import Generator, Tensor, nn
 
-from prunebench.errors import CellError, UserError
+from prunebench.errors import CellError, UserError, machine_fault
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.units import Layer, Width
@@ -249,9 +249,9 @@ def averaged(context: Context, plan: Plan) -> dict[str, Tensor]:
 def _call(function: Select, context: Context, parameters: Mapping) -> object:
     try:
         return function(context, **parameters)
-    except (CellError, UserError, MemoryError, torch.OutOfMemoryError):
-        raise  # the machine's faults are not the method's
     except Exception as error:  # whatever a method raises is its own cells' failure, no one else's
+        if isinstance(error, CellError | UserError) or machine_fault(error):
+            raise
         raise CellError(f"{type(error).__name__}: {error}") from error
 
 

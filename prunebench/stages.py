@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from prunebench import artefacts, assets, methods, models, official, recovery, selection
 from prunebench.config import Cell, Layout, Paths, Track, as_dict
+from prunebench.diffusion.autoencoder import Autoencoder
 from prunebench.diffusion.objectives import objective
 from prunebench.diffusion.sampling import Sampler, shard_range
-from prunebench.errors import CellError, UserError
+from prunebench.errors import CellError, UserError, machine_fault
 from prunebench.evaluation import (
     classifier,
     consistency,
@@ -35,7 +36,7 @@ from prunebench.evaluation.grid import write_grid
 from prunebench.provenance import PACKAGE, code_hash, provenance
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
-from prunebench.training import loop, parallel
+from prunebench.training import latents, loop, parallel
 from prunebench.training.budget import BudgetMeter, unspent
 from prunebench.training.checkpoints import Checkpoints, folder_of
 
@@ -49,10 +50,39 @@ def dataset(track: Track) -> assets.Dataset:
     return assets.load_dataset(**track.content["dataset"])
 
 
-def training_data(track: Track, model: str) -> loop.Data:
-    images = dataset(track)
+def training_data(track: Track, layout: Layout, model: str) -> loop.Data:
+    """What a model trains on: images, or latents that `encode` wrote."""
     goal = objective(track.model(model)["objective"])
-    return loop.Data(images.train_images, images.train_labels, goal)
+    if name := track.model(model).get("autoencoder"):
+        record = layout.latents(name)
+        artefacts.read_record(record)
+        encoded = latents.Latents(Path(record).parent, track.autoencoder(name)["scale"])
+        return latents.LatentData(encoded, encoded.labels, goal)
+    images = dataset(track)
+    return loop.Data(images.train_images, images.train_labels, goal, images.flip)
+
+
+def autoencoder(track: Track, name: str) -> Autoencoder:
+    entry = track.autoencoder(name)
+    place = assets.locate(entry["asset"]) if "asset" in entry else Path(entry["folder"])
+    return Autoencoder(place, entry["scale"], entry["batch"], parallel.device())
+
+
+def encode(track: Track, layout: Layout, name: str) -> None:
+    """Encode the training set once; an interrupted start goes on with the part it was at."""
+    start, images, coder = time.perf_counter(), dataset(track), autoencoder(track, name)
+    record, weights = layout.latents(name), coder.sha256()
+    identity = {
+        "code": code_hash(PACKAGE),
+        "torch": torch.__version__,
+        "track": track.fingerprint("encode", autoencoder=name),
+        "weights": weights,
+    }
+    index = latents.encode(
+        Path(record).parent, images.train_images, images.train_labels, coder, images.flip, identity
+    )
+    report = {"place": str(coder.place), "sha256": weights, "images": len(images.train_labels)}
+    finish(record, track, start, [index], autoencoder=report)
 
 
 def extractor(track: Track, layout: Layout) -> None:
@@ -74,27 +104,32 @@ def extractor(track: Track, layout: Layout) -> None:
     else:
         weights = assets.locate(settings["asset"])
     judge = features.load_extractor(settings["name"], weights)
-    batch = track.content["evaluation"]["batch"]
-    artefacts.write_tensors(folder / FEATURES, judge.extract(images.reference_images, batch))
+    found = judge.extract(images.reference_images, track.content["evaluation"]["batch"])
+    compared = {name: found[name] for name in ("features", "spatial")}  # no logits: see `quality`
+    if images.statistics:
+        compared |= dict(zip(("mu", "sigma"), images.statistics, strict=True))
+    artefacts.write_tensors(folder / FEATURES, compared)
     report |= {"weights": str(weights), "sha256": artefacts.sha256(weights)}
     payload = [folder / FEATURES, *([weights] if weights.parent == folder else [])]
     finish(layout.extractor, track, start, payload, extractor=report)
 
 
 def dense(track: Track, layout: Layout, model: str) -> None:
-    """Train the dense model from scratch, or take the checkpoint that the track names."""
+    """Train the dense model from scratch or from the track's checkpoint, or take that as it is."""
     start, settings = time.perf_counter(), track.model(model)
-    if "weights" in settings:
+    if "training" not in settings:
         return _adopt(track, layout, model)
-    family, data = models.family(settings["family"]), training_data(track, model)
+    family, data = models.family(settings["family"]), training_data(track, layout, model)
     torch.manual_seed(0)
-    network = _built(track, model).to(parallel.device())
+    network, source = _begun(track, model)
+    network = network.to(parallel.device())
     _check_sparsities(track, model, network)
     meter, record = BudgetMeter(), layout.trained(model)
     options = dict(settings["training"])
     images = options.pop("images")
     progress = loop.Progress(images // options["batch"])
-    checkpoints = checkpoints_of(track, record, "dense", model)
+    inputs = (Path(source["file"]),) if source else ()
+    checkpoints = checkpoints_of(track, record, "dense", model, inputs=inputs)
     try:
         with meter.clock():
             losses = loop.train(
@@ -122,6 +157,7 @@ def dense(track: Track, layout: Layout, model: str) -> None:
         budget=meter.report(),
         training=_training(progress, checkpoints),
         loss=sum(tail) / len(tail),
+        weights=source,
     )
 
 
@@ -151,16 +187,28 @@ def _training(progress: loop.Progress, checkpoints: Checkpoints) -> dict:
 def _adopt(track: Track, layout: Layout, model: str) -> None:
     """Convert an official checkpoint into the suite's own dense record."""
     start, settings = time.perf_counter(), track.model(model)
-    weights = settings["weights"]
-    place = assets.locate(weights["asset"]) if "asset" in weights else Path(weights["file"])
-    file = official.denoiser_of(place)
-    network = official.load(settings["family"], settings["config"], file, weights["layout"])
-    log.info("%s: %d parameters from %s", model, cost.count_parameters(network), file)
+    network, source = _begun(track, model)
     _check_sparsities(track, model, network)
-    source = {**weights, "name": file.name, "sha256": artefacts.sha256(file)}
     record = layout.trained(model)
     files = _save(record, network, Plan(), settings)
     finish(record, track, start, files, budget=unspent(), loss=None, weights=source)
+
+
+def _begun(track: Track, model: str) -> tuple[nn.Module, dict | None]:
+    """The network before any training, and where its weights are from: None, initialised."""
+    settings = track.model(model)
+    if "weights" not in settings:
+        return _built(track, model), None
+    weights, config = settings["weights"], settings["config"]
+    place = assets.locate(weights["asset"]) if "asset" in weights else Path(weights["file"])
+    file, classes = official.denoiser_of(place), weights.get("classes")
+    released = {**config, "classes": classes} if classes else config
+    network = official.load(settings["family"], released, file, weights["layout"])
+    log.info("%s: %d parameters from %s", model, cost.count_parameters(network), file)
+    if classes:
+        network = official.with_classes(network, settings["family"], config)
+    source = {**weights, "file": str(file), "name": file.name, "sha256": artefacts.sha256(file)}
+    return network, source
 
 
 def _built(track: Track, model: str) -> nn.Module:
@@ -199,7 +247,7 @@ def select(track: Track, cell: Cell, paths: Paths) -> None:
         network.to(parallel.device()),
         models.family(settings["family"]),
         settings["config"],
-        training_data(track, cell.model),
+        training_data(track, paths.layout, cell.model),
         sparsity=cell.sparsity,
         seed=cell.seed,
         method=method.name,
@@ -241,7 +289,8 @@ def recover(track: Track, cell: Cell, paths: Paths) -> None:
     average = Path(paths.select).parent / AVERAGE
     begun = artefacts.read_tensors(average) if AVERAGE in chosen["files"] else {}
     progress = training_left(track, cell, chosen["trained_images"], begun)
-    losses = heal(track, cell, pruned, plan, whole, meter, progress, checkpoints)
+    data = training_data(track, paths.layout, cell.model)
+    losses = heal(track, cell, pruned, plan, whole, data, meter, progress, checkpoints)
     if parallel.rank():
         return  # the first process writes
     files = _save(paths.recover, pruned, plan, settings)
@@ -277,6 +326,7 @@ def heal(
     pruned: nn.Module,
     plan: Plan,
     whole: nn.Module,
+    data: loop.Data,
     meter: BudgetMeter,
     progress: loop.Progress,
     checkpoints: Checkpoints,
@@ -294,7 +344,7 @@ def heal(
     with meter.clock():
         return loop.train(
             meter.watch(pruned),
-            training_data(track, cell.model),
+            data,
             options,
             images=(progress.total - progress.done) * options.batch,
             seed=cell.seed,
@@ -507,12 +557,14 @@ def guarded(
     try:
         stage(track, cell, paths, **options)
         return True
-    except torch.OutOfMemoryError:
-        raise
     except (CellError, RuntimeError) as error:  # RuntimeError: the pruned model does not run
+        if machine_fault(error):
+            raise
         traceback.print_exc()
         own = {"stage": stage.__name__, "error": str(error), "log": log_file}
         failure = getattr(error, "inherited", None) or own
+        if parallel.rank() and not isinstance(error, CellError):
+            raise  # the other processes may not have failed with this one
     log.error("cell failed in %s: %s", failure["stage"], failure["error"])
     if parallel.rank():
         return False  # the first process writes
@@ -557,13 +609,15 @@ def sampler_for(track: Track, model: str, network: nn.Module, plan: Plan) -> Sam
     """The sampler of a model's settings over a network of its kind."""
     settings = track.model(model)
     images = assets.data_set(track.content["dataset"]["name"])
+    coder = autoencoder(track, settings["autoencoder"]) if "autoencoder" in settings else None
     return Sampler(
         network,
         objective(settings["objective"]),
-        images.shape,
+        coder.latent_shape(images.shape) if coder else images.shape,
         images.classes,
         {**settings["sampling"], "lanes": track.content["sampling"]["lanes"]},
         plan.steps,
+        coder.decode if coder else None,
     )
 
 
@@ -612,7 +666,9 @@ def _settings(track: Track, cell: Cell) -> dict:
 def shared_settings(track: Track, model: str) -> dict:
     """What of the track made every cell of a model."""
     common = ("dataset", "extractor", "budgets", "sampling", "latency", "evaluation")
-    return {"model": track.model(model), **{name: track.content[name] for name in common}}
+    coder = track.model(model).get("autoencoder")
+    own = {"autoencoder": track.autoencoder(coder)} if coder else {}
+    return {"model": track.model(model), **own, **{name: track.content[name] for name in common}}
 
 
 def _history(records: dict[str, dict]) -> dict:

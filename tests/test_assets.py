@@ -200,6 +200,35 @@ def test_training_images_can_be_the_reference(monkeypatch, register, tmp_path):
     assert torch.equal(held_out.reference_images, torch.from_numpy(images[:1] + 1))
     assert torch.equal(train.reference_images, train.train_images)
     assert len(assets.load_dataset("tiny", reference="train", limit_reference=1).reference_labels)
+    flip = assets.load_dataset("tiny", flip=True)
+    assert flip.flip and not train.flip
+    assert torch.equal(flip.train_images, train.train_images)  # mirrored when they are drawn
+
+
+def _placed(path):
+    store.note_of(path).write_text(
+        store.digest(path, "sha256", path.stat().st_mtime_ns, path.stat().st_size)
+    )
+
+
+def test_a_published_reference_brings_its_own_statistics(register, tmp_path):
+    register("tiny", assets.File("tiny.npz"), kind="dataset")
+    register("batch", assets.File("batch.npz"), kind="reference")
+    cache, images = tmp_path / "cache", np.arange(5 * 4 * 4 * 3, dtype=np.uint8)
+    images, mu, sigma = images.reshape(5, 4, 4, 3), np.arange(3.0), np.eye(3)
+    train = {"train_images": images.transpose(0, 3, 1, 2).copy(), "train_labels": np.arange(5)}
+    np.savez(cache / "tiny.npz", **train)
+    np.savez(cache / "batch.npz", arr_0=images, mu=mu, sigma=sigma)
+    for name in ("tiny", "batch"):
+        _placed(cache / f"{name}.npz")
+    data = assets.load_dataset("tiny", reference="batch", limit_reference=4)
+    assert torch.equal(data.reference_images, data.train_images[:4])
+    assert [tuple(s.shape) for s in data.statistics] == [(3,), (3, 3)]
+    assert "tiny.npz" in Path("/proc/self/maps").read_text()  # mapped, not read
+    with pytest.raises(UserError, match="tiny has no 'held_out' images; name an asset"):
+        assets.load_dataset("tiny")
+    with pytest.raises(UserError, match="'tiny' is no reference batch in ADM's format"):
+        assets.load_dataset("tiny", reference="tiny")
 
 
 # ---- the registry

@@ -21,7 +21,7 @@ from prunebench import artefacts, methods, selection
 from prunebench.errors import UserError
 from prunebench.training import loop, parallel
 from prunebench.training.budget import BudgetMeter
-from prunebench.training.checkpoints import STOPPED, Checkpoints, folder_of
+from prunebench.training.checkpoints import STOPPED, Checkpoints, Part, folder_of
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
@@ -99,6 +99,24 @@ def test_sigterm_saves_and_ends_with_the_shells_status(tmp_path, caplog):
     assert "the same command goes on from here" in caplog.text
     state = Checkpoints(tmp_path / "training").part(None, None)._read()
     assert len(state["run"]["losses"]) == 5
+
+
+def test_sigterm_while_the_last_step_is_saved_is_not_lost(tmp_path, monkeypatch):
+    save = Part.save
+
+    def terminated(self):
+        if len(self.run.losses) == STEPS and not self.stopping:
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(self)
+
+    monkeypatch.setattr(Part, "save", terminated)
+    with pytest.raises(SystemExit) as end:
+        train(tiny.dense("dit"), Checkpoints(tmp_path, None, 0))
+    assert end.value.code == STOPPED
+    monkeypatch.undo()
+    whole, model, again = tiny.dense("dit"), tiny.dense("dit"), Checkpoints(tmp_path, None, 1e9)
+    assert train(model, again) == train(whole) and again.resumed
+    tiny.assert_same(model.state_dict(), whole.state_dict())
 
 
 def test_without_a_folder_sigterm_kills_as_ever():
@@ -273,16 +291,17 @@ def test_files_are_few_and_go_with_the_record(tmp_path):
 
 
 class Small(nn.Module):
-    """A model on a GPU with memory for `most` images."""
+    """A model on a device with memory for `most` images."""
 
-    def __init__(self, most: int):
+    def __init__(self, most: int, error: Exception | None = None):
         super().__init__()
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory")
         self.inner, self.most, self.sizes = tiny.dense("dit"), most, []
 
     def forward(self, x, t, y):
         self.sizes.append(len(x))
         if len(x) > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
+            raise self.error
         return self.inner(x, t, y)
 
 
@@ -303,7 +322,7 @@ def test_short_memory_halves_the_micro_batch_at_the_same_batch():
 
 
 def test_memory_for_not_even_one_image_is_said():
-    with pytest.raises(UserError, match="one image does not fit into GPU memory"):
+    with pytest.raises(UserError, match="one image does not fit into memory"):
         loop.train(Small(0), tiny.data("dit"), tiny.settings(), images=8, seed=0, muon_names=[])
 
 

@@ -62,6 +62,19 @@ def test_committed_tracks_load(track):
     assert config.load(f"config/{track}.yaml").content == loaded.content
 
 
+def test_a_track_may_rest_on_another(tmp_path):
+    (tmp_path / "whole.yaml").write_text(SMOKE.read_text())
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("base: whole\nseeds: [7]\nmodels: {dit: {config: {depth: 6}}}\n")
+    ours, whole = config.load(str(mine)), config.load(str(SMOKE))
+    assert ours.name == "mine" and ours.content["seeds"] == [7]
+    assert ours.model("dit")["config"] == {**whole.model("dit")["config"], "depth": 6}
+    assert ours.model("unet") == whole.model("unet")
+    mine.write_text("base: none\n")
+    with pytest.raises(UserError, match=r"base: .*none\.yaml does not exist"):
+        config.load(str(mine))
+
+
 @pytest.mark.parametrize("track", TRACKS)
 def test_committed_tracks_fit_the_code(track):
     """What the schema leaves open (architectures, objectives, solvers) is understood."""
@@ -70,7 +83,8 @@ def test_committed_tracks_fit_the_code(track):
             model = models.family(settings["family"]).build(settings["config"])
         assert models.family(settings["family"]).layers(model, "block")
         goal = objective(settings["objective"])
-        Settings(**{k: v for k, v in settings["training"].items() if k != "images"})
+        training = settings.get("training", settings["recovery"])
+        Settings(**{k: v for k, v in training.items() if k != "images"})
         Settings(**settings["recovery"])
         sampling = settings["sampling"]
         scheduler(sampling["sampler"], goal, sampling["steps"], sampling.get("options", {}))
@@ -299,7 +313,7 @@ CHANGED = {
     "title": ("title", "Other", set(), "", ""),
     "seeds": ("seeds", [5], set(), "", ""),
     "sparsities": ("sparsities", [0.3], set(), "", ""),
-    "data": ("dataset.limit_train", 999, {"extractor", "dense"}, "", ""),
+    "data": ("dataset.limit_train", 999, {"extractor", "encode", "dense"}, "", ""),
     "extractor": ("extractor.training.epochs", 2, {"extractor"}, "", ""),
     "architecture": ("models.dit.config.depth", 5, {"dense"}, "dit", ""),
     "objective": ("models.dit.objective.beta_end", 0.03, {"dense"}, "dit", ""),
@@ -494,3 +508,43 @@ def test_cells_do_not_share_records():
 def test_settings_that_do_not_fit_together_are_refused(edited, dotted, value, message):
     with pytest.raises(UserError, match=message):
         edited({dotted: value})
+
+
+def test_needs_are_the_suites_then_the_tracks_then_the_rules(edited):
+    assert "needs" not in config.load("embedded").content
+    assert config.load("embedded").needs("dense") == config.NEEDS["dense"]
+    given = {"default": {"mem_mb": 9000, "gpu": 1}, "dense": {"gpu": 4, "cpus": 16}}
+    track = edited({"needs": given})
+    runtime = config.NEEDS["dense"]["runtime"]
+    assert track.needs("dense") == {"mem_mb": 9000, "runtime": runtime, "gpu": 4, "cpus": 16}
+    assert track.needs("score")["gpu"] == 1
+
+
+def test_needs_recompute_nothing(edited):
+    track = edited({"needs": {"default": {"mem_mb": 9000}}})
+    smoke = config.load("smoke")
+    for stage in config.DEPENDS:
+        assert track.fingerprint(stage, "dit", "taylor") == smoke.fingerprint(
+            stage, "dit", "taylor"
+        )
+
+
+@pytest.mark.parametrize(
+    ("needs", "message"),
+    [
+        ({"train": {"gpu": 1}}, "needs: unknown rule 'train'; known: default, extractor, encode, dense"),
+        ({"dense": {"gpus": 1}}, r"needs\.dense: .*'gpus' was unexpected"),
+        ({"dense": {"mem_mb": "8 GB"}}, r"needs\.dense\.mem_mb: '8 GB' is not of type 'integer'"),
+        ({"cost": {"mem_mb": 100}}, r"needs\.cost\.mem_mb: 100 is less than the minimum of 300"),
+        ({"default": {"gpu": 2}}, r"needs\.default\.gpu: only dense and recover can use more"),
+        ({"sample": {"gpu": 2}}, r"needs\.sample\.gpu: only dense and recover can use more"),
+    ],
+)
+def test_needs_that_make_no_sense_are_refused(edited, needs, message):
+    with pytest.raises(UserError, match=message):
+        edited({"needs": needs})
+
+
+def test_a_batch_that_several_gpus_cannot_share_is_refused(edited):
+    with pytest.raises(UserError, match=r"recovery.batch: 16 can't be shared by the 3 GPUs of"):
+        edited({"needs.recover": {"gpu": 3}})

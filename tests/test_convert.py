@@ -3,13 +3,15 @@
 import io
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from scipy.io import savemat
 
-from prunebench.assets import convert
+from prunebench.assets import convert, datasets
 from prunebench.errors import UserError
 
 GENERATOR = np.random.default_rng(0)
@@ -28,15 +30,20 @@ def picture(shade: int, width: int, height: int) -> bytes:
 
 
 def converted(name, files, tmp_path) -> dict[str, np.ndarray]:
+    """The arrays, after a check of `twice` and that they are images and labels."""
+    arrays = twice(name, files, tmp_path)
+    assert set(arrays) == {f"{s}_{k}" for s in ("train", "reference") for k in ("images", "labels")}
+    assert all(array.dtype == np.uint8 for array in arrays.values())
+    return arrays
+
+
+def twice(name, files, tmp_path) -> dict[str, np.ndarray]:
     """The arrays, after a check that converting twice gives the same bytes."""
     for target in ("one.npz", "two.npz"):
         convert.convert(name, files, tmp_path / target)
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
     with np.load(tmp_path / "one.npz", allow_pickle=False) as file:
-        arrays = {key: file[key] for key in file.files}
-    assert set(arrays) == {f"{s}_{k}" for s in ("train", "reference") for k in ("images", "labels")}
-    assert all(array.dtype == np.uint8 for array in arrays.values())
-    return arrays
+        return {key: file[key] for key in file.files}
 
 
 def shades(images: np.ndarray) -> list[int]:
@@ -139,6 +146,54 @@ def test_artbench_takes_its_labels_from_the_folders(tmp_path):
     assert shades(arrays["train_images"]) == [0, 2]
     assert arrays["train_labels"].tolist() == [1, 0]
     assert arrays["reference_labels"].tolist() == [0]
+
+
+@pytest.fixture
+def imagenet(tmp_path, monkeypatch) -> dict[str, Path]:
+    """Three pictures of two classes, as the archive of archives and as folders."""
+    monkeypatch.setattr(convert, "IMAGENET_TRAIN", 3)
+    pictures = {"n02/b.JPEG": 0, "n01/c.JPEG": 1, "n01/a.JPEG": 2}
+    root = tmp_path / "unpacked" / "train"
+    with tarfile.open(tmp_path / "train.tar", "w") as tar:
+        for one in ("n02", "n01"):  # in no order
+            inner = io.BytesIO()
+            with tarfile.open(fileobj=inner, mode="w") as part:
+                for name, shade in pictures.items():
+                    if name.startswith(one):
+                        add(part, Path(name).name, picture(shade, 300, 260))
+                        (root / one).mkdir(parents=True, exist_ok=True)
+                        (root / name).write_bytes(picture(shade, 300, 260))
+            add(tar, f"{one}.tar", inner.getvalue())
+    (tmp_path / "folder.txt").write_text(f"{root}\n")
+    return {"imagenet_archive": tmp_path / "train.tar", "imagenet_folder": tmp_path / "folder.txt"}
+
+
+@pytest.mark.parametrize("form", ["imagenet_archive", "imagenet_folder"])
+def test_imagenet_is_indexed_and_read_where_it_lies(imagenet, form, tmp_path):
+    arrays = twice(form, [imagenet[form]], tmp_path)
+    assert arrays["train_labels"].tolist() == [0, 0, 1]
+    images = datasets.Pictures(arrays, 3)
+    assert len(images) == 3 and len(datasets.Pictures(arrays, 2)[0:9]) == 2
+    every = images[0:3]
+    assert every.dtype == torch.uint8 and every.shape == (3, 3, 256, 256)
+    assert sorted(shades(every[:2].numpy())) == [1, 2] and shades(every[2:].numpy()) == [0]
+    assert torch.equal(images[torch.tensor([2, 0])], every[[2, 0]])
+    root = Path(str(arrays["root"]))
+    broken = root / "n02/b.JPEG" if form == "imagenet_folder" else imagenet[form]
+    broken.write_bytes(b"")
+    where = f"{broken.name}, [0-9]+ bytes from [0-9]+"
+    with pytest.raises(UserError, match=f"{where}: cannot identify"):
+        images[2:3]
+
+
+def test_an_incomplete_imagenet_is_refused(imagenet, monkeypatch, tmp_path):
+    monkeypatch.setattr(convert, "IMAGENET_TRAIN", 4)
+    for name, file in imagenet.items():
+        with pytest.raises(UserError, match="3 pictures instead of 4"):
+            convert.convert(name, [file], tmp_path / "out.npz")
+    imagenet["imagenet_folder"].write_text("/nowhere")
+    with pytest.raises(UserError, match="it names /nowhere, which is no folder"):
+        convert.convert("imagenet_folder", [imagenet["imagenet_folder"]], tmp_path / "out.npz")
 
 
 def test_centre_crop_halves_then_resizes_the_shorter_side():

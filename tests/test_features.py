@@ -1,5 +1,7 @@
 """Feature extractors: shapes, independence of the sample count, refusals; the domain classifier."""
 
+import math
+
 import pytest
 import torch
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -10,6 +12,7 @@ from prunebench.artefacts import write_tensors
 from prunebench.errors import UserError
 from prunebench.evaluation.classifier import DomainClassifier, accuracy, train_classifier
 from prunebench.evaluation.features import DomainExtractor, load_extractor
+from prunebench.evaluation.quality import quality
 
 
 def random_images(count: int, channels: int = 1, size: int = 16) -> torch.Tensor:
@@ -91,7 +94,8 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
         load_extractor("inception-v3-compat", path)
 
 
-def test_inception_reads_local_weights_and_grey_images(tmp_path, monkeypatch):
+@pytest.fixture
+def inception(tmp_path, monkeypatch):
     """Untrained weights in torch-fidelity's own format: names and shapes are what is tested."""
     path = tmp_path / "inception.pth"
     with monkeypatch.context() as patch:
@@ -100,11 +104,35 @@ def test_inception_reads_local_weights_and_grey_images(tmp_path, monkeypatch):
         torch.manual_seed(0)
         state = load_extractor("inception-v3-compat", path).module.state_dict()
     torch.save(state, path)
-    features = load_extractor("inception-v3-compat", path).extract(random_images(1), batch=1)
+    return path
+
+
+def test_inception_reads_local_weights_and_grey_images(inception):
+    features = load_extractor("inception-v3-compat", inception).extract(random_images(1), batch=1)
     assert {name: list(value.shape) for name, value in features.items()} == {
         "features": [1, 2048],
         "spatial": [1, 7 * 17 * 17],
+        "imagenet_logits": [1, 1008],
     }
+
+
+def test_inception_without_logits_gives_every_metric_but_its_score(inception):
+    """The layout of the pool-only weights: fc is NaN. With logits there is a score."""
+    images = random_images(20, channels=3, size=32)
+    whole = load_extractor("inception-v3-compat", inception).extract(images, batch=10)
+    state = torch.load(inception, weights_only=True)
+    for name in ("fc.weight", "fc.bias"):
+        state[name].fill_(math.nan)
+    torch.save(state, inception)
+    bare = load_extractor("inception-v3-compat", inception).extract(images, batch=10)
+    assert torch.equal(bare["features"], whole["features"])
+    with_logits = quality(whole, bare, None)
+    without = quality(bare, bare, None)
+    assert 1 <= with_logits["inception_score"] < 1008
+    assert without["inception_score"] is None
+    assert "no logits layer" in without["unavailable"]["inception_score"]
+    for name in ("fid", "kid", "precision", "recall", "sfid"):
+        assert math.isfinite(without[name]), name
 
 
 def test_training_learns_repeats_and_leaves_the_random_state_alone():

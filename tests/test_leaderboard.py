@@ -354,6 +354,27 @@ def test_warnings_for_mixed_code_hardware_and_disagreeing_fid(tmp_path):
     assert "0123456789, 0123456789-dirty" in text
 
 
+def test_an_inception_score_that_is_not_available_is_said_never_shown(tmp_path):
+    cells = seeds("a", [1.0, 2.0])
+    reason = {"inception_score": "the judge's weights have no logits layer"}
+    for metrics in cells:
+        metrics["quality"] |= {"inception_score": None, "unavailable": reason}
+    build(
+        [write_cell(tmp_path, m) for m in cells], tmp_path / "out", expected_cells=None, title="t"
+    )
+    text = (tmp_path / "out/leaderboard.md").read_text()
+    assert "IS: the judge's weights have no logits layer" in text
+    assert "inception_score" not in (tmp_path / "out/leaderboard.csv").read_text()
+    cells[0]["quality"] |= {"inception_score": 8.9, "unavailable": {}}
+    build(
+        [write_cell(tmp_path / "b", m) for m in cells],
+        tmp_path / "out",
+        expected_cells=None,
+        title="t",
+    )
+    assert "8.9" in (tmp_path / "out/leaderboard.csv").read_text()
+
+
 def test_a_board_of_failures_alone_is_still_a_board(tmp_path):
     file = write_cell(tmp_path, seeds("a", [0], failed=("recover", "loss is NaN"))[0])
     build([file], tmp_path / "out", expected_cells=None, title="t")

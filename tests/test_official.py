@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import releases
+import tiny
 import torch
 import yaml
 from accelerate import init_empty_weights
@@ -413,6 +414,9 @@ def test_unknown_layouts_and_impossible_configs_are_named(tmp_path):
         official.load("dit", DIT, file, "uvit")
     with pytest.raises(UserError, match=r"config of family dit: .*'depht'"):
         official.load("dit", {**DIT, "depht": 3}, file, "dit")
+    heads = {**tiny.INSTANCES["unet"].config, "attention_head_dim": 64}
+    with pytest.raises(UserError, match="config of family unet: attention_head_dim is more than"):
+        official.load("unet", heads, file, "suite")
 
 
 # Files.
@@ -548,6 +552,34 @@ def test_dense_takes_the_checkpoint_of_the_track(tmp_path):
     assert torch.equal(network(x, t, y), again(x, t, y))
 
 
+@pytest.mark.parametrize("classes", [7, 10])
+def test_a_checkpoint_is_fine_tuned_on_other_classes(tmp_path, classes):
+    ours = tiny.smoke().model("dit")["config"]
+    released = models.family("dit").build({**ours, "classes": classes})
+    generator = torch.Generator().manual_seed(0)
+    for parameter in released.parameters():
+        parameter.data.normal_(0.0, 0.1, generator=generator)
+    save_file(released.state_dict(), tmp_path / "release.safetensors")
+    weights = {"file": str(tmp_path / "release.safetensors"), "layout": "suite", "classes": classes}
+    training = {"images": 32, "batch": 16, "learning_rate": 1e-6}
+    track = config.load(str(_track(tmp_path, config=ours, weights=weights, training=training)))
+    layout = config.Layout(track.name, tmp_path / "runs")
+    stages.dense(track, layout, "dit")
+    record = artefacts.read_record(Path(layout.trained("dit")))
+    assert record["budget"]["student_backward"] == 32
+    assert record["weights"]["sha256"] == artefacts.sha256(Path(weights["file"]))
+    network, _ = surgery.load(Path(layout.trained("dit")).parent)
+    state, old = network.state_dict(), released.state_dict()
+    table, before = (s.pop("y_embedder.embedding_table.weight") for s in (state, old))
+    near = {"rtol": 0, "atol": 1e-5}
+    assert any(not torch.equal(tensor, old[name]) for name, tensor in state.items())
+    for name, tensor in state.items():
+        torch.testing.assert_close(tensor, old[name], **near)
+    torch.testing.assert_close(table[-1], before[-1], **near)  # "no class"
+    assert len(table) == 11
+    assert torch.allclose(table[:7], before[:7], **near) == (classes == 10)
+
+
 def test_a_track_may_name_a_published_configuration(tmp_path):
     file = _track(tmp_path, config="dit_xl_2_256")
     model = config.load(str(file)).model("dit")
@@ -568,11 +600,10 @@ def test_a_track_may_name_a_published_configuration(tmp_path):
         ({"weights": {"layout": "dit"}}, r"models.dit.weights: needs either the key 'asset' or"),
         ({"weights": {"asset": "a", "file": "b", "layout": "dit"}}, r"weights: needs either the k"),
         ({"weights": {"path": "a"}}, r"models.dit.weights: .*'path' was unexpected"),
-        ({"weights": None}, r"models.dit: needs either 'training', .* or 'weights'"),
+        ({"weights": None}, r"models.dit: needs 'training', 'weights', or both"),
         (
-            {"training": {"images": 16, "batch": 16, "learning_rate": 1.0},
-             "weights": {"file": "a", "layout": "dit"}},
-            r"models.dit: needs either 'training', .*; not both",
+            {"weights": {"file": "a", "layout": "dit", "classes": 7}},
+            r"models.dit.weights.classes: other classes must be learnt; add 'training'",
         ),
         (
             {"family": "uvit", "config": "uvit_m_4_imagenet64", "weights": {"file": "a"},

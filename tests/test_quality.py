@@ -1,5 +1,7 @@
 """Distances between feature sets: closed forms, agreement with two other implementations."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +11,9 @@ from torch_fidelity.metric_fid import (
     fid_features_to_statistics,
     fid_statistics_to_metric,
 )
+from torch_fidelity.metric_isc import isc_featuresdict_to_metric
 
-from prunebench.evaluation.quality import frechet_distance, quality, statistics
+from prunebench.evaluation.quality import frechet_distance, inception_score, quality, statistics
 
 
 def correlated(count: int, dimensions: int, seed: int) -> torch.Tensor:
@@ -71,7 +74,12 @@ def test_frechet_of_rank_deficient_covariances():
 def features():
     def build(count: int, seed: int) -> dict[str, torch.Tensor]:
         values = correlated(count, 8, seed).float()
-        return {"features": values, "spatial": values[:, :4], "logits": values[:, :3]}
+        return {
+            "features": values,
+            "spatial": values[:, :4],
+            "logits": values[:, :3],
+            "imagenet_logits": values[:, 3:],
+        }
 
     return build
 
@@ -81,8 +89,9 @@ def test_quality_has_every_key_of_the_schema(features):
     result = quality(generated, reference, torch.zeros(60, dtype=torch.int64))
     assert list(result) == [
         "fid", "fid_cleanfid", "kid", "precision", "recall", "sfid", "agreement",
-        "samples", "reference_samples", "prc_reference_samples",
+        "inception_score", "unavailable", "samples", "reference_samples", "prc_reference_samples",
     ]  # fmt: skip
+    assert result.pop("unavailable") == {}
     assert all(isinstance(value, float | int) for value in result.values())
     assert (result["samples"], result["reference_samples"]) == (60, 90)
     assert result["prc_reference_samples"] == 60
@@ -118,6 +127,42 @@ def test_agreement_counts_the_classes_asked_for(features):
     assert result["agreement"] == 0.75
 
 
+def test_inception_score_equals_torch_fidelity():
+    logits = correlated(100, 20, 4).float()
+    theirs = isc_featuresdict_to_metric(
+        {"logits_unbiased": logits},
+        "logits_unbiased",
+        isc_splits=10,
+        samples_shuffle=True,
+        rng_seed=2020,
+        verbose=False,
+    )
+    assert inception_score(logits) == (theirs["inception_score_mean"], "")
+
+
+def test_inception_score_of_sure_and_varied_images_is_the_number_of_classes():
+    """Sure of 4 classes, each in every split: exp(entropy 0 against log 4); unsure of all: 1."""
+    sure = 1000.0 * torch.eye(4).repeat(4000, 1)
+    assert inception_score(sure)[0] == pytest.approx(4, rel=5e-3)
+    assert inception_score(torch.zeros(50, 4)) == (1, "")
+
+
+@pytest.mark.parametrize(
+    ("logits", "reason"),
+    [
+        (None, "the judge is not Inception"),
+        (torch.full((50, 8), math.nan), "no logits layer"),
+        (torch.zeros(9, 8), "fewer than 10 images"),
+    ],
+)
+def test_without_logits_there_is_no_inception_score_but_a_reason(features, logits, reason):
+    generated = features(60, 1) | {"imagenet_logits": logits}
+    result = quality(generated, features(90, 2), None)
+    assert result["inception_score"] is None
+    assert reason in result["unavailable"]["inception_score"]
+    assert np.isfinite(result["fid"])
+
+
 def test_what_the_judge_lacks_is_none(features):
     bare = {"features": features(30, 1)["features"]}
     result = quality(bare, bare, torch.zeros(30, dtype=torch.int64))
@@ -129,3 +174,17 @@ def test_fewer_samples_than_dimensions_still_give_a_fid(features):
     result = quality(features(6, 1), features(90, 2), None)
     assert np.isfinite(result["fid"])
     assert result["fid"] > 0
+
+
+def test_statistics_of_the_reference_come_before_those_of_its_images():
+    features = correlated(64, 8, 0)
+    mu, sigma = statistics(correlated(64, 8, 1))
+    known = {"features": features, "mu": torch.tensor(mu), "sigma": torch.tensor(sigma)}
+    options = {"kid_subsets": 1, "kid_subset_size": 10}
+    with_, without = (
+        quality({"features": features}, reference, None, **options)
+        for reference in (known, {"features": features})
+    )
+    assert with_["fid"] == frechet_distance(*statistics(features), mu, sigma) > 0.1
+    assert without["fid"] == pytest.approx(0, abs=1e-6)
+    assert with_["kid"] == without["kid"]

@@ -9,7 +9,7 @@ import tiny
 import torch
 import yaml
 
-from prunebench import artefacts, config, models, stages
+from prunebench import artefacts, config, errors, models, stages
 from prunebench.cli import main
 from prunebench.errors import UserError
 from prunebench.pruning import surgery
@@ -199,3 +199,32 @@ def test_the_command_draws_one_shard(runs, tmp_path, monkeypatch):
 def test_drawing_needs_no_data_set(runs, monkeypatch):
     monkeypatch.setattr(stages.assets, "locate", lambda *_: pytest.fail("looked for a file"))
     stages.sample(_track(1), CELL, _paths(_track(1), runs))
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp] can't allocate memory: 9 bytes"), True),
+        (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), True),
+        (torch.AcceleratorError("CUDA error: device-side assert triggered"), False),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
+def test_the_machines_faults_are_not_the_cells(error, fault, tmp_path):
+    assert errors.machine_fault(error) == fault
+
+    def stage(track, cell, paths):
+        raise error
+
+    track = tiny.smoke()
+    cell = track.cells()[0]
+    record = tmp_path / "record.json"
+    if fault:
+        with pytest.raises(type(error)):
+            stages.guarded(stage, track, cell, None, str(record), None)
+    else:
+        assert not stages.guarded(stage, track, cell, None, str(record), None)
+    assert record.exists() != fault

@@ -1,6 +1,7 @@
 """The training loop and the budget meter."""
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -132,6 +133,20 @@ def test_muon_takes_the_prunable_matrices_only():
     rest = {names[p] for group in adam.param_groups for p in group["params"]}
     assert rest == set(names.values()) - chosen
     assert len(loop._optimizers(model, tiny.settings(), family.weights(model))) == 1
+
+
+def test_half_of_the_drawn_images_are_mirrored_and_nothing_else_changes():
+    plain = tiny.data("dit", 64)
+    mirrored = dataclasses.replace(plain, flip=True)
+    one, two = (
+        data.draw(400, torch.Generator().manual_seed(0), torch.device("cpu"))
+        for data in (plain, mirrored)
+    )
+    for name in ("y", "t", "noise"):
+        assert torch.equal(getattr(one, name), getattr(two, name))
+    flipped = (two.x0 != one.x0).flatten(1).any(1)
+    assert 0.4 < flipped.double().mean() < 0.6
+    assert torch.equal(two.x0[flipped], one.x0[flipped].flip(3))
 
 
 def test_dropped_classes_become_no_class():

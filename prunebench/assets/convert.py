@@ -5,6 +5,7 @@ zlib. Images are read one by one: memory does not grow with the data set.
 """
 
 import io
+import os
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,7 +19,8 @@ from prunebench.errors import UserError
 
 CIFAR_RECORD = 1 + 3 * 32 * 32
 CELEBA_BOX = (89 - 64, 121 - 64, 89 + 64, 121 + 64)  # left, top, right, bottom, as in DDIM's code
-SIZE = 256  # of the downstream sets
+SIZE = 256  # of the downstream sets and ImageNet
+IMAGENET_TRAIN = 1_281_167  # images
 
 
 @dataclass(frozen=True)
@@ -239,9 +241,61 @@ def artbench10(files: Sequence[Path]) -> dict[str, np.ndarray | Stack]:
     return _dataset(_from_tar(files[0]), splits, SIZE)
 
 
+# ---- ImageNet: an index of the pictures where they lie
+
+
+def imagenet_archive(files: Sequence[Path]) -> dict[str, np.ndarray]:
+    """ILSVRC2012_img_train.tar, a tar of a tar per class: where in it every picture lies."""
+    places, labels = [], []
+    with tarfile.open(files[0]) as outer:
+        classes = [member for member in outer if member.isfile()]
+        for label, one in enumerate(sorted(classes, key=lambda member: member.name)):
+            with tarfile.open(fileobj=outer.extractfile(one)) as inner:
+                pictures = [member for member in inner if member.isfile()]
+            places += [(0, one.offset_data + p.offset_data, p.size) for p in pictures]
+            labels += [label] * len(pictures)
+    return _index(files[0].parent, [files[0].name], places, labels)
+
+
+def imagenet_folder(files: Sequence[Path]) -> dict[str, np.ndarray]:
+    """A folder of a folder per class, which the text file files[0] names."""
+    root = Path(files[0].read_text().strip())
+    if not root.is_dir():
+        raise ValueError(f"it names {root}, which is no folder")
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
+    names, places, labels = [], [], []
+    for label, one in enumerate(classes):
+        for picture in sorted(os.scandir(root / one), key=lambda entry: entry.name):
+            places.append((len(names), 0, picture.stat().st_size))
+            names.append(f"{one}/{picture.name}")
+            labels.append(label)
+    return _index(root, names, places, labels)
+
+
+def _index(
+    root: Path, names: list[str], places: list[tuple[int, int, int]], labels: list[int]
+) -> dict[str, np.ndarray]:
+    """What `datasets.Pictures` reads. Classes are numbered in the order of their names."""
+    if len(labels) != IMAGENET_TRAIN:
+        raise ValueError(f"{len(labels)} pictures instead of {IMAGENET_TRAIN}")
+    file, offsets, sizes = np.array(places, np.int64).T
+    return {
+        "root": np.array(str(root.resolve())),
+        "side": np.array(SIZE),
+        "train_files": np.array([name.encode() for name in names]),
+        "train_file": np.ascontiguousarray(file),
+        "train_offsets": np.ascontiguousarray(offsets),
+        "train_sizes": np.ascontiguousarray(sizes),
+        "train_labels": np.array(labels, np.int16),
+    }
+
+
 CONVERSIONS: dict[str, Callable[[Sequence[Path]], Mapping[str, np.ndarray | Stack]]] = {
     function.__name__: function
-    for function in (arrays, cifar_binary, celeba64, flowers102, cub200, artbench10)
+    for function in (
+        *(arrays, cifar_binary, celeba64, flowers102, cub200, artbench10),
+        *(imagenet_archive, imagenet_folder),
+    )
 }
 
 

@@ -8,7 +8,7 @@ are computed together. `lanes` can move the last bits and so is a constant of th
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import diffusers
 import numpy as np
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from prunebench.diffusion.objectives import FlowMatching, Objective
-from prunebench.errors import CellError, UserError
+from prunebench.errors import CellError, UserError, short_of_memory
 
 SAMPLERS = {
     "ddim": functools.partial(diffusers.DDIMScheduler, timestep_spacing="trailing"),
@@ -64,10 +64,12 @@ class Sampler:
     Args:
         model: the denoiser, (x, t, y) -> prediction.
         objective: the objective it was trained with.
-        shape: (C, H, W) of one image.
+        shape: (C, H, W) of what the model denoises: an image, or its latents.
         classes: image i is asked for class i % classes.
-        settings: `sampler`, `steps`, `lanes`, and optionally `guidance` and `options`.
+        settings: `sampler`, `steps`, `lanes`, and optionally `guidance`, `guidance_channels` (only
+            the first so many are guided, as in DiT's and SiT's code) and `options`.
         steps: fraction of the settings' steps to take (a plan of kind "steps").
+        decode: what makes images of the model's latents, for latent models.
     """
 
     def __init__(
@@ -78,9 +80,10 @@ class Sampler:
         classes: int,
         settings: dict,
         steps: float = 1.0,
+        decode: Callable[[Tensor], Tensor] | None = None,
     ):
         self.model, self.objective, self.shape, self.classes = model, objective, shape, classes
-        self.settings = settings
+        self.settings, self.decode = settings, decode
         self.steps = round(settings["steps"] * steps)
         self.device = next(model.parameters()).device
 
@@ -106,17 +109,23 @@ class Sampler:
         labels = self.labels(indices).to(self.device)
         try:
             x = self.denoise(noise.to(self.device), labels, randomness)
-        except torch.OutOfMemoryError as error:
+            if self.decode and x.isfinite().all():
+                x = self.decode(x)
+        except RuntimeError as error:
+            if not short_of_memory(error):
+                raise
             raise UserError(
-                f"the GPU has too little memory to draw {lanes} images at once; take a larger GPU, "
-                "or lower sampling.lanes, a constant of the track: all images are drawn anew"
+                f"the device has too little memory to draw {lanes} images at once; take a larger "
+                "one, or lower sampling.lanes, a constant of the track: all images are drawn anew"
             ) from error
         if not x.isfinite().all():
             raise CellError("the model draws images that are not finite numbers")
         return to_uint8(x).cpu()
 
     def denoise(self, x: Tensor, y: Tensor, randomness: list | None = None) -> Tensor:
-        """Follow the sampler from noise [N, C, H, W] to images in [-1, 1]; differentiable."""
+        """Follow the sampler from noise [N, C, H, W] to images in [-1, 1], or to latents;
+        differentiable.
+        """
         solver = scheduler(
             self.settings["sampler"], self.objective, self.steps, self.settings.get("options", {})
         )
@@ -134,19 +143,30 @@ class Sampler:
     def predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The model's prediction under classifier-free guidance (1 = none, one pass)."""
         guidance = self.settings.get("guidance", 1.0)
+        asked = self._forward(x, t, y)
         if guidance == 1.0:
-            return self._forward(x, t, y)
-        null = torch.full_like(y, self.model.null_class)
-        return torch.lerp(self._forward(x, t, null), self._forward(x, t, y), guidance)
+            return asked
+        null = self._forward(x, t, torch.full_like(y, self.model.null_class))
+        guided = self.settings.get("guidance_channels", x.shape[1])
+        mixed = torch.lerp(null[:, :guided], asked[:, :guided], guidance)
+        return torch.cat([mixed, asked[:, guided:]], 1)
 
     def _forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The model's prediction without further outputs such as DiT's variance."""
-        return self.model(x, t, y)[:, : x.shape[1]]
+        """The model's prediction; DiT's variance after it only where the sampler uses that."""
+        output = self.model(x, t, y)
+        learned = self.settings.get("options", {}).get("variance_type") == "learned_range"
+        return output if learned else output[:, : x.shape[1]]
 
 
 def to_float(images: Tensor) -> Tensor:
     """uint8 [0, 255] to float [-1, 1]."""
     return images.float() / 127.5 - 1
+
+
+def flip_some(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Mirror each image [N, C, H, W] left to right with probability one half."""
+    mirrored = torch.rand(len(images), generator=generator) < 0.5
+    return torch.where(mirrored[:, None, None, None], images.flip(3), images)
 
 
 def to_uint8(x: Tensor) -> Tensor:

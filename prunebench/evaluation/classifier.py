@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from prunebench.diffusion.sampling import flip_some
 from prunebench.errors import UserError
 
 WIDTHS = (16, 32, 64)
@@ -93,7 +94,7 @@ def train_classifier(
     model.train()
     for epoch in range(epochs):
         for chosen in torch.randperm(len(images), generator=generator).split(batch):
-            flipped = _flip_some(images[chosen], generator)
+            flipped = flip_some(images[chosen], generator)
             loss = F.cross_entropy(model(flipped)["logits"], labels[chosen])
             optimizer.zero_grad()
             loss.backward()
@@ -122,9 +123,3 @@ def _level(before: int, after: int) -> nn.Sequential:
         nn.BatchNorm2d(after),
         nn.ReLU(),
     )
-
-
-def _flip_some(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror each image left to right with probability one half."""
-    mirrored = torch.rand(len(images), generator=generator) < 0.5
-    return torch.where(mirrored[:, None, None, None], images.flip(3), images)

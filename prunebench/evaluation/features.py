@@ -17,11 +17,11 @@ from prunebench.artefacts import read_tensors
 from prunebench.errors import UserError
 from prunebench.evaluation.classifier import DomainClassifier
 
-# Our word for a feature -> the extractor's own. Inception's logits are ImageNet's classes, which
-# are nobody's labels here, so it has none.
+# Our word for a feature -> the extractor's own. Inception's logits are ImageNet's classes: they can
+# give its score, but not tell whether an image shows the class asked for, so "logits" it has none.
 LAYERS = {
     "domain": {"features": "features", "spatial": "spatial", "logits": "logits"},
-    "inception-v3-compat": {"features": "2048"},
+    "inception-v3-compat": {"features": "2048", "imagenet_logits": "logits_unbiased"},
 }
 # sFID (Nash et al., arXiv 2103.03841): the first 7 channels of TensorFlow's mixed_6/conv, 7x17x17.
 SPATIAL_BRANCH = {"inception-v3-compat": ("Mixed_6d.branch1x1", 7)}
@@ -74,8 +74,8 @@ class Extractor:
 
     @torch.no_grad()
     def extract(self, images: Tensor, batch: int = 64) -> dict[str, Tensor]:
-        """Features of uint8 images [N, C, H, W]: float32 [N, D] for each of "features", "spatial"
-        and "logits" that the extractor has.
+        """Features of uint8 images [N, C, H, W]: float32 [N, D] for each of "features", "spatial",
+        "logits" and "imagenet_logits" that the extractor has.
 
         Grey images are repeated to the channels the extractor wants. The last batch is padded,
         because a kernel chosen for another batch size rounds differently: the features of an image
@@ -91,7 +91,9 @@ class Extractor:
         if padded.shape[1] == 1 != self.channels:
             padded = padded.expand(-1, self.channels, -1, -1)
         device = next(self.module.parameters()).device
-        outputs = self._forward(padded.to(device))
+        # cuDNN's default rounds to 10 bits; published FIDs rest on single precision.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            outputs = self._forward(padded.to(device))
         return {name: value[:count].float().cpu() for name, value in outputs.items()}
 
     def _forward(self, images: Tensor) -> dict[str, Tensor]:
@@ -108,8 +110,8 @@ def load_extractor(name: str, weights: Path, **options) -> Extractor:
     Args:
         name: "domain" or "inception-v3-compat".
         weights: safetensors for "domain", torch-fidelity's own .pth file for Inception.
-        options: passed to the extractor, e.g. `cuda=True` or
-            `feature_extractor_internal_dtype="float64"`.
+        options: passed to the extractor, e.g. `feature_extractor_internal_dtype="float64"`, or
+            `cuda=False` where there is a GPU, which is used otherwise.
 
     Raises:
         UserError: unknown name; missing, corrupt or unsafe weights.
@@ -117,7 +119,8 @@ def load_extractor(name: str, weights: Path, **options) -> Extractor:
     if name not in LAYERS:
         raise UserError(f"unknown feature extractor {name!r}; known: {', '.join(sorted(LAYERS))}")
     _check_weights(Path(weights))
-    options = {"cuda": False, "verbose": False, "feature_extractor_compile": False, **options}
+    cuda = torch.cuda.is_available()
+    options = {"cuda": cuda, "verbose": False, "feature_extractor_compile": False, **options}
     module = create_feature_extractor(
         name, list(LAYERS[name].values()), feature_extractor_weights_path=str(weights), **options
     )

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from cleanfid.fid import frechet_distance as cleanfid_frechet_distance
 from torch import Tensor
+from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, isc_features_to_metric
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
 from torch_fidelity.metric_prc import (
     KEY_METRIC_PRECISION,
@@ -15,12 +16,20 @@ from torch_fidelity.metric_prc import (
 )
 
 KID_SEED = 2020  # torch-fidelity's default: the subsets drawn are the same in every cell
+IS_SPLITS, IS_SEED = 10, 2020  # the published convention, in torch-fidelity's shuffled order
 
 
 def statistics(features: Tensor | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean [D] and unbiased covariance [D, D] of features [N, D], in float64."""
     features = np.asarray(features, dtype=np.float64)
     return features.mean(axis=0), np.atleast_2d(np.cov(features, rowvar=False))
+
+
+def reference_statistics(reference: dict[str, Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """As `statistics`: the published ones where the reference has them, else of its features."""
+    if "mu" in reference:
+        return reference["mu"].numpy(), reference["sigma"].numpy()
+    return statistics(reference["features"])
 
 
 def frechet_distance(
@@ -48,13 +57,14 @@ def quality(
     kid_subsets: int = 20,
     kid_subset_size: int = 1000,
     prc_samples: int = 2048,
-) -> dict[str, float | int | None]:
+) -> dict[str, float | int | dict[str, str] | None]:
     """Compare the features of generated images with those of reference images.
 
     Args:
-        generated: "features" [N, D] and, where the judge has them, "spatial" [N, S] and
-            "logits" [N, classes], as `Extractor.extract` returns them.
-        reference: the same of M real images.
+        generated: "features" [N, D] and, where the judge has them, "spatial" [N, S], "logits"
+            [N, classes] of the data set and "imagenet_logits" [N, 1008], as `Extractor.extract`
+            returns them.
+        reference: the same of M real images; "mu" and "sigma" where more is known of the features.
         labels: int64 [N], the class each image was asked for; None for unconditional models.
         kid_subsets: random subsets KID is averaged over; the draw is fixed.
         kid_subset_size: images per subset, at most N and M.
@@ -63,16 +73,18 @@ def quality(
             evenly spaced over each set. The number used is `prc_reference_samples`.
 
     Returns:
-        fid, fid_cleanfid, kid, precision, recall, sfid, agreement, samples, reference_samples,
-        prc_reference_samples. What the judge cannot give is None, and so is fid_cleanfid where
-        clean-fid's matrix root fails.
+        fid, fid_cleanfid, kid, precision, recall, sfid, agreement, inception_score, unavailable,
+        samples, reference_samples, prc_reference_samples. What the judge cannot give is None, and
+        so is fid_cleanfid where clean-fid's matrix root fails. `unavailable` says why
+        inception_score is None; it is empty where there is one.
     """
     ours, theirs = generated["features"], reference["features"]
-    mine, yours = statistics(ours), statistics(theirs)
+    mine, yours = statistics(ours), reference_statistics(reference)
     count = min(len(ours), len(theirs), prc_samples)
     precision_recall = prc_features_to_metric(
         _evenly_spaced(ours, count), _evenly_spaced(theirs, count), verbose=False
     )
+    score, reason = inception_score(generated.get("imagenet_logits"))
     return {
         "fid": frechet_distance(*mine, *yours),
         "fid_cleanfid": _cleanfid(*mine, *yours),
@@ -81,10 +93,31 @@ def quality(
         "recall": precision_recall[KEY_METRIC_RECALL],
         "sfid": _sfid(generated.get("spatial"), reference.get("spatial")),
         "agreement": _agreement(generated.get("logits"), labels),
+        "inception_score": score,
+        "unavailable": {"inception_score": reason} if reason else {},
         "samples": len(ours),
         "reference_samples": len(theirs),
         "prc_reference_samples": count,
     }
+
+
+def inception_score(logits: Tensor | None) -> tuple[float | None, str]:
+    """Inception score (Salimans et al., arXiv 1606.03498): mean over 10 splits.
+
+    Args:
+        logits: of Inception, without their bias as in the original code [N, 1008], or None.
+
+    Returns:
+        The score and "", or None and the reason why there is none. Weights without a logits layer
+        have NaN there, which must not look like a result.
+    """
+    if logits is None:
+        return None, "the judge is not Inception"
+    if not logits.isfinite().all():
+        return None, "the judge's weights have no logits layer: its logits are not finite"
+    if len(logits) < IS_SPLITS:
+        return None, f"fewer than {IS_SPLITS} images"
+    return isc_features_to_metric(logits, IS_SPLITS, True, IS_SEED)[KEY_METRIC_ISC_MEAN], ""
 
 
 def _square_root(sigma: np.ndarray) -> np.ndarray:

@@ -103,6 +103,10 @@ METRICS = {
     "agreement": Metric(
         ("quality.agreement",), "Agreement", "Share of generated images that a classifier assigns "
         "to the class they were generated for", "higher", spread=True),
+    "inception_score": Metric(
+        ("quality.inception_score",), "IS", "Inception score of the generated images: sure and "
+        "varied classes in Inception's eyes, without regard to the reference", "higher",
+        format=".2f", spread=True, optional=True),
     "fid_cleanfid": Metric(
         ("quality.fid_cleanfid",), "FID (clean-fid)", "The same distance from the clean-fid "
         "package, an independent check", "lower", format=".2f"),
@@ -510,7 +514,7 @@ def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
     })  # fmt: skip
     keys.loc[~keys.pruned, ["section", "sparsity", "budget"]] = 0
     keys.loc[~keys.pruned, "name"] = ""
-    return rows.loc[keys.sort_values(list(keys.columns)).index].reset_index(drop=True)
+    return rows.loc[keys.sort_values(list(keys.columns)).index].reset_index(drop=True).copy()
 
 
 def caption(sources: list[Source], cells: pd.DataFrame) -> dict[str, str]:
@@ -528,6 +532,7 @@ def caption(sources: list[Source], cells: pd.DataFrame) -> dict[str, str]:
         "Samples": _counts(sources, "samples") + " images per cell",
         "Reference": _counts(sources, "reference_samples") + " images",
         "Sampling": "; ".join(_sampling(cells)),
+        "Not available": "; ".join(_unavailable(sources)),
     }
     return {label: value for label, value in text.items() if value}
 
@@ -535,6 +540,16 @@ def caption(sources: list[Source], cells: pd.DataFrame) -> dict[str, str]:
 def _counts(sources: list[Source], name: str) -> str:
     found = {s.metrics["quality"][name] for s in sources if s.metrics["status"] == "ok"}
     return " or ".join(f"{count:,}" for count in sorted(found)) or "no"
+
+
+def _unavailable(sources: list[Source]) -> list[str]:
+    """Metrics that have no value for a recorded reason."""
+    found = {
+        f"{METRICS[name].label}: {reason}"
+        for source in sources
+        for name, reason in source.metrics.get("quality", {}).get("unavailable", {}).items()
+    }
+    return sorted(found)
 
 
 def hardware(sources: list[Source]) -> list[str]:

@@ -45,6 +45,8 @@ def build(config: dict) -> UNet:
     model = UNet(**config, num_class_embeds=None if classes is None else classes + 1)
     model.null_class = classes
     for attention in _attentions(model).values():
+        if not attention.heads:
+            raise ValueError("attention_head_dim is more than the channels of an attention layer")
         attention.head_dim = attention.to_q.out_features // attention.heads
     return model
 

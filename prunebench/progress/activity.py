@@ -8,7 +8,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TextIO
@@ -20,7 +20,16 @@ from prunebench.cli import CELL_STAGES
 from prunebench.config import RUNS, Cell, Layout, Paths, Track
 from prunebench.errors import UserError
 
-STAGES = ("extractor", "dense", "oracle", *CELL_STAGES)
+# The record of each stage that is not a cell's, of the layout and the command's options.
+SHARED: dict[str, Callable[[Layout, Mapping[str, str]], str]] = {
+    "extractor": lambda layout, _: layout.extractor,
+    "encode": lambda layout, given: layout.latents(given["--autoencoder"]),
+    "dense": lambda layout, given: layout.trained(given["--model"]),
+    "oracle": lambda layout, given: layout.oracle(
+        *(given[f"--{name}"] for name in ("model", "recovery", "seed", "mask"))
+    ),
+}
+STAGES = (*SHARED, *CELL_STAGES)
 MARK = ".snakemake/prunebench.run"  # who runs the workflow of a folder
 QUEUE = ["squeue", "--me", "--noheader", "--format", "%i|%T|%M|%N|%k|%Z"]
 QUEUE_SECONDS = 20  # a controller that is busy or down may take for ever
@@ -220,13 +229,8 @@ def record_of(options: Mapping[str, str], track: Track, runs: Path) -> str | Non
     if Path(options.get("--track", "embedded")).stem != track.name:
         return None
     try:
-        if stage == "extractor":
-            return layout.extractor
-        if stage == "dense":
-            return layout.trained(options["--model"])
-        if stage == "oracle":
-            names = ("--model", "--recovery", "--seed", "--mask")
-            return layout.oracle(*(options[name] for name in names))
+        if stage in SHARED:
+            return SHARED[stage](layout, options)
         place = (options["--model"], options["--method"], float(options["--sparsity"]))
         recovery, seed = options.get("--recovery", "none"), int(options["--seed"])
         paths = Paths(track, Cell(track.name, *place, recovery, seed), runs)

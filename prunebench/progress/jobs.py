@@ -16,7 +16,8 @@ from prunebench.config import RUNS, Cell, Layout, Paths, Track
 from prunebench.progress import activity
 from prunebench.progress.activity import Run, Work
 
-STAGES = ("extractor", "dense", "select", "cost", "recover", "sample", "score", "mask")  # in order
+# In order.
+STAGES = ("extractor", "encode", "dense", "select", "cost", "recover", "sample", "score", "mask")
 STATES = ("done", "failed", "running", "queued", "stopped", "waiting")
 FRESH = 900  # s without a word, after which a job that can't be seen from here counts as stopped
 TAIL = 4096  # bytes of a log that are read
@@ -115,6 +116,9 @@ def plan(track: Track, divisions: Iterable[str], runs: Path, oracle: bool = Fals
     layout = Layout(track.name, runs)
     made = Plan(layout)
     made.add("extractor", layout.extractor)
+    for name in dict.fromkeys(m.get("autoencoder") for m in track.content["models"].values()):
+        if name:
+            made.add("encode", layout.latents(name), name)
     for cell in itertools.chain.from_iterable(map(track.cells, divisions)):
         if cell not in made.cells:
             made.add_cell(cell, Paths(track, cell, runs))

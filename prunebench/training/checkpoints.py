@@ -111,11 +111,14 @@ class Part:
         if hasattr(self, "handler"):
             signal.signal(signal.SIGTERM, self.handler)
         # A training shorter than the interval is cheaper done again than written at every end.
-        if kind is None and time.monotonic() - self.owner.began >= self.owner.seconds:
+        late = time.monotonic() - self.owner.began >= self.owner.seconds
+        if kind is None and (late or self.stopping):
             self.save()
         # Every process has counted its own share of the batches, which are equal.
         for key, count in self._spent().items():
             self.meter.counts[key] += count * (parallel.world() - 1)
+        if kind is None and self.stopping:  # while the last step was saved
+            self._end()
 
     def step_done(self) -> None:
         """Save if it is time; on SIGTERM save and end the process."""
@@ -125,8 +128,7 @@ class Part:
         if stopping or time.monotonic() - self.owner.saved >= self.owner.seconds:
             self.save()
         if stopping:
-            log.warning("stopped by SIGTERM; the same command goes on from here")
-            raise SystemExit(STOPPED)
+            self._end()
 
     def save(self) -> None:
         """Write everything that the rest of the part depends on; a failure is only logged."""
@@ -152,6 +154,10 @@ class Part:
         if self.file:
             self.file.unlink(missing_ok=True)
         self.file = file
+
+    def _end(self) -> None:
+        log.warning("stopped by SIGTERM; the same command goes on from here")
+        raise SystemExit(STOPPED)
 
     def _spent(self) -> dict[str, int]:
         """Images that this process has sent through the models in this part."""

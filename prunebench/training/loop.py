@@ -14,8 +14,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from prunebench.diffusion.objectives import Objective
-from prunebench.diffusion.sampling import to_float
-from prunebench.errors import CellError, UserError
+from prunebench.diffusion.sampling import flip_some, to_float
+from prunebench.errors import CellError, UserError, short_of_memory
 from prunebench.training import parallel
 from prunebench.training.budget import BudgetMeter
 from prunebench.training.checkpoints import Checkpoints
@@ -57,11 +57,19 @@ class Batch:
 
 @dataclass(frozen=True)
 class Data:
-    """Training images (uint8 [N, C, H, W]) and labels with the objective that noises them."""
+    """Training images (uint8 [N, C, H, W]) and labels with the objective that noises them.
+
+    With `flip` half of the images that are drawn, for training and for calibration, are mirrored.
+    """
 
     images: Tensor
     labels: Tensor
     objective: Objective
+    flip: bool = False
+
+    def clean(self, rows: Tensor, generator: Generator) -> Tensor:
+        """The images of some rows as the model is to generate them, float [N, C, H, W]."""
+        return to_float(self.images[rows])
 
     def noised(self, x0: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Batch:
         noised, target = self.objective.noised(x0, noise, t)
@@ -70,9 +78,10 @@ class Data:
     def draw(self, count: int, generator: Generator, device: torch.device) -> Batch:
         """`count` random images with random times and noise."""
         rows = torch.randint(len(self.images), (count,), generator=generator)
-        x0, y = to_float(self.images[rows]), self.labels[rows]
+        x0, y = self.clean(rows, generator), self.labels[rows]
         t = self.objective.sample_times(count, generator)
         noise = torch.randn(x0.shape, generator=generator)
+        x0 = flip_some(x0, generator) if self.flip else x0
         return self.noised(x0.to(device), y.to(device), t.to(device), noise.to(device))
 
 
@@ -192,20 +201,23 @@ class _Run:
     def gradients(self, batch: Batch, loss: Loss) -> float:
         """Fill the gradients of the batch's mean loss, which is returned."""
         while True:
-            spent = Counter(self.meter.counts)
+            spent, random = Counter(self.meter.counts), self._global_randomness()
             try:
-                value = sum(
-                    self._backward(batch.rows(rows), loss) for rows in self._micro_batches()
-                )
+                parts = self._micro_batches()
+                value = sum(self._backward(batch.rows(rows), loss) for rows in parts)
                 break
-            except torch.OutOfMemoryError as error:
-                self.meter.counts = spent  # the step is done again, from the start
+            except RuntimeError as error:
+                if not short_of_memory(error):
+                    raise
                 if self.micro_batch == 1:
-                    raise UserError(f"one image does not fit into GPU memory: {error}") from None
+                    raise UserError(f"one image does not fit into memory: {error}") from None
+            # The step is done again, from the start.
+            self.meter.counts = spent
+            self._set_global_randomness(random)
             self.model.zero_grad()
             torch.cuda.empty_cache()
             self.micro_batch = -(-self.micro_batch // 2)
-            log.warning("GPU memory is short: micro-batches of %d from now on", self.micro_batch)
+            log.warning("memory is short: micro-batches of %d from now on", self.micro_batch)
         parallel.sum_gradients(self.model.parameters())
         return parallel.total(value)
 
@@ -252,12 +264,10 @@ class _Run:
 
     def state_dict(self) -> dict:
         """Everything that the rest of the training depends on."""
-        cuda = self.device.type == "cuda"
         return {
             **{name: part.state_dict() for name, part in self._stateful().items()},
             "generator": self.generator.get_state(),
-            "global_generator": torch.get_rng_state(),
-            "cuda_generator": torch.cuda.get_rng_state(self.device) if cuda else None,
+            "global_randomness": self._global_randomness(),
             "micro_batch": self.micro_batch,
             "losses": self.losses,
         }
@@ -275,14 +285,21 @@ class _Run:
             part.load_state_dict(state[name])
         self.generator.set_state(state["generator"])
         if not parallel.rank():  # it is the first's; with it the others would drop the same units
-            torch.set_rng_state(state["global_generator"])
-        if (
-            state["cuda_generator"] is not None
-            and self.device.type == "cuda"
-            and not parallel.rank()
-        ):
-            torch.cuda.set_rng_state(state["cuda_generator"], self.device)
-        self.micro_batch, self.losses = state["micro_batch"], list(state["losses"])
+            self._set_global_randomness(state["global_randomness"])
+        self.micro_batch = min(state["micro_batch"], len(self.share))
+        self.losses = list(state["losses"])
+
+    def _global_randomness(self) -> dict[str, Tensor]:
+        """What dropout inside the model draws from, by kind of device."""
+        states = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def _set_global_randomness(self, states: dict[str, Tensor]) -> None:
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and self.device.type == "cuda":
+            torch.cuda.set_rng_state(states["cuda"], self.device)
 
 
 def _average(model: nn.Module, settings: Settings, progress: Progress) -> AveragedModel:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from prunebench.errors import UserError
+from prunebench.errors import UserError, short_of_memory
 
 
 def world() -> int:
@@ -91,9 +91,9 @@ def _together() -> Iterator[None]:
     """A process that is gone is the machine's fault; the RuntimeError would be the cell's."""
     try:
         yield
-    except torch.OutOfMemoryError:
-        raise
     except RuntimeError as error:
+        if short_of_memory(error):
+            raise
         raise UserError(
             f"another process of this training is gone: {error}; its own error is above, if it "
             "had one; the same command goes on from what was saved"

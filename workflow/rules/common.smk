@@ -10,7 +10,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from prunebench import config as tracks
-from prunebench import gpus, slurm, warm
+from prunebench import gpus, leftovers, warm
 from prunebench.artefacts import read_json
 from prunebench.errors import UserError
 from prunebench.progress import activity
@@ -70,7 +70,7 @@ def cancel_leftover_jobs():
         logger.warning("Another run of this folder is alive: no left-over jobs are looked for.")
         return
     try:
-        found, left = slurm.cancel_leftovers(workflow.executor_settings.jobname_prefix, Path.cwd())
+        found, left = leftovers.cancel(workflow.executor_settings.jobname_prefix, Path.cwd())
     except UserError as error:
         raise WorkflowError(str(error))
     RUN_LOCK.truncate(0)
@@ -91,7 +91,7 @@ PRELOAD = ["prunebench.stages"]
 def prepare_machine():
     """For jobs on this machine: its GPUs are shared out, and the imports done once for all."""
     os.environ[gpus.CLAIM] = "1"
-    if gpus.devices() and not any(TRACK.needs(rule)["gpu"] for rule in tracks.NEEDS):
+    if gpus.devices() and not any(TRACK.needs(name)["gpu"] for name in tracks.NEEDS):
         logger.warning(f"Track {TRACK.name} asks for no GPU (key `needs`): it runs on the CPU.")
     socket = warm.start(os.getpid(), PRELOAD, "prunebench.cli:main")
     if socket:
@@ -188,6 +188,16 @@ def checkpoint_file(wildcards):
     return [file] if file else []
 
 
+def latents(wildcards):
+    """The record of the latents that a model trains on; none where it trains on images."""
+    name = TRACK.model(wildcards.model).get("autoencoder")
+    return [LAYOUT.latents(name)] if name else []
+
+
+def encode_fingerprint(wildcards):
+    return TRACK.fingerprint("encode", autoencoder=wildcards.autoencoder)
+
+
 def method_file(wildcards):
     return str(TRACK.method(wildcards.method).file)
 
@@ -202,3 +212,22 @@ def alone(wildcards):
 
 def finished(records):
     return [path for path in records if Path(path).exists()]
+
+
+# Looking for records is left to functions: every Slurm job reads the Snakefile, and should not ask
+# the file system for thousands of files.
+
+
+def finished_cells(division):
+    return lambda wildcards: finished(METRICS[division])
+
+
+def finished_oracle(division):
+    """A finished oracle joins the default division's tables; it is never made for them."""
+    mine = division == TRACK.default_division
+    return lambda wildcards: ORACLE if mine and len(finished(ORACLE)) == len(ORACLE) else []
+
+
+def partial_leaderboards(wildcards):
+    begun = [division for division in METRICS if finished(METRICS[division])]
+    return [f"{LAYOUT.root}/partial_{division}.done" for division in begun]

@@ -1,4 +1,5 @@
-# What every cell starts from: the feature extractor and the dense models.
+# What every cell starts from: the feature extractor, latents of the training set for models that
+# work on these, and the dense models.
 
 
 rule extractor:
@@ -21,10 +22,31 @@ rule extractor:
         "prunebench extractor --gpus {resources.gpu} --track {params.track} &> {log}"
 
 
+rule encode:
+    input:
+        ancient(LAYOUT.assets),
+    output:
+        LAYOUT.latents("{autoencoder}"),
+    log:
+        LAYOUT.log("encode", "{autoencoder}"),
+    priority: 100
+    conda:
+        "../../envs/prunebench.yaml"
+    resources:
+        **needs("encode"),
+    params:
+        track=ARGUMENT,
+        settings=encode_fingerprint,
+    shell:
+        "prunebench encode --gpus {resources.gpu} --track {params.track} "
+        "--autoencoder {wildcards.autoencoder} &> {log}"
+
+
 rule dense:
     input:
         ancient(LAYOUT.assets),
         checkpoint_file,
+        latents,
     output:
         LAYOUT.trained("{model}"),
     log:

@@ -7,10 +7,7 @@ for division in METRICS:
             f"leaderboard_{division}"
         input:
             METRICS[division],
-            # A finished oracle joins the tables; it is never made for them.
-            ORACLE
-            if division == TRACK.default_division and len(finished(ORACLE)) == len(ORACLE)
-            else [],
+            finished_oracle(division),
         output:
             LEADERBOARD[division],
         log:
@@ -28,7 +25,7 @@ for division in METRICS:
         name:
             f"partial_{division}"
         input:
-            finished(METRICS[division]),
+            finished_cells(division),
         output:
             touch(f"{LAYOUT.root}/partial_{division}.done"),
         log:

@@ -3,6 +3,7 @@
 
 rule mask:
     input:
+        latents,
         dense=LAYOUT.trained("{model}"),
         extractor=LAYOUT.extractor,
     output:

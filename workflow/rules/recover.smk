@@ -3,6 +3,7 @@
 
 rule recover:
     input:
+        latents,
         dense=LAYOUT.trained("{model}"),
         select=artefact("select"),
     output:

@@ -3,6 +3,7 @@
 
 rule select:
     input:
+        latents,
         dense=LAYOUT.trained("{model}"),
         method=method_file,
     output:

@@ -11,7 +11,7 @@ GONE_SECONDS = 120  # a job that ends takes its node's KillWait, 30 s by default
 POLL_SECONDS = 1.0
 
 
-def cancel_leftovers(prefix: str, folder: Path) -> tuple[list[str], list[str]]:
+def cancel(prefix: str, folder: Path) -> tuple[list[str], list[str]]:
     """Cancel the jobs of earlier runs in `folder` and wait until they are gone.
 
     To be called only where no run of the folder is alive.
@@ -27,7 +27,7 @@ def cancel_leftovers(prefix: str, folder: Path) -> tuple[list[str], list[str]]:
     Raises:
         UserError: Slurm doesn't answer.
     """
-    found = leftovers(_slurm("squeue", "--me", "--noheader", "--format=%i|%j|%Z"), prefix, folder)
+    found = submitted(_slurm("squeue", "--me", "--noheader", "--format=%i|%j|%Z"), prefix, folder)
     if not found:
         return [], []
     _slurm("scancel", *found)
@@ -39,7 +39,7 @@ def cancel_leftovers(prefix: str, folder: Path) -> tuple[list[str], list[str]]:
     return found, left
 
 
-def leftovers(queue: str, prefix: str, folder: Path) -> list[str]:
+def submitted(queue: str, prefix: str, folder: Path) -> list[str]:
     """Ids of the jobs in squeue's lines "id|name|folder" that Snakemake submitted from `folder`.
 
     It names jobs "<prefix>_<uuid of the run>". A job of the same folder with another name, such as

@@ -1,0 +1,173 @@
+"""GPUs of one machine: real processes that claim them, with no GPU and no torch in sight."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from prunebench import gpus
+
+# Claims like a command of the workflow, says what it got, and holds it until it is killed.
+COMMAND = """
+import logging, sys, time
+from pathlib import Path
+from prunebench import gpus
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+gpus.LOCKS, gpus.POLL_SECONDS = Path(sys.argv[1]), 0.05
+"""
+HOLD = (
+    COMMAND
+    + """
+gpus.prepare(int(sys.argv[2]), [])
+print("got", gpus.os.environ[gpus.VISIBLE], flush=True)
+time.sleep(60)
+"""
+)
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    """Starts commands on a machine with GPUs 0 and 1; ends them."""
+    monkeypatch.setenv(gpus.VISIBLE, "0,1")
+    monkeypatch.setenv(gpus.CLAIM, "1")
+    started = []
+
+    def start(*arguments, code=HOLD):
+        command = [sys.executable, "-c", code, str(tmp_path), *map(str, arguments)]
+        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def said(process) -> str:
+    return process.stdout.readline().strip()
+
+
+def ended(pid: int) -> bool:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def test_each_command_has_a_gpu_of_its_own(machine):
+    assert {said(machine(1)), said(machine(1))} == {"got 0", "got 1"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_command_waits_until_one_is_free(machine, number):
+    first, _ = machine(1), said(machine(1))
+    assert said(first).startswith("got ")
+    third = machine(1)
+    assert said(third) == "waiting for 1 of 2 GPUs to be free"
+    first.send_signal(number)
+    assert said(third).startswith("got ")  # and no second line about waiting
+
+
+def test_who_waits_for_two_holds_none(machine):
+    assert said(machine(1)) == "got 0"
+    assert said(machine(2)) == "waiting for 2 of 2 GPUs to be free"
+    time.sleep(0.2)  # some rounds of its waiting
+    third = machine(1)
+    first_line = said(third)  # of waiting, if it came in the instant in which the second looks
+    assert (first_line if first_line.startswith("got") else said(third)) == "got 1"
+
+
+def test_torchrun_keeps_the_claim_of_the_command_it_replaces(machine):
+    code = COMMAND + "print(gpus.claim(1), flush=True); gpus.os.execvp('sleep', ['sleep', '60'])"
+    holders = [machine(code=code), machine(code=code)]
+    assert {said(holder) for holder in holders} == {"['0']", "['1']"}
+    waiting = machine(1)
+    assert said(waiting) == "waiting for 1 of 2 GPUs to be free"
+    holders[0].kill()
+    assert said(waiting).startswith("got ")
+
+
+def test_fewer_gpus_than_asked_for_are_all_taken(machine):
+    assert said(machine(4)) == "got 0,1"
+
+
+def test_a_command_without_gpus_sees_none(machine):
+    assert [said(machine(0)) for _ in range(3)] == ["got"] * 3
+
+
+def test_several_gpus_start_the_command_once_each(machine, monkeypatch):
+    code = COMMAND + "gpus.prepare(2, ['--version'], parallel=True); print('not reached')"
+    version = subprocess.check_output([sys.executable, "-m", "prunebench", "--version"], text=True)
+    output, _ = machine(code=code).communicate(timeout=120)
+    assert output.startswith("2 GPUs: -m torch.distributed.run --standalone --nproc-per-node 2 ")
+    assert output.count(version) == 2
+    assert "not reached" not in output
+
+
+def test_a_process_of_torchrun_claims_nothing_and_ends_with_it(machine, monkeypatch):
+    monkeypatch.setenv(gpus.RANK, "1")
+    code = (
+        COMMAND + "import subprocess\n"
+        "worker = subprocess.Popen([sys.executable, '-c', sys.argv[2], sys.argv[1], '1'])\n"
+        "print(worker.pid, flush=True); worker.wait()"
+    )
+    torchrun = machine(HOLD, code=code)
+    worker = int(said(torchrun))
+    assert said(torchrun) == "got 0,1"  # as torchrun hands it down; the rank says which
+    torchrun.kill()
+    assert ended(worker)
+
+
+def test_on_a_cluster_the_scheduler_has_chosen(monkeypatch, tmp_path):
+    monkeypatch.delenv(gpus.CLAIM, raising=False)
+    monkeypatch.setenv(gpus.VISIBLE, "3")
+    monkeypatch.setattr(gpus, "LOCKS", tmp_path / "locks")
+    gpus.prepare(1, [], parallel=True)
+    assert os.environ[gpus.VISIBLE] == "3"
+    assert not gpus.LOCKS.exists()
+
+
+def test_a_machine_without_gpus_starts_nothing_and_locks_nothing(monkeypatch, tmp_path):
+    monkeypatch.delenv(gpus.VISIBLE, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(gpus, "LOCKS", tmp_path / "locks")
+    assert gpus.devices() == gpus.claim(1) == []
+    assert not gpus.LOCKS.exists()
+
+
+WHOLE = """GPU 0: NVIDIA H200 (UUID: GPU-5c7f)
+GPU 1: NVIDIA H200 (UUID: GPU-9d1e)
+"""
+PARTS = """GPU 0: NVIDIA A100-SXM4-40GB (UUID: GPU-5c7f)
+  MIG 3g.20gb     Device  0: (UUID: MIG-aaaa)
+  MIG 3g.20gb     Device  1: (UUID: MIG-bbbb)
+"""
+
+
+@pytest.mark.parametrize(
+    ("listing", "names"),
+    [(WHOLE, ["0", "1"]), (PARTS, ["MIG-aaaa", "MIG-bbbb"]), ("No devices found.", [])],
+)
+def test_the_machines_gpus_are_listed(monkeypatch, tmp_path, listing, names):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\ncat << END\n{listing}END\n")
+    tool.chmod(0o755)
+    monkeypatch.delenv(gpus.VISIBLE, raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert gpus.devices() == names
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"), [("", []), ("1", ["1"]), ("GPU-5c7f, GPU-9d1e", ["GPU-5c7f", "GPU-9d1e"])]
+)
+def test_what_the_user_shows_is_all_there_is(monkeypatch, visible, names):
+    monkeypatch.setenv(gpus.VISIBLE, visible)
+    assert gpus.devices() == names

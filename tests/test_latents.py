@@ -1,0 +1,379 @@
+"""Latent models: encoding once, training on what was encoded, images decoded for scoring."""
+
+import copy
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from diffusers import AutoencoderKL, VQModel
+from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prunebench import artefacts, config, stages
+from prunebench.diffusion import autoencoder
+from prunebench.diffusion.autoencoder import WEIGHTS, Autoencoder
+from prunebench.errors import UserError
+from prunebench.models.unet import EARLY
+from prunebench.training import latents
+
+SMOKE = tiny.smoke()
+SCALE, BATCH = 0.5, 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A random autoencoder of grey images that halves the side, in diffusers' layout."""
+    place = tmp_path_factory.mktemp("autoencoder")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        coder = AutoencoderKL(
+            in_channels=1,
+            out_channels=1,
+            down_block_types=("DownEncoderBlock2D",) * 2,
+            up_block_types=("UpDecoderBlock2D",) * 2,
+            block_out_channels=(4, 8),
+            latent_channels=2,
+            norm_num_groups=2,
+        )
+        for parameter in coder.parameters():
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    coder.save_pretrained(place)
+    return place
+
+
+def _coder(folder: Path, batch: int = BATCH) -> Autoencoder:
+    return Autoencoder(folder, SCALE, batch)
+
+
+def _images(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 1, 16, 16), generator=generator).byte()
+
+
+def _encode(target: Path, folder: Path, images, flip: bool = True, part: int = 16, **identity):
+    labels = torch.arange(len(images))
+    return latents.encode(target, images, labels, _coder(folder), flip, identity, part)
+
+
+# The autoencoder.
+
+
+@torch.no_grad()
+def test_an_autoencoder_is_the_one_that_was_saved(folder):
+    theirs, images = AutoencoderKL.from_pretrained(folder).eval(), _images(BATCH)
+    posterior = theirs.encode(images.float() / 127.5 - 1).latent_dist
+    mean, deviation = _coder(folder).moments(images).unbind(1)
+    torch.testing.assert_close(mean, posterior.mean)
+    torch.testing.assert_close(deviation, posterior.std)
+    torch.testing.assert_close(_coder(folder).decode(mean * SCALE), theirs.decode(mean).sample)
+    assert _coder(folder).latent_shape((1, 16, 16)) == (2, 8, 8) == mean.shape[1:]
+
+
+@torch.no_grad()
+def test_the_first_stage_of_an_ldm_is_read_under_its_official_names(tmp_path, monkeypatch):
+    small = {"block_out_channels": [8, 8, 16], "norm_num_groups": 4, "num_vq_embeddings": 16}
+    monkeypatch.setattr(autoencoder, "VQ_F4", {**autoencoder.VQ_F4, **small})
+    theirs = VQModel.from_config(autoencoder.VQ_F4).eval()
+    own = theirs.state_dict()
+    names = autoencoder.COMPVIS.names(theirs, ())
+    stored = {  # attention is stored as 1x1 convolutions
+        names[name]: tensor[:, :, None, None] if ".to_" in name and tensor.dim() == 2 else tensor
+        for name, tensor in own.items()
+    }
+    again = convert_ldm_vae_checkpoint(stored, autoencoder.VQ_F4)  # diffusers' own conversion
+    assert again.keys() == own.keys() - {"quantize.embedding.weight"}
+    assert all(torch.equal(tensor, own[name]) for name, tensor in again.items())
+    file = tmp_path / "model.ckpt"
+    torch.save({"state_dict": {**stored, "model.diffusion_model.x": torch.zeros(1)}}, file)
+    coder, images = Autoencoder(file, 1.0, 2), torch.randint(0, 256, (2, 3, 16, 16)).byte()
+    mean, deviation = coder.moments(images).unbind(1)
+    assert mean.shape[1:] == coder.latent_shape((3, 16, 16)) == (3, 4, 4)
+    torch.testing.assert_close(mean, theirs.encode(images.float() / 127.5 - 1).latents)
+    assert not deviation.any()
+    torch.testing.assert_close(coder.decode(mean), theirs.decode(mean).sample)
+
+
+def test_ldms_first_stage_has_its_published_size():
+    with torch.device("meta"):
+        module = VQModel.from_config(autoencoder.VQ_F4)
+    assert sum(p.numel() for p in module.parameters()) == 55_322_782
+
+
+def test_what_comes_with_an_image_changes_no_bit_of_it(folder):
+    images, coder = _images(BATCH), _coder(folder)
+    assert torch.equal(coder.moments(images[:3]), coder.moments(images)[:3])
+    z = torch.randn(11, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(coder.decode(z)[:5], coder.decode(z[:5]))
+    assert torch.equal(coder.decode(z)[8:], coder.decode(z[8:]))
+
+
+def _changed(folder: Path, target: Path, change) -> Path:
+    target.mkdir()
+    (target / "config.json").write_text((folder / "config.json").read_text())
+    state = load_file(folder / WEIGHTS)
+    save_file(change(state), target / WEIGHTS)
+    return target
+
+
+def test_the_attention_names_of_the_published_files_are_read(folder, tmp_path):
+    def early(state):
+        for own, official in EARLY.items():
+            state = {name.replace(own, official): tensor for name, tensor in state.items()}
+        return state
+
+    old = _changed(folder, tmp_path / "old", early)
+    assert any(".query." in name for name in load_file(old / WEIGHTS))
+    assert torch.equal(_coder(old).moments(_images(2)), _coder(folder).moments(_images(2)))
+
+
+def test_a_wrong_autoencoder_names_its_first_wrong_key(folder, tmp_path):
+    less = _changed(
+        folder, tmp_path / "less", lambda s: {k: v for k, v in s.items() if k != "quant_conv.bias"}
+    )
+    with pytest.raises(UserError, match=r"'quant_conv\.bias' is missing"):
+        _ = _coder(less).module
+    more = _changed(folder, tmp_path / "more", lambda s: {**s, "extra": torch.zeros(1)})
+    with pytest.raises(UserError, match="'extra' is unexpected"):
+        _ = _coder(more).module
+    (more / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+    with pytest.raises(UserError, match="autoencoder 'UNet2DModel'; known: AutoencoderKL"):
+        _coder(more)
+    with pytest.raises(UserError, match="no autoencoder of images 3x16x16"):
+        _coder(folder).latent_shape((3, 16, 16))
+
+
+# Encoding and drawing.
+
+
+def test_draws_are_scaled_samples_of_the_posterior_and_of_both_views(folder, tmp_path):
+    images, coder = _images(20), _coder(folder)
+    _encode(tmp_path / "z", folder, images)
+    encoded = latents.Latents(tmp_path / "z", SCALE)
+    assert len(encoded) == 20 and encoded.labels.tolist() == list(range(20))
+    views = torch.stack([coder.moments(images[:1]), coder.moments(images[:1].flip(-1))], 1)
+    stored = views.half().float()[0]
+    assert torch.equal(encoded[0], stored[0, 0] * SCALE)
+    assert not torch.allclose(stored[0], stored[1].flip(-1), atol=1e-3)
+    drawn = encoded.draw(torch.zeros(4000, dtype=torch.long), torch.Generator().manual_seed(0))
+    expected = stored[:, 0].mean(0) * SCALE
+    variance = (stored[:, 1].square().mean(0) + stored[:, 0].var(0, unbiased=False)) * SCALE**2
+    error = (drawn.mean(0) - expected).abs() / (variance / 4000).sqrt()
+    assert error.max() < 5
+    torch.testing.assert_close(drawn.var(0), variance, rtol=0.15, atol=0)
+    again = encoded.draw(torch.zeros(4000, dtype=torch.long), torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, again)
+
+
+class _KilledError(Exception):
+    pass
+
+
+class _Slices:
+    """Images of which slices are counted; taking one beyond `most` fails, as a killed job would."""
+
+    def __init__(self, images: Tensor, most: int = 10**9):
+        self.images, self.most, self.taken = images, most, []
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        if len(self.taken) == self.most:
+            raise _KilledError
+        self.taken.append(rows.start)
+        return self.images[rows]
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_killed_encoding_goes_on_with_the_part_it_was_at(folder, tmp_path):
+    whole, target = _images(44), tmp_path / "z"
+    _encode(tmp_path / "whole", folder, whole)
+    with pytest.raises(_KilledError):
+        _encode(target, folder, _Slices(whole, 5))  # two batches a part: dies in the third
+    assert not (target / latents.INDEX).exists()
+    rest = _Slices(whole)
+    _encode(target, folder, rest)
+    assert rest.taken == [32, 40]
+    assert _bytes(target) == _bytes(tmp_path / "whole")
+    _encode(target, folder, _Slices(whole, 0))  # nothing is left to do
+    other = _Slices(whole)
+    _encode(target, folder, other, weights="others")
+    assert other.taken[0] == 0 and len(other.taken) == 6
+
+
+def test_a_corrupt_part_is_found_when_it_is_drawn_and_mended_alone(folder, tmp_path):
+    whole = _images(40)
+    _encode(tmp_path, folder, whole)
+    before, part = _bytes(tmp_path), latents.part_file(tmp_path, 1)
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1  # the last image of the second part
+    part.write_bytes(content)
+    encoded = latents.Latents(tmp_path, SCALE)
+    encoded.draw(torch.arange(16), torch.Generator())
+    with pytest.raises(UserError, match=r"moments00001\.safetensors is corrupt \(image"):
+        encoded.draw(torch.arange(16, 32), torch.Generator())
+    rest = _Slices(whole)
+    _encode(tmp_path, folder, rest)
+    assert rest.taken == [16, 24] and _bytes(tmp_path) == before
+    part.unlink()
+    with pytest.raises(UserError, match=r"moments00001\.safetensors is missing; delete it"):
+        latents.Latents(tmp_path, SCALE).draw(torch.tensor([20]), torch.Generator())
+    part.write_bytes(before[part.name][:100])
+    with pytest.raises(UserError, match=r"moments00001\.safetensors is corrupt"):
+        latents.Latents(tmp_path, SCALE).draw(torch.tensor([20]), torch.Generator())
+
+
+def test_latents_that_are_not_finite_are_refused(folder, tmp_path):
+    def broken(state):
+        return {name: tensor * torch.inf for name, tensor in state.items()}
+
+    with pytest.raises(UserError, match="latents from image 0 on are not finite"):
+        _encode(tmp_path / "z", _changed(folder, tmp_path / "inf", broken), _images(4))
+
+
+def _resident_kb() -> int:
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["RssAnon"].split()[0])
+
+
+def test_memory_does_not_grow_with_the_latents(folder, tmp_path):
+    count = 4096  # 64 MB of moments
+    moments = torch.zeros(count, 1, 2, 4, 32, 32, dtype=torch.float16)
+    checks = torch.full((count,), latents._check(moments[0]))
+    artefacts.write_tensors(latents.part_file(tmp_path, 0), {"moments": moments, "checks": checks})
+    index = {"labels": torch.zeros(count).long(), "checks": checks, "part": torch.tensor(count)}
+    artefacts.write_tensors(tmp_path / latents.INDEX, index)
+    del moments
+    encoded, generator = latents.Latents(tmp_path, 1.0), torch.Generator()
+    encoded.draw(torch.arange(64), generator)
+    before = _resident_kb()
+    for start in range(0, count, 64):
+        encoded.draw(torch.arange(start, start + 64), generator)
+    assert _resident_kb() - before < 16_000
+
+
+# The stages.
+
+
+@pytest.fixture
+def track(folder) -> config.Track:
+    """The smoke track's transformer on latents 2x8x8 of 60 images."""
+    content = copy.deepcopy(dict(SMOKE.content))
+    content["dataset"] |= {"limit_train": 60, "limit_reference": 60, "flip": True}
+    content["autoencoders"] = {"tiny": {"folder": str(folder), "scale": SCALE, "batch": BATCH}}
+    model = content["models"]["dit"]
+    model["config"] |= {"resolution": 8, "channels": 2}
+    model["training"] |= {"images": 32}
+    content["models"] = {"dit": {**model, "autoencoder": "tiny"}}
+    content["sampling"] |= {"count": 34, "lanes": 10, "batch": 20}
+    return config.Track("tiny", content, SMOKE.methods)
+
+
+def _with(track: config.Track, shards: int) -> config.Track:
+    content = copy.deepcopy(dict(track.content))
+    content["sampling"]["shards"] = shards
+    return config.Track(track.name, content, track.methods)
+
+
+def test_a_latent_track_runs_through_all_stages(track, tmp_path):
+    layout = config.Layout(track.name, tmp_path)
+    with pytest.raises(UserError, match=r"latents\.json does not exist"):
+        stages.dense(track, layout, "dit")
+    stages.extractor(track, layout)
+    stages.encode(track, layout, "tiny")
+    record = artefacts.read_record(layout.latents("tiny"))
+    assert record["autoencoder"]["images"] == 60 and list(record["files"]) == [latents.INDEX]
+    stages.dense(track, layout, "dit")
+    dense = track.cell("dit", "dense", 0.0, "none", 0)
+    cell = track.cell("dit", "random_layers", 0.25, "finetune-low", 0)
+    for one in (dense, cell):
+        paths = config.Paths(track, one, tmp_path)
+        stages.select(track, one, paths)
+        stages.measure(track, one, paths)
+        if one.recovery != "none":
+            stages.recover(track, one, paths)
+        stages.sample(track, one, paths)
+    stages.score(track, cell, paths)
+    metrics = artefacts.read_record(paths.metrics)
+    assert metrics["status"] == "ok" and metrics["quality"]["samples"] == 34
+    assert metrics["settings"]["autoencoder"]["scale"] == SCALE
+    drawn = artefacts.read_tensors(Path(paths.sample).parent / stages.IMAGES)["images"]
+    assert drawn.shape == (34, 1, 16, 16) and drawn.dtype == torch.uint8
+    for shards, batch in itertools.product((1, 2, 4), (1, 13)):
+        split = _with(track, shards)
+        where = config.Paths(split, cell, tmp_path)
+        if shards == 1:
+            stages.sample(split, cell, where, batch)
+        else:
+            for index in range(shards):
+                stages.shard(split, cell, where, index, batch)
+            stages.sample(split, cell, where)
+        again = artefacts.read_tensors(Path(paths.sample).parent / stages.IMAGES)["images"]
+        assert torch.equal(again, drawn)
+
+
+def test_latent_training_data_are_latents(track, tmp_path):
+    layout = config.Layout(track.name, tmp_path)
+    stages.encode(track, layout, "tiny")
+    data = stages.training_data(track, layout, "dit")
+    batch = data.draw(6, torch.Generator().manual_seed(0), torch.device("cpu"))
+    assert batch.x0.shape == batch.noised.shape == (6, 2, 8, 8) and batch.y.shape == (6,)
+    labels = stages.dataset(track).train_labels
+    assert torch.equal(data.labels, labels)
+    Path(layout.latents("tiny")).with_name(latents.INDEX).write_bytes(b"")
+    with pytest.raises(UserError, match=r"index\.safetensors is corrupt"):
+        stages.training_data(track, layout, "dit")
+
+
+# Tracks.
+
+
+def test_what_a_track_says_of_autoencoders_is_checked(tmp_path):
+    def loaded(change) -> config.Track:
+        content = json.loads(json.dumps(SMOKE.content))
+        content["methods"]["folders"] = [str(tiny.ROOT / "methods")]
+        change(content)
+        file = tmp_path / "mine.yaml"
+        file.write_text(json.dumps(content))
+        return config.load(str(file))
+
+    entry = {"asset": "sd_vae_ft_ema", "scale": 0.18215, "batch": 4}
+
+    def good(content):
+        content["autoencoders"] = {"sd": entry}
+        content["models"]["dit"]["autoencoder"] = "sd"
+
+    def unknown(content):
+        content["models"]["dit"]["autoencoder"] = "sd"
+
+    def neither(content):
+        content["autoencoders"] = {"sd": {"scale": 1, "batch": 1}}
+
+    def variance(content):
+        content["models"]["dit"]["sampling"]["options"] = {"variance_type": "learned_range"}
+
+    track = loaded(good)
+    assert "sd_vae_ft_ema" in track.assets()
+    prints = [track.fingerprint("sample", model) for model in ("dit", "sit")]
+    entry["scale"] = 0.2
+    other = loaded(good)
+    assert other.fingerprint("sample", "dit") != prints[0]
+    with pytest.raises(UserError, match="unknown autoencoder 'none' in track mine; known: sd"):
+        track.autoencoder("none")
+    for change, words in (
+        (unknown, r"models\.dit\.autoencoder: unknown autoencoder 'sd'; known: none"),
+        (neither, r"autoencoders\.sd: needs either the key 'asset' or 'folder'"),
+        (
+            variance,
+            r"models\.dit\.sampling\.options\.variance_type: the model predicts no variance",
+        ),
+    ):
+        with pytest.raises(UserError, match=words):
+            loaded(change)

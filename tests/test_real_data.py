@@ -1,0 +1,184 @@
+"""Tracks of real data; real CIFAR-10 under real Inception features, where a mirror has them."""
+
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from prunebench import assets, config
+from prunebench.diffusion.objectives import NoisePrediction
+from prunebench.diffusion.sampling import scheduler
+from prunebench.errors import UserError
+from prunebench.evaluation.features import load_extractor
+
+ROOT = Path(__file__).parents[1]
+BIN = Path(sys.executable).parent
+TRACKS = ("cifar10", "cifar10_uvit", "celeba64", "celeba64_uvit", "cifar10_scratch")
+NEEDED = ("cifar10_arrays", "inception")
+HALF = 256  # images of each half; a minute of Inception on two idle cores
+FID_OF_HALVES = 111.51  # of so many; docs/real_data.md has it at more, down to what it should be
+
+
+@pytest.fixture(scope="session")
+def mirror(tmp_path_factory) -> dict[str, str]:
+    """The environment of commands that use the mirror, with a cache of its own."""
+    if "PRUNEBENCH_MIRROR" not in os.environ:
+        pytest.skip("PRUNEBENCH_MIRROR is not set: no real CIFAR-10, no Inception weights")
+    try:
+        for name in NEEDED:
+            assets.locate(name)
+    except UserError as error:
+        pytest.skip(f"the mirror lacks {name}: {error}")
+    path = f"{BIN}:{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "PRUNEBENCH_CACHE": str(tmp_path_factory.mktemp("cache"))}
+
+
+def run(environment: dict, folder: Path, *command: str) -> str:
+    options = {"capture_output": True, "text": True, "timeout": 1800}
+    done = subprocess.run(command, cwd=folder, env=environment, check=False, **options)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("workflow")
+def test_halves_of_the_training_set_are_alike(mirror, monkeypatch):
+    """FID has a bias of about 1 / count; all three implementations agree on the same features."""
+    run(mirror, ROOT, "prunebench", "assets", "fetch", "cifar10")
+    monkeypatch.setenv("PRUNEBENCH_CACHE", mirror["PRUNEBENCH_CACHE"])
+    spec = importlib.util.spec_from_file_location("halves", ROOT / "scripts/fid_of_halves.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    judge = load_extractor("inception-v3-compat", assets.locate("inception"))
+    images = assets.load_dataset("cifar10").train_images
+    result = script.compare_halves(images, HALF, judge)
+    assert result["fid"] == pytest.approx(result["fid_torch_fidelity"], rel=1e-3)
+    if result["fid_cleanfid"] is not None:  # its matrix root fails on some singular covariances
+        assert result["fid"] == pytest.approx(result["fid_cleanfid"], rel=1e-3)
+    assert result["fid"] == pytest.approx(FID_OF_HALVES, rel=1e-3)
+    assert abs(result["kid"]) < 2e-3  # unbiased
+    assert result["precision"] > 0.5 and result["recall"] > 0.5
+
+
+@pytest.fixture(scope="session")
+def tiny_run(mirror, tmp_path_factory) -> Path:
+    """Track cifar10_scratch with toy constants, run by the workflow from the mirror alone."""
+    folder = tmp_path_factory.mktemp("real")
+    for part in ("Snakefile", "workflow", "config", "methods", "environment.yml", "envs"):
+        (folder / part).symlink_to(ROOT / part)
+    track = folder / "tiny.yaml"
+    track.write_text(yaml.safe_dump(tiny_track()))
+    run(mirror, folder, "snakemake", "--cores", "2", "all", "--config", f"track={track}")
+    return folder
+
+
+def tiny_track() -> dict:
+    content = yaml.safe_load((ROOT / "config" / "cifar10_scratch.yaml").read_text())
+    content["dataset"] |= {"limit_train": 48, "limit_reference": 48}
+    training = {"batch": 8, "learning_rate": 1e-3, "ema": 0.5}
+    del content["models"]["sit"]  # a cell takes half a minute, most of it clean-fid's matrix root
+    model = content["models"]["unet"]
+    model["training"], model["recovery"] = {**training, "images": 32}, training
+    model["sampling"]["steps"] = 4
+    model["config"] |= {
+        "block_out_channels": [8, 16],
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "attention_head_dim": 4,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+    }
+    return content | {
+        "methods": {"folders": ["methods"], "only": []},  # the controls
+        "sparsities": [0.25],
+        "fewer_steps": [0.5],
+        "divisions": {"matched": {"compares": "selections", "recoveries": ["finetune-low"]}},
+        "budgets": {"low": 16},
+        "seeds": [0],
+        "sampling": {"count": 20, "lanes": 20, "batch": 20},
+        "latency": {"batch": 2, "rounds": 1, "warmup": 0, "images": 1, "wait": 0},
+        "evaluation": {"batch": 20, "lpips": "none"},
+        "needs": {},
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("workflow")
+def test_the_workflow_runs_on_real_cifar10_and_real_inception_features(tiny_run):
+    files = sorted((tiny_run / "runs/tiny").rglob("metrics.json"))
+    assert len(files) == len(config.load(str(tiny_run / "tiny.yaml")).cells())
+    for file in files:
+        metrics = json.loads(file.read_text())
+        assert metrics["status"] == "ok", file
+        for name in ("fid", "kid", "precision", "recall", "sfid"):
+            assert math.isfinite(metrics["quality"][name]), (file, name)
+        assert metrics["quality"]["fid"] > 50
+        assert metrics["extractor"]["name"] == "inception-v3-compat"
+
+
+def test_the_tiny_track_is_valid(tmp_path):
+    """Also without a mirror, which the run itself needs."""
+    file = tmp_path / "tiny.yaml"
+    file.write_text(yaml.safe_dump(tiny_track()))
+    assert {cell.model for cell in config.load(str(file)).cells()} == {"unet"}
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("workflow")
+def test_inception_score_is_not_available_from_weights_without_logits(tiny_run, mirror):
+    weights = assets.locate("inception")
+    state = torch.load(weights, map_location="cpu", weights_only=True)
+    if state["fc.weight"].isfinite().all():
+        pytest.skip(f"{weights.name} has a logits layer")
+    board = (tiny_run / "results/tiny/leaderboard.md").read_text()
+    assert "IS: the judge's weights have no logits layer" in board
+    for file in (tiny_run / "runs/tiny").rglob("metrics.json"):
+        quality = json.loads(file.read_text())["quality"]
+        assert quality["inception_score"] is None
+        assert "no logits layer" in quality["unavailable"]["inception_score"]
+
+
+@pytest.mark.parametrize("track_name", TRACKS)
+def test_tracks_with_checkpoints_have_their_numbers_to_reach(track_name):
+    track = config.load(str(ROOT / "config" / f"{track_name}.yaml"))
+    assert track.content["dataset"] == {
+        "name": track_name.partition("_")[0],
+        "reference": "train",
+        "flip": True,
+    }
+    own = track_name == "cifar10_scratch"
+    assert track.content["sampling"]["count"] == (10_000 if own else 50_000)
+    assert track.needs("sample")["gpu"] == track.needs("score")["gpu"] == 1
+    for model in track.content["models"].values():
+        assert ("reference" in model) == ("weights" in model)
+    for division in track.divisions:
+        assert track.cells(division)
+
+
+def test_ddim_takes_the_papers_uniform_steps():
+    """0, 10, ..., 990 as in DDIM's code; the suite's default would end at 9."""
+    track = config.load(str(ROOT / "config" / "cifar10.yaml"))
+    settings = track.model("ddpm")["sampling"]
+    solver = scheduler("ddim", NoisePrediction(), settings["steps"], settings["options"])
+    assert solver.timesteps.tolist() == list(range(990, -1, -10))
+
+
+def test_a_step_of_the_uvit_tracks_is_an_euler_maruyama_step():
+    """x + beta x / 2 - beta eps / sigma + sqrt(beta) z of the reverse SDE, up to beta^2 terms."""
+    track = config.load(str(ROOT / "config" / "cifar10_uvit.yaml"))
+    settings = track.model("uvit")["sampling"]
+    solver = scheduler("ddpm", NoisePrediction(), settings["steps"], settings["options"])
+    x, eps = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for t in (50, 500, 999):
+        z = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+        step = solver.step(eps, t, x, generator=torch.Generator().manual_seed(1)).prev_sample
+        beta, sigma = solver.betas[t], (1 - solver.alphas_cumprod[t]).sqrt()
+        expected = x + beta * x / 2 - beta * eps / sigma + beta.sqrt() * z
+        assert (step - expected).abs().max() < 3 * beta**2 * max(x.abs().max(), eps.abs().max())
