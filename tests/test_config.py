@@ -532,7 +532,10 @@ def test_needs_recompute_nothing(edited):
 @pytest.mark.parametrize(
     ("needs", "message"),
     [
-        ({"train": {"gpu": 1}}, "needs: unknown rule 'train'; known: default, extractor, encode, dense"),
+        (
+            {"train": {"gpu": 1}},
+            "needs: unknown rule 'train'; known: default, extractor, encode, dense",
+        ),
         ({"dense": {"gpus": 1}}, r"needs\.dense: .*'gpus' was unexpected"),
         ({"dense": {"mem_mb": "8 GB"}}, r"needs\.dense\.mem_mb: '8 GB' is not of type 'integer'"),
         ({"cost": {"mem_mb": 100}}, r"needs\.cost\.mem_mb: 100 is less than the minimum of 300"),

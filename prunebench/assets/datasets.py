@@ -134,8 +134,10 @@ def _published(name: str, arrays: dict) -> dict:
         raise UserError(f"dataset.reference: '{name}' is no reference batch in ADM's format")
     images = arrays["arr_0"].transpose(0, 3, 1, 2)
     labels = arrays["arr_1"] if "arr_1" in arrays else np.zeros(len(images), np.int64)
-    whole = tuple(_tensor(arrays[key]).double() for key in ("mu", "sigma") if key in arrays)
-    return {"images": images, "labels": labels, "statistics": whole or None}
+    if not {"mu", "sigma"} <= set(arrays):  # FID with the batch's few images would be another
+        raise UserError(f"dataset.reference: '{name}' lacks the statistics 'mu' and 'sigma'")
+    whole = tuple(_tensor(arrays[key]).double() for key in ("mu", "sigma"))
+    return {"images": images, "labels": labels, "statistics": whole}
 
 
 def _arrays(name: str, path: Path) -> "dict[str, np.ndarray]":
