@@ -238,7 +238,7 @@ def test_measure_records_the_kernels(kind, tmp_path, monkeypatch):
     instance = tiny.INSTANCES["dit"]
     images = SimpleNamespace(shape=instance.shape, classes=tiny.CLASSES)
     monkeypatch.setattr(stages.assets, "data_set", lambda _: images)
-    monkeypatch.setattr(stages, "device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(stages.parallel, "device", lambda: torch.device("cpu"))
     paths = SimpleNamespace(**{n: _record(tmp_path, n) for n in ("trained", "select", "cost")})
     for name, removed in (("trained", Plan()), ("select", plan)):
         model = surgery.apply(tiny.dense("dit"), removed, instance.module)
