@@ -80,7 +80,7 @@ LIMIT = (  # stands for a full disk where nothing may be mounted
     "        resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))"
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slow
 
 
 @dataclass(frozen=True)
