@@ -41,7 +41,7 @@ class Project:
             **options,
         )
 
-    def run(self, *command: str, timeout: float = 400, **options) -> tuple[int, str]:
+    def run(self, *command: str, timeout: float = 1500, **options) -> tuple[int, str]:
         process = self.start(*command, **options)
         output, _ = process.communicate(timeout=timeout)
         return process.returncode, output
