@@ -30,7 +30,7 @@ def project(tmp_path_factory) -> Project:
     project = Project(tmp_path_factory.mktemp("project"))
     command = ("snakemake", "--cores", "2", "--config", "track=smoke")
     process = project.start(*command, stdout=subprocess.DEVNULL)  # nobody reads while it runs
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while len(project.metrics()) < 20 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
     process.send_signal(signal.SIGKILL)

@@ -205,9 +205,12 @@ def method_file(wildcards):
 def alone(wildcards):
     """Threads function: every core of this machine, so that no job runs beside a measurement.
 
-    On a cluster a job has its node or GPU to itself where the profile asks for that.
+    On a cluster a job has its node or GPU to itself where the profile asks for that. A track that
+    waits for no quiet machine (`latency.wait: 0`) does not ask for one here either: its rows say
+    that they were not timed alone, but its cells are finished early.
     """
-    return workflow.cores if workflow.local_exec else 1
+    waits = TRACK.content.get("latency", {}).get("wait") != 0
+    return workflow.cores if workflow.local_exec and waits else 1
 
 
 def alone_if_measured(wildcards):
