@@ -138,6 +138,12 @@ def _parsed_cost(path: Path) -> dict:
         raise ValueError(f"{path} is not a record: {error!r}") from error
 
 
+def training_folder(record: str | Path) -> Path:
+    """Where the trainings of a stage are saved while it runs (see training/checkpoints.py)."""
+    record = Path(record)
+    return record.parent / "training" / record.stem
+
+
 def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:
     from safetensors.torch import save_file
 

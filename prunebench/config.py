@@ -406,17 +406,22 @@ def load(name: str) -> Track:
             f"commands are `snakemake --config track={name}`, `prunebench efficiency` and "
             f"`prunebench leaderboard`; records and logs lie in {RUNS}/{file.stem}"
         )
-    _validate(file, content)
-    track = Track(file.stem, content, _methods(file, content))
-    _check_assets(file, track)
-    return track
+    return _checked(file, content)
 
 
 def load_any(name: str):
     """Load a track of either kind: a `Track`, or one of `prunebench.efficiency.track`."""
     from prunebench.efficiency import track as efficiency  # rests on this module
 
-    return efficiency.load(name) if _is_efficiency(read(name)[1]) else load(name)
+    file, content = read(name)
+    return (efficiency.checked if _is_efficiency(content) else _checked)(file, content)
+
+
+def _checked(file: Path, content: Mapping) -> Track:
+    _validate(file, content)
+    track = Track(file.stem, content, _methods(file, content))
+    _check_assets(file, track)
+    return track
 
 
 def read(name: str) -> tuple[Path, object]:

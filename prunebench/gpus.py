@@ -6,13 +6,11 @@ the process, and hides the others through CUDA_VISIBLE_DEVICES, which CUDA reads
 used. Under a cluster's scheduler nothing is claimed: the variable names what the job was granted.
 """
 
-import ctypes
 import fcntl
 import logging
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -28,7 +26,6 @@ RANK = "LOCAL_RANK"  # set by torchrun for its processes
 # Of this user. Not in TMPDIR, which may differ between runs: all on the machine must see the same.
 LOCKS = Path(f"/tmp/prunebench-gpus-{os.getuid()}")
 POLL_SECONDS = 1.0
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def prepare(count: int, argv: list[str], parallel: bool = False) -> None:
@@ -41,7 +38,7 @@ def prepare(count: int, argv: list[str], parallel: bool = False) -> None:
             in place of this process.
     """
     if RANK in os.environ:  # one of torchrun's: it must not outlive it, wherever the kill hits
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        warm.die_with_parent()
         return
     if CLAIM in os.environ:
         os.environ[VISIBLE] = ",".join(claim(count))

@@ -58,7 +58,7 @@ class Context:
         self.settings, self.train_images, self.trained_images = settings, train_images, 0
         self.log = logging.getLogger(f"prunebench.methods.{method}")
         self._meter, self._method, self._calls = meter, method, 0
-        self._checkpoints = checkpoints or Checkpoints()
+        self._checkpoints = checkpoints
         self.made_fresh, self._draws = False, 0
         self.progress = loop.Progress(train_images // settings.batch)
 

@@ -38,7 +38,7 @@ from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
 from prunebench.training import latents, loop, parallel
 from prunebench.training.budget import BudgetMeter, unspent
-from prunebench.training.checkpoints import Checkpoints, folder_of
+from prunebench.training.checkpoints import SECONDS, Checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -172,7 +172,8 @@ def checkpoints_of(
         "cell": as_dict(cell) if cell else model,
         "inputs": {str(file): artefacts.sha256(file) for file in inputs},
     }
-    return Checkpoints(folder_of(record), identity, track.content.get("checkpoint_seconds", 300))
+    seconds = track.content.get("checkpoint_seconds", SECONDS)
+    return Checkpoints(artefacts.training_folder(record), identity, seconds)
 
 
 def _training(progress: loop.Progress, checkpoints: Checkpoints) -> dict:
@@ -450,7 +451,8 @@ def measure(track: Track, cell: Cell, paths: Paths) -> None:
     ours = sampler_for(track, cell.model, fast, plan)
     theirs = sampler_for(track, cell.model, plain, Plan())
     settings = track.content["latency"]
-    one, many = (_forwards(ours, theirs, size) for size in (1, settings["batch"]))
+    sizes = {"forward_batch1": 1, "forward_batch": settings["batch"]}
+    inputs = {name: _inputs(ours, size) for name, size in sizes.items()}
     images = settings["images"]
     sampling = [_whole_sampling(sampler, images) for sampler in (ours, theirs)]
     timed = functools.partial(
@@ -461,11 +463,11 @@ def measure(track: Track, cell: Cell, paths: Paths) -> None:
     )
     with latency.conditions(parallel.device(), settings.get("wait", latency.WAIT)) as conditions:
         times = {
-            "forward_batch1": latency.with_throughput(timed(*one), 1),
-            "forward_batch": latency.with_throughput(timed(*many), settings["batch"]),
-            "sampling": _per_image(timed(*sampling), images),
+            name: latency.with_throughput(timed(*_forwards((fast, plain), inputs[name])), size)
+            for name, size in sizes.items()
         }
-    full = functools.partial(pruned, *_inputs(ours, settings["batch"]))
+        times["sampling"] = _per_image(timed(*sampling), images)
+    full = functools.partial(pruned, *inputs["forward_batch"])
     report = {
         **times,
         "batch": settings["batch"],
@@ -474,11 +476,10 @@ def measure(track: Track, cell: Cell, paths: Paths) -> None:
         **conditions,
     }
     if wanted := settings.get("variants"):
-        sizes = {"forward_batch1": 1, "forward_batch": settings["batch"]}
-        inputs = {name: _inputs(ours, size) for name, size in sizes.items()}
         report["variants"] = variants.measure(wanted, (fast, plain), inputs, timed)
-    macs = cost.count_macs(pruned, *_inputs(ours, 1))
-    dense_macs = {f"dense_{k}": v for k, v in cost.count_macs(whole, *_inputs(theirs, 1)).items()}
+    macs = cost.count_macs(pruned, *inputs["forward_batch1"])
+    theirs_macs = cost.count_macs(whole, *inputs["forward_batch1"])
+    dense_macs = {f"dense_{name}": value for name, value in theirs_macs.items()}
     size = {**chosen["size"], **macs, **dense_macs}
     finish(paths.cost, track, start, [], latency=report, size=size)
 
@@ -571,7 +572,7 @@ def guarded(
     content = {"schema": 1, "status": "failed", "cell": as_dict(cell), "failure": failure}
     content |= {"labels": _labels(track, cell), "provenance": provenance(dict(track.content))}
     artefacts.write_record(Path(record), content)
-    Checkpoints(folder_of(record)).discard()
+    Checkpoints(artefacts.training_folder(record)).discard()
     return False
 
 
@@ -588,7 +589,7 @@ def finish(record: str, track: Track, start: float, payload: list[Path], **conte
     source = provenance(dict(track.content))
     seconds = {"wall_s": time.perf_counter() - start, "provenance": source}
     artefacts.write_record(Path(record), {"status": "ok", **content, **seconds}, payload)
-    Checkpoints(folder_of(record)).discard()
+    Checkpoints(artefacts.training_folder(record)).discard()
 
 
 def _save(record: str, model: nn.Module, plan: Plan, settings: dict) -> list[Path]:
@@ -628,9 +629,8 @@ def _inputs(sampler: Sampler, size: int) -> tuple[Tensor, Tensor, Tensor]:
     return tuple(v.to(sampler.device) for v in (x, time_, sampler.labels(range(size))))
 
 
-def _forwards(ours: Sampler, theirs: Sampler, size: int) -> list[Callable[[], Tensor]]:
-    inputs = _inputs(ours, size)
-    return [functools.partial(sampler.model, *inputs) for sampler in (ours, theirs)]
+def _forwards(pair: tuple[nn.Module, nn.Module], inputs: tuple) -> list[Callable[[], Tensor]]:
+    return [functools.partial(model, *inputs) for model in pair]
 
 
 def _whole_sampling(sampler: Sampler, size: int) -> Callable[[], Tensor]:

@@ -1,7 +1,6 @@
 """The server half of `prunebench.warm`, which describes the protocol; run by `warm.start`."""
 
 import contextlib
-import ctypes
 import gc
 import importlib
 import json
@@ -17,9 +16,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from prunebench.warm import RUNNING, STALE, fingerprint
-
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
+from prunebench.warm import RUNNING, STALE, die_with_parent, fingerprint
 
 
 def serve(listener: socket.socket, lifeline: int, main: str, preload: Iterable[str]) -> None:
@@ -44,7 +41,6 @@ class _Server:
     def __init__(self, listener: socket.socket, code: list, main: Callable[[list[str]], int]):
         self.listener, self.code, self.main = listener, code, main
         self.jobs = set()  # process ids, each the leader of its own group
-        self.libc = ctypes.CDLL(None)
         self.pid = os.getpid()
         self.selector = selectors.DefaultSelector()
         self.selector.register(listener, selectors.EVENT_READ, self.accept)
@@ -93,7 +89,7 @@ class _Server:
 
     def detach(self, connection: socket.socket) -> None:
         """In the child: die with the server, lead a group of its own, let go of other jobs."""
-        self.libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        die_with_parent()
         if os.getppid() != self.pid:  # the server died before the line above
             os._exit(1)
         os.setpgid(0, 0)

@@ -18,10 +18,11 @@ import yaml
 from torch import nn
 
 from prunebench import artefacts, methods, selection
+from prunebench.artefacts import training_folder
 from prunebench.errors import UserError
 from prunebench.training import loop, parallel
 from prunebench.training.budget import BudgetMeter
-from prunebench.training.checkpoints import STOPPED, Checkpoints, Part, folder_of
+from prunebench.training.checkpoints import STOPPED, Checkpoints, Part
 
 ROOT = Path(__file__).parents[1]
 STEPS = 12
@@ -97,7 +98,7 @@ def test_sigterm_saves_and_ends_with_the_shells_status(tmp_path, caplog):
     assert end.value.code == STOPPED == 143
     assert signal.getsignal(signal.SIGTERM) is before
     assert "the same command goes on from here" in caplog.text
-    state = Checkpoints(tmp_path / "training").part(None, None)._read()
+    state = Checkpoints(tmp_path / "training").part(None, BudgetMeter())._read()
     assert len(state["run"]["losses"]) == 5
 
 
@@ -259,7 +260,7 @@ def test_stages_of_one_folder_clean_up_beside_each_other(tmp_path, monkeypatch):
     """As the oracle's masks do, of which any two may end or begin at once."""
     records = [tmp_path / f"mask{i}.json" for i in range(2)]
     for record in records:
-        folder_of(record).mkdir(parents=True)
+        training_folder(record).mkdir(parents=True)
     remove = shutil.rmtree
 
     def removes_and_begins(folder, **options):
@@ -267,8 +268,8 @@ def test_stages_of_one_folder_clean_up_beside_each_other(tmp_path, monkeypatch):
         monkeypatch.setattr(Path, "iterdir", lambda _: iter(()))  # seen before the other began
 
     monkeypatch.setattr(shutil, "rmtree", removes_and_begins)
-    Checkpoints(folder_of(records[0])).discard()
-    assert folder_of(records[1]).is_dir()
+    Checkpoints(training_folder(records[0])).discard()
+    assert training_folder(records[1]).is_dir()
 
 
 def test_a_checkpoint_that_cannot_be_written_stops_nothing(tmp_path, caplog):
@@ -281,13 +282,13 @@ def test_a_checkpoint_that_cannot_be_written_stops_nothing(tmp_path, caplog):
 
 def test_files_are_few_and_go_with_the_record(tmp_path):
     record = tmp_path / "seed0" / "recover.json"
-    checkpoints = Checkpoints(folder_of(record), None, 0)
+    checkpoints = Checkpoints(training_folder(record), None, 0)
     for _ in range(2):  # a training in two parts
         train(tiny.dense("dit"), checkpoints)
-        assert len(list(folder_of(record).iterdir())) == 2 * checkpoints._parts
+        assert len(list(training_folder(record).iterdir())) == 2 * checkpoints._parts
     checkpoints.discard()
     assert not list(record.parent.iterdir())
-    Checkpoints(folder_of(record)).discard()  # nothing there is no error
+    Checkpoints(training_folder(record)).discard()  # nothing there is no error
 
 
 class Small(nn.Module):

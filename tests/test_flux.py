@@ -334,13 +334,7 @@ def _silenced(layer: str) -> flux.Flux:
 @pytest.mark.parametrize("granularity", ["block", "branch"])
 def test_a_removed_layer_is_one_that_adds_zero(granularity):
     """To the last bit, in both streams."""
-    whole = tiny.output(tiny.dense("flux"), "flux")
-    for layer in flux.layers(tiny.dense("flux"), granularity):
-        model = _silenced(layer.name)
-        expected = tiny.output(model, "flux")
-        assert (expected - whole).abs().max() > 1e-4, layer.name  # the layer did something
-        flux.remove_layer(model, layer.name)
-        assert torch.equal(tiny.output(model, "flux"), expected), layer.name
+    tiny.assert_removed_layers_add_zero("flux", granularity, _silenced)
 
 
 @pytest.mark.parametrize("order", itertools.permutations(flux.BRANCHES))

@@ -16,7 +16,6 @@ from prunebench import artefacts, cli, config, progress, stages
 from prunebench.config import Cell, Paths
 from prunebench.errors import CellError
 from prunebench.progress import activity, jobs, view
-from prunebench.training import checkpoints
 
 ROOT = Path(__file__).parents[1]
 PROVENANCE = {"commit": None, "dirty": False, "code": "c0de", "config": "c0ff", "cpu": "AMD EPYC",
@@ -418,7 +417,7 @@ def test_jobs_out_of_sight_run_as_long_as_their_logs_are_fresh(
     assert re.search(r"  dense +dit +seen \d+ s ago +train 40/400", text)
     assert table_of(text)["extractor"]["stopped"] == "1"
     os.utime(fresh, (time.time() - 2 * jobs.FRESH,) * 2)
-    checkpoints.folder_of(paths.trained).mkdir(parents=True)  # it has just saved itself
+    artefacts.training_folder(paths.trained).mkdir(parents=True)  # it has just saved itself
     text = show_with_queue(track, tmp_path, monkeypatch, "", problem)
     assert table_of(text)["dense"]["running"] == "1"
 

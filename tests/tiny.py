@@ -5,6 +5,7 @@ A new family needs an entry in INSTANCES; tests/test_contract.py fails with its 
 
 import copy
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -194,6 +195,17 @@ def assert_same(left: dict, right: dict) -> None:
     for name, tensor in left.items():
         assert tensor.dtype == right[name].dtype, name
         assert torch.equal(tensor, right[name]), name
+
+
+def assert_removed_layers_add_zero(name: str, granularity: str, silenced: Callable) -> None:
+    """A model without a layer is, to the last bit, the one that `silenced(layer)` gives."""
+    family, whole = INSTANCES[name].module, output(dense(name), name)
+    for layer in family.layers(dense(name), granularity):
+        model = silenced(layer.name)
+        expected = output(model, name)
+        assert (expected - whole).abs().max() > 1e-4, layer.name  # the layer did something
+        family.remove_layer(model, layer.name)
+        assert torch.equal(output(model, name), expected), layer.name
 
 
 PLAN_KINDS = ("none", "block", "branch", "widths", "unstructured", "2:4", "steps")

@@ -96,7 +96,11 @@ def load(name: str) -> Track:
     Raises:
         UserError: it is no efficiency track, or a key, name or plan is unknown or wrong.
     """
-    file, content = config.read(name)
+    return checked(*config.read(name))
+
+
+def checked(file: Path, content: object) -> Track:
+    """The track that a file's content makes; errors as `load`."""
     config.check_schema(file, content, SCHEMA)
     for key, model in content["models"].items():
         _fill_in(f"{file}: models.{key}", model)

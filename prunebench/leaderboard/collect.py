@@ -514,7 +514,7 @@ def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
     })  # fmt: skip
     keys.loc[~keys.pruned, ["section", "sparsity", "budget"]] = 0
     keys.loc[~keys.pruned, "name"] = ""
-    return rows.loc[keys.sort_values(list(keys.columns)).index].reset_index(drop=True).copy()
+    return rows.loc[keys.sort_values(list(keys.columns)).index].reset_index(drop=True)
 
 
 def caption(sources: list[Source], cells: pd.DataFrame) -> dict[str, str]:

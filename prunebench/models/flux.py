@@ -91,14 +91,18 @@ def _positions(rows: int, columns: int, device: torch.device) -> Tensor:
     return torch.stack([torch.zeros_like(row), row, column], dim=-1).flatten(0, 1).float()
 
 
-class DoubleBlock(nn.Module):
-    """A FluxTransformerBlock whose branches can be taken out; parameter names stay."""
+class _Reopened(nn.Module):
+    """A block of diffusers' with its own modules, whose forward pass is written out here."""
 
-    def __init__(self, block: FluxTransformerBlock):
+    def __init__(self, block: FluxTransformerBlock | FluxSingleTransformerBlock):
         super().__init__()
         for name, module in block.named_children():
             setattr(self, name, module)
         self.stream = nn.Identity()  # where the image's residual stream can be watched
+
+
+class DoubleBlock(_Reopened):
+    """A FluxTransformerBlock whose branches can be taken out; parameter names stay."""
 
     def forward(
         self,
@@ -146,14 +150,8 @@ class DoubleBlock(nn.Module):
                 keep_rows(linear, slice(middle, None) if branch == "attn" else slice(middle))
 
 
-class SingleBlock(nn.Module):
+class SingleBlock(_Reopened):
     """A FluxSingleTransformerBlock whose image tokens can be watched; parameter names stay."""
-
-    def __init__(self, block: FluxSingleTransformerBlock):
-        super().__init__()
-        for name, module in block.named_children():
-            setattr(self, name, module)
-        self.stream = nn.Identity()
 
     def forward(
         self,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from prunebench.artefacts import skim_record
+from prunebench.artefacts import skim_record, training_folder
 from prunebench.cli import CELL_STAGES
 from prunebench.config import RUNS, Cell, Layout, Paths, Track
 from prunebench.progress import activity
@@ -277,9 +277,8 @@ def _unseen(job: Job, slurm: "SlurmLogs", blind: str) -> Finding:
         touched, official = _touched(log), slurm.newest(part)
         if not touched and not official:
             continue
-        record = Path(job.record)
-        checkpoints = record.parent / "training" / record.stem
-        own, silent = read_tail(log), time.time() - max(touched, _touched(checkpoints))
+        saved = _touched(training_folder(job.record))
+        own, silent = read_tail(log), time.time() - max(touched, saved)
         if blind and silent < FRESH:
             work = Work(f"seen {silent:.0f} s ago", 0.0)
             return Finding("running", work=(work,), reason=last_word(own))

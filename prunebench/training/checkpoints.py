@@ -32,6 +32,7 @@ from prunebench.training.budget import BudgetMeter
 log = logging.getLogger(__name__)
 
 STOPPED = 128 + signal.SIGTERM  # exit status, as a shell gives it
+SECONDS = 300.0  # between two saves, where the track says nothing
 
 
 class Stateful(Protocol):
@@ -54,7 +55,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path | None = None, identity: dict | None = None, seconds: float = 300
+        self, folder: Path | None = None, identity: dict | None = None, seconds: float = SECONDS
     ):
         self.folder, self.seconds = folder, seconds
         self.resumed, self.earlier_s = 0, 0.0
@@ -62,10 +63,10 @@ class Checkpoints:
         self.began = self.saved = time.monotonic()
         self._parts = 0
 
-    def part(self, run: Stateful, meter: BudgetMeter | None) -> "Part":
+    def part(self, run: Stateful, meter: BudgetMeter) -> "Part":
         """The next part; a context in which `run` is trained from where it was saved."""
         self._parts += 1
-        return Part(self, self._parts, run, meter or BudgetMeter())
+        return Part(self, self._parts, run, meter)
 
     def discard(self) -> None:
         """Remove the files: the stage's record is written."""
@@ -73,12 +74,6 @@ class Checkpoints:
             shutil.rmtree(self.folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # not there, or of another stage of this folder too
                 self.folder.parent.rmdir()
-
-
-def folder_of(record: str | Path) -> Path:
-    """Where the trainings of a stage are saved while it runs."""
-    record = Path(record)
-    return record.parent / "training" / record.stem
 
 
 class Part:

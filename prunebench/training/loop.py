@@ -147,8 +147,8 @@ def train(
         UserError: not even one image fits into the GPU's memory.
     """
     steps = images // settings.batch
-    progress = progress or Progress(steps)
-    run = _Run(model, settings, muon_names, progress, seed, meter or BudgetMeter())
+    progress, meter = progress or Progress(steps), meter or BudgetMeter()
+    run = _Run(model, settings, muon_names, progress, seed, meter)
     masks = {name: mask.to(run.device) for name, mask in (masks or {}).items()}
     model.train()
     with _own_randomness(seed, run.device), (checkpoints or Checkpoints()).part(run, meter) as part:
