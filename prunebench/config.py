@@ -23,7 +23,7 @@ from prunebench.errors import UserError
 ROOT = Path(__file__).parents[1]
 SCHEMA = ROOT / "workflow" / "schemas" / "track.schema.yaml"
 RUNS = Path("runs")
-FLOW_SAMPLERS = ("euler", "heun")
+FLOW_SAMPLERS = ("euler", "heun", "euler-maruyama")
 REFERENCES = ("none", "steps")  # kinds of methods that only show the dense model
 PUBLISHED = "published"  # the recovery that stands for each method's own recipe
 
@@ -470,7 +470,7 @@ def _check_model(file: Path, name: str, model: Mapping, content: Mapping) -> Non
     if (sampling["sampler"] in FLOW_SAMPLERS) != flow:
         raise UserError(
             f"{where}.sampling.sampler: '{sampling['sampler']}' does not sample objective "
-            f"'{model['objective']['name']}'; {' and '.join(FLOW_SAMPLERS)} are for flow"
+            f"'{model['objective']['name']}'; {', '.join(FLOW_SAMPLERS)} are for flow"
         )
     for fraction in content["fewer_steps"]:
         left = round(sampling["steps"] * (1 - fraction))

@@ -8,15 +8,48 @@ are computed together. `lanes` can move the last bits and so is a constant of th
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from prunebench.diffusion.objectives import FlowMatching, Objective
 from prunebench.errors import CellError, UserError, short_of_memory
+
+
+class EulerMaruyama:
+    """SiT's stochastic sampler (Ma et al. 2024, eq. 4) with its released settings.
+
+    From t = 1 (noise) down it follows dx = -(v - w s) dt + sqrt(2 w) dW with the diffusion w = t
+    and the score s = -(x + (1 - t) v) / t of the linear path, in `steps` - 1 Euler-Maruyama steps
+    to t = `last_step`, and from there to 0 without noise. It has the interface of diffusers'
+    schedulers, flow times from 0 to 1000 included.
+    """
+
+    def __init__(self, last_step: float = 0.04):
+        self.last_step = last_step
+
+    def set_timesteps(self, steps: int) -> None:
+        times = torch.linspace(1, self.last_step, steps, dtype=torch.float64)
+        self.timesteps = (times * 1000).float()
+        self._sizes = dict(zip(self.timesteps.tolist(), [*(-times.diff()), times[-1]], strict=True))
+
+    def step(
+        self, velocity: Tensor, t: Tensor, x: Tensor, generator: list | None = None
+    ) -> SimpleNamespace:
+        """x [N, C, H, W] after the step from t; image n draws from generator n."""
+        size, time = float(self._sizes[t.item()]), t.item() / 1000
+        mean = x - size * velocity - size * (x + (1 - time) * velocity)
+        if t == self.timesteps[-1]:
+            return SimpleNamespace(prev_sample=mean)
+        noise = randn_tensor(x.shape, generator, x.device, x.dtype)
+        return SimpleNamespace(prev_sample=mean + math.sqrt(2 * time * size) * noise)
+
 
 SAMPLERS = {
     "ddim": functools.partial(diffusers.DDIMScheduler, timestep_spacing="trailing"),
@@ -24,9 +57,12 @@ SAMPLERS = {
     "dpm-solver++": functools.partial(
         diffusers.DPMSolverMultistepScheduler, timestep_spacing="trailing"
     ),
+    "pndm": functools.partial(diffusers.PNDMScheduler, skip_prk_steps=True),
     "euler": diffusers.FlowMatchEulerDiscreteScheduler,
     "heun": diffusers.FlowMatchHeunDiscreteScheduler,
+    "euler-maruyama": EulerMaruyama,
 }
+STOCHASTIC = ("ddpm", "euler-maruyama")  # they draw noise on the way
 
 
 def image_seed(seed: int, index: int) -> int:
@@ -129,14 +165,14 @@ class Sampler:
         solver = scheduler(
             self.settings["sampler"], self.objective, self.steps, self.settings.get("options", {})
         )
-        stochastic = {"generator": randomness} if self.settings["sampler"] == "ddpm" else {}
+        stochastic = {"generator": randomness} if self.settings["sampler"] in STOCHASTIC else {}
         for t in solver.timesteps:
             prediction = self.predict(x, self._network_time(t, len(x)), y)
             x = solver.step(prediction, t, x, **stochastic).prev_sample
         return x
 
     def _network_time(self, t: Tensor, count: int) -> Tensor:
-        # diffusers counts flow time from 0 to 1000 as well; the objective's own runs from 0 to 1.
+        # Schedulers count flow time from 0 to 1000 as well; the objective's own runs from 0 to 1.
         t = t / 1000 if isinstance(self.objective, FlowMatching) else t
         return self.objective.model_time(t).expand(count).to(self.device)
 
