@@ -57,7 +57,14 @@ class TransformerBlock(nn.Module):
             setattr(self, norm, getattr(block, norm))
             setattr(self, branch, getattr(block, branch))
 
-    def forward(self, x: Tensor, encoder_hidden_states: Tensor, **_: object) -> Tensor:
+    def forward(  # diffusers passes all by place where activations are checkpointed
+        self,
+        x: Tensor,
+        attention_mask: None = None,
+        encoder_hidden_states: Tensor | None = None,
+        *_: None,
+        **__: None,
+    ) -> Tensor:
         if self.attn1 is not None:
             x = x + self.attn1(self.norm1(x))
         if self.attn2 is not None:

@@ -36,6 +36,7 @@ class Settings:
     clip_norm: float = 1.0
     class_dropout: float = 0.0  # share of labels replaced by "no class"
     precision: str = "fp32"  # or "bf16": autocast forward and loss; weights stay fp32
+    activation_checkpointing: bool = False  # blocks' activations are computed again, not kept
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,8 @@ def train(
     steps = images // settings.batch
     progress = progress or Progress(steps)
     run = _Run(model, settings, muon_names, progress, seed, meter or BudgetMeter())
+    if settings.activation_checkpointing:
+        checkpoint_activations(model)
     masks = {name: mask.to(run.device) for name, mask in (masks or {}).items()}
     model.train()
     with _own_randomness(seed, run.device), (checkpoints or Checkpoints()).part(run, meter) as part:
@@ -166,6 +169,23 @@ def train(
             part.step_done()
     run.close(progress, steps)
     return run.losses
+
+
+def checkpoint_activations(model: nn.Module, wanted: bool = True) -> None:
+    """Keep only the inputs of blocks for the backward pass, which runs the blocks again.
+
+    Gradients are the same; calls without gradients are not touched.
+
+    Raises:
+        UserError: the family's class cannot, only diffusers' can.
+    """
+    if wanted and not getattr(model, "_supports_gradient_checkpointing", False):
+        raise UserError(f"activation_checkpointing: {type(model).__name__} has none; leave it out")
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False
+    if wanted:
+        model.enable_gradient_checkpointing()
 
 
 @contextmanager
