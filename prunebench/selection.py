@@ -96,7 +96,7 @@ class Context:
     def at_time(self, batch: Batch, t: Tensor) -> Batch:
         """The same images, classes and noise at another time (one number)."""
         return self.data.noised(
-            batch.x0, batch.y, t.expand(len(batch.y)).to(batch.y.device), batch.noise
+            batch.x0, batch.y, t.expand(len(batch.x0)).to(batch.x0.device), batch.noise
         )
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from prunebench import artefacts, assets, methods, models, official, recovery, selection
 from prunebench.config import Cell, Layout, Paths, Track, as_dict
 from prunebench.diffusion.autoencoder import Autoencoder
+from prunebench.diffusion.conditions import Condition
 from prunebench.diffusion.objectives import objective
 from prunebench.diffusion.sampling import Sampler, shard_range
 from prunebench.errors import CellError, UserError, machine_fault
@@ -621,11 +622,11 @@ def sampler_for(track: Track, model: str, network: nn.Module, plan: Plan) -> Sam
     )
 
 
-def _inputs(sampler: Sampler, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise, the noisiest time and labels for `size` images, as the denoiser takes them."""
+def _inputs(sampler: Sampler, size: int) -> tuple[Tensor, Tensor, Condition]:
+    """Noise, the noisiest time and conditions of `size` images, as the denoiser takes them."""
     x = torch.randn(size, *sampler.shape, generator=torch.Generator().manual_seed(0))
     time_ = sampler.objective.model_time(sampler.objective.grid(2)[-1:]).expand(size)
-    return tuple(v.to(sampler.device) for v in (x, time_, sampler.labels(range(size))))
+    return x.to(sampler.device), time_.to(sampler.device), sampler.asked(range(size))
 
 
 def _forwards(ours: Sampler, theirs: Sampler, size: int) -> list[Callable[[], Tensor]]:

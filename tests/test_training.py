@@ -153,13 +153,18 @@ def test_dropped_classes_become_no_class():
     data, model = tiny.data("dit"), tiny.dense("dit")
     generator = torch.Generator().manual_seed(0)
     batch = data.draw(2000, generator, torch.device("cpu"))
-    dropped = loop._drop_classes(batch, model, 0.25, generator)
+    dropped = loop._drop_some(
+        batch, data.conditions, model, tiny.settings(class_dropout=0.25), generator
+    )
     share = (dropped.y == model.null_class).float().mean().item()
     assert share == pytest.approx(0.25, abs=0.03)
     kept = dropped.y != model.null_class
     assert torch.equal(dropped.y[kept], batch.y[kept])
     assert torch.equal(dropped.noised, batch.noised)
-    assert loop._drop_classes(batch, model, 0.0, generator) is batch
+    assert (
+        loop._drop_some(batch, data.conditions, model, tiny.settings(class_dropout=0.0), generator)
+        is batch
+    )
 
 
 # The meter against counts taken independently (contract.counting).
