@@ -107,6 +107,9 @@ METRICS = {
         ("quality.inception_score",), "IS", "Inception score of the generated images: sure and "
         "varied classes in Inception's eyes, without regard to the reference", "higher",
         format=".2f", spread=True, optional=True),
+    "clip_score": Metric(
+        ("quality.clip_score",), "CLIP", "Mean cosine of CLIP's embeddings of image and prompt",
+        "higher", format=".4f", spread=True, optional=True),
     "fid_cleanfid": Metric(
         ("quality.fid_cleanfid",), "FID (clean-fid)", "The same distance from the clean-fid "
         "package, an independent check", "lower", format=".2f"),

@@ -6,14 +6,17 @@ images, which are what samples are asked for. Stored in half precision, read in 
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from prunebench.diffusion.conditions import Condition, each
-from prunebench.diffusion.text_encoder import TextEncoder
 from prunebench.errors import UserError
 from prunebench.training import rows
+
+if TYPE_CHECKING:  # it takes seconds to import, and only `encode` needs it
+    from prunebench.diffusion.text_encoder import TextEncoder
 
 PART = 1024  # prompts of one file: 121 MB of Stable Diffusion's, 4.3 GB of FLUX's
 STEM = "prompts"
@@ -23,7 +26,7 @@ def encode(
     folder: Path,
     training: Sequence[str],
     asked: Sequence[str],
-    encoder: TextEncoder,
+    encoder: "TextEncoder",
     identity: dict,
     part: int = PART,
 ) -> Path:
@@ -52,7 +55,7 @@ def encode(
     return rows.write(folder, STEM, len(texts), part, encoded, identity, counts=counts)
 
 
-def _encoded(texts: Sequence[str], encoder: TextEncoder) -> dict[str, Tensor]:
+def _encoded(texts: Sequence[str], encoder: "TextEncoder") -> dict[str, Tensor]:
     found = {name: value.half() for name, value in encoder.encode(texts).items()}
     if not all(value.isfinite().all() for value in found.values()):
         raise UserError(f"{encoder.place}: what it makes of {texts[0]!r} ... is not finite")
