@@ -483,11 +483,15 @@ def _merged(base: object, changes: object) -> object:
 
 def _check_assets(file: Path, track: Track) -> None:
     try:
-        assets.data_set(track.content["dataset"]["name"])
+        images = assets.data_set(track.content["dataset"]["name"])
         for name in track.assets():
             assets.asset(name)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
+    for name, model in track.content["models"].items():
+        if ("text_encoder" in model) != (images.classes is None):
+            has = "captions, not classes" if images.classes is None else "classes, not captions"
+            raise UserError(f"{file}: models.{name}.text_encoder: {images.name} has {has}")
 
 
 def _check_model(file: Path, name: str, model: Mapping, content: Mapping) -> None:

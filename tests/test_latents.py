@@ -359,6 +359,11 @@ def test_what_a_track_says_of_autoencoders_is_checked(tmp_path):
     def neither(content):
         content["autoencoders"] = {"sd": {"scale": 1, "batch": 1}}
 
+    def reads(content):
+        content["text_encoders"] = {"sd": {"asset": "sd15", "batch": 4}}
+        content["models"]["dit"]["config"].pop("classes", None)
+        content["models"]["dit"]["text_encoder"] = "sd"
+
     def variance(content):
         content["models"]["dit"]["sampling"]["options"] = {"variance_type": "learned_range"}
 
@@ -373,6 +378,7 @@ def test_what_a_track_says_of_autoencoders_is_checked(tmp_path):
     for change, words in (
         (unknown, r"models\.dit\.autoencoder: unknown autoencoder 'sd'; known: none"),
         (neither, r"autoencoders\.sd: needs either the key 'asset' or 'folder'"),
+        (reads, r"models\.dit\.text_encoder: fashion_mnist_16 has classes, not captions"),
         (
             variance,
             r"models\.dit\.sampling\.options\.variance_type: the model predicts no variance",

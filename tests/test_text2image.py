@@ -406,3 +406,63 @@ def _by_hand(clip: Path, images: torch.Tensor, texts: tuple[str, ...]) -> float:
         a, b = output.image_embeds[0], output.text_embeds[0]
         total += (a @ b / a.norm() / b.norm()).item()
     return total / len(texts)
+
+
+# Tracks.
+
+
+@pytest.mark.parametrize("name", ["text2image", "text2image_xl", "text2image_flux"])
+def test_the_tracks_fit_the_released_models(name):
+    track = config.load(str(tiny.ROOT / "config" / f"{name}.yaml"))
+    assert track.cells()
+    for model, settings in track.content["models"].items():
+        coder = track.autoencoder(settings["autoencoder"])["asset"]
+        reader = track.text_encoder(settings["text_encoder"])["asset"]
+        paths = {f.path.partition("/")[2] for f in assets.asset(coder).files}
+        assert {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"} <= paths
+        paths = {f.path.partition("/")[2] for f in assets.asset(reader).files}
+        assert {"model_index.json", "text_encoder/config.json"} <= paths
+        assert reader == settings["weights"]["asset"]
+        assert track.fingerprint("dense", model) != track.fingerprint("encode")
+
+
+def test_what_a_track_says_of_text_encoders_is_checked(tmp_path):
+    def loaded(change) -> config.Track:
+        content = copy.deepcopy(
+            dict(config.load(str(tiny.ROOT / "config/text2image.yaml")).content)
+        )
+        content["methods"]["folders"] = [str(tiny.ROOT / "methods")]
+        change(content)
+        file = tmp_path / "mine.yaml"
+        file.write_text(json.dumps(content))
+        return config.load(str(file))
+
+    def without(content):
+        del content["models"]["sd15"]["text_encoder"]
+        content["models"]["sd15"]["recovery"]["class_dropout"] = 0
+        content["models"]["sd15"]["sampling"]["guidance"] = 1
+
+    def unknown(content):
+        content["models"]["sd15"]["text_encoder"] = "t5"
+
+    def classes(content):
+        content["models"]["sd15"]["config"]["classes"] = 3
+
+    def neither(content):
+        del content["text_encoders"]["sd15"]["asset"]
+
+    track = loaded(lambda content: content["evaluation"].update(clip="clip_vit_g14"))
+    assert "clip_vit_g14" in track.assets()
+    with pytest.raises(UserError, match="unknown text encoder 'no' in track mine; known: sd15"):
+        track.text_encoder("no")
+    before = track.fingerprint("encode", text_encoder="sd15")
+    changed = loaded(lambda content: content["text_encoders"]["sd15"].update(batch=3))
+    assert changed.fingerprint("encode", text_encoder="sd15") != before
+    for change, words in (
+        (without, r"models\.sd15\.text_encoder: coco2014 has captions, not classes"),
+        (unknown, r"models\.sd15\.text_encoder: unknown text encoder 't5'; known: sd15, sd21"),
+        (classes, r"models\.sd15\.text_encoder: the model has classes"),
+        (neither, r"text_encoders\.sd15: needs either the key 'asset' or 'folder'"),
+    ):
+        with pytest.raises(UserError, match=words):
+            loaded(change)
