@@ -48,7 +48,6 @@ def run(environment: dict, folder: Path, *command: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("workflow")
 def test_halves_of_the_training_set_are_alike(mirror, monkeypatch):
     """FID has a bias of about 1 / count; all three implementations agree on the same features."""
     run(mirror, ROOT, "prunebench", "assets", "fetch", "cifar10")
@@ -110,7 +109,6 @@ def tiny_track() -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("workflow")
 def test_the_workflow_runs_on_real_cifar10_and_real_inception_features(tiny_run):
     files = sorted((tiny_run / "runs/tiny").rglob("metrics.json"))
     assert len(files) == len(config.load(str(tiny_run / "tiny.yaml")).cells())
@@ -131,7 +129,6 @@ def test_the_tiny_track_is_valid(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("workflow")
 def test_inception_score_is_not_available_from_weights_without_logits(tiny_run, mirror):
     weights = assets.locate("inception")
     state = torch.load(weights, map_location="cpu", weights_only=True)

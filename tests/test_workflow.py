@@ -21,7 +21,7 @@ SEEDS = 2
 ROWS = CELLS // SEEDS
 NEW_ROWS = 6  # of a method: three models, two recoveries
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("workflow")]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

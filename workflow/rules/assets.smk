@@ -21,10 +21,12 @@ rule fetch:
 
 # The target: has no output and so always runs, and fetches what has gone from the cache since.
 rule assets:
+    log:
+        LAYOUT.log("assets_target"),
     localrule: True
     conda:
         "../../envs/prunebench.yaml"
     params:
         track=ARGUMENT,
     shell:
-        "PRUNEBENCH_WARM= prunebench assets fetch --track {params.track}"
+        "PRUNEBENCH_WARM= prunebench assets fetch --track {params.track} 2>&1 | tee {log}"

@@ -216,6 +216,12 @@ def alone(wildcards):
     return workflow.cores if workflow.local_exec else 1
 
 
+def alone_if_measured(wildcards):
+    """Threads function of an efficiency track's rows: counting needs no quiet machine."""
+    measured = TRACK.content["device"] == "cpu" or gpus.devices()
+    return alone(wildcards) if measured else 1
+
+
 def finished(records):
     return [path for path in records if Path(path).exists()]
 

@@ -1,12 +1,6 @@
 # Rows of an efficiency track: a network and a plan each, counted and, on a GPU, measured.
 
 
-def alone_if_measured(wildcards):
-    """Counting needs no quiet machine."""
-    measured = TRACK.content["device"] == "cpu" or gpus.devices()
-    return alone(wildcards) if measured else 1
-
-
 rule efficiency:
     output:
         f"{LAYOUT.root}/{{model}}/{{plan}}/efficiency.json",
