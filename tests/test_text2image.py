@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 import transformers
+import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -411,9 +412,9 @@ def _by_hand(clip: Path, images: torch.Tensor, texts: tuple[str, ...]) -> float:
 # Tracks.
 
 
-@pytest.mark.parametrize("name", ["text2image", "text2image_xl", "text2image_flux"])
-def test_the_tracks_fit_the_released_models(name):
-    track = config.load(str(tiny.ROOT / "config" / f"{name}.yaml"))
+@pytest.mark.parametrize("track_name", ["text2image", "text2image_xl", "text2image_flux"])
+def test_the_tracks_fit_the_released_models(track_name):
+    track = config.load(str(tiny.ROOT / "config" / f"{track_name}.yaml"))
     assert track.cells()
     for model, settings in track.content["models"].items():
         coder = track.autoencoder(settings["autoencoder"])["asset"]
@@ -434,7 +435,7 @@ def test_what_a_track_says_of_text_encoders_is_checked(tmp_path):
         content["methods"]["folders"] = [str(tiny.ROOT / "methods")]
         change(content)
         file = tmp_path / "mine.yaml"
-        file.write_text(json.dumps(content))
+        file.write_text(yaml.safe_dump(content))
         return config.load(str(file))
 
     def without(content):
