@@ -386,7 +386,7 @@ def aggregate(cells: pd.DataFrame, compares: str = "selections") -> pd.DataFrame
     """One line per row with `<metric>_mean` and `<metric>_sd` (ddof 1), ranked and ordered."""
     comparison = COMPARISONS[compares]
     rows = pd.DataFrame([_row(key, group) for key, group in cells.groupby(ROW)])
-    rows = rows.astype({"samples": "Int64", "steps": "Int64"})
+    rows = rows.astype({"samples": "Int64", "steps": "Int64"}).copy()
     rows["section"] = rows[comparison.section]
     rows["unpublished"] = _unpublished(rows)
     rows["rank"] = _ranks(rows, comparison.group)
