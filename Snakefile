@@ -22,6 +22,7 @@ wildcard_constraints:
     shard="[0-9]+",
     plan="[a-z][a-z0-9_]*",
     autoencoder="[a-z][a-z0-9_]*",
+    text_encoder="[a-z][a-z0-9_]*",
 
 
 onstart:

@@ -55,8 +55,10 @@ def parser() -> argparse.ArgumentParser:
         return sub
 
     command("extractor", _extractor, "train or take the feature extractor")
-    encode = command("encode", _encode, "encode the training set by an autoencoder")
-    encode.add_argument("--autoencoder", required=True)
+    encode = command("encode", _encode, "encode images by an autoencoder, or captions, once")
+    coders = encode.add_mutually_exclusive_group(required=True)
+    coders.add_argument("--autoencoder", help="of the track: encodes the training images")
+    coders.add_argument("--text-encoder", help="of the track: encodes the captions")
     dense = command("dense", _dense, "train a dense model")
     dense.add_argument("--model", required=True)
     for name, (_, help_) in CELL_STAGES.items():
@@ -132,11 +134,16 @@ def _extractor(arguments: argparse.Namespace) -> None:
 
 def _encode(arguments: argparse.Namespace) -> None:
     track = config.load(arguments.track)
-    track.autoencoder(arguments.autoencoder)
+    layout = config.Layout(track.name, arguments.runs)
+    find = track.text_encoder if arguments.text_encoder else track.autoencoder
+    find(arguments.text_encoder or arguments.autoencoder)
     _prepare()
     from prunebench import stages
 
-    stages.encode(track, config.Layout(track.name, arguments.runs), arguments.autoencoder)
+    if arguments.text_encoder:
+        stages.encode_prompts(track, layout, arguments.text_encoder)
+    else:
+        stages.encode(track, layout, arguments.autoencoder)
 
 
 def _dense(arguments: argparse.Namespace) -> None:

@@ -23,7 +23,7 @@ from prunebench.errors import UserError
 ROOT = Path(__file__).parents[1]
 SCHEMA = ROOT / "workflow" / "schemas" / "track.schema.yaml"
 RUNS = Path("runs")
-FLOW_SAMPLERS = ("euler", "heun")
+FLOW_SAMPLERS = ("euler", "heun", "euler-maruyama")
 REFERENCES = ("none", "steps")  # kinds of methods that only show the dense model
 PUBLISHED = "published"  # the recovery that stands for each method's own recipe
 
@@ -31,7 +31,7 @@ PUBLISHED = "published"  # the recovery that stands for each method's own recipe
 # recomputes the stage, editing anything else does not. "*" stands for the cell's model or method.
 DEPENDS = {
     "extractor": ("dataset", "extractor"),
-    "encode": ("dataset", "autoencoders.*"),
+    "encode": ("dataset", "autoencoders.*", "text_encoders.*"),
     "dense": (
         "dataset",
         "models.*.family",
@@ -40,10 +40,17 @@ DEPENDS = {
         "models.*.training",
         "models.*.weights",
         "models.*.autoencoder",
+        "models.*.text_encoder",
     ),
     "select": ("models.*.sampling", "methods.parameters.*"),
     "recover": ("budgets", "models.*.recovery"),
-    "sample": ("models.*.sampling", "sampling.count", "sampling.lanes", "autoencoders.*"),
+    "sample": (
+        "models.*.sampling",
+        "sampling.count",
+        "sampling.lanes",
+        "sampling.size",
+        "autoencoders.*",
+    ),
     "cost": (  # but not latency.wait, which changes no result
         "models.*.sampling",
         "latency.batch",
@@ -61,6 +68,7 @@ DEPENDS = {
         "oracle.masks",
         "sampling.count",
         "sampling.lanes",
+        "sampling.size",
         "autoencoders.*",
         "evaluation.batch",
     ),
@@ -90,6 +98,7 @@ SEVERAL_GPUS = ("dense", "recover")  # rules that train data-parallel; one job o
 # Targets and rules of the workflow and folders of results, which no division may be called.
 RESERVED = (
     *("all", "everything", "partial", "assets", "fetch", "oracle", "mask", "raw", "shard"),
+    "prompts",
     "efficiency",
     *DEPENDS,
 )
@@ -143,6 +152,13 @@ class Track:
         if name not in entries:
             known = ", ".join(entries) or "none"
             raise UserError(f"unknown autoencoder '{name}' in track {self.name}; known: {known}")
+        return entries[name]
+
+    def text_encoder(self, name: str) -> Mapping:
+        entries = self.content.get("text_encoders", {})
+        if name not in entries:
+            known = ", ".join(entries) or "none"
+            raise UserError(f"unknown text encoder '{name}' in track {self.name}; known: {known}")
         return entries[name]
 
     def method(self, name: str) -> methods.Method:
@@ -280,8 +296,10 @@ class Track:
             reference if reference not in ("held_out", "train") else None,
             self.content["extractor"].get("asset"),
             f"lpips-{lpips}" if lpips in ("alex", "vgg") else None,
+            self.content["evaluation"].get("clip"),
             *(model.get("weights", {}).get("asset") for model in self.content["models"].values()),
             *(entry.get("asset") for entry in self.content.get("autoencoders", {}).values()),
+            *(entry.get("asset") for entry in self.content.get("text_encoders", {}).values()),
         ]
         return [name for name in dict.fromkeys(names) if name]
 
@@ -294,11 +312,17 @@ class Track:
         return needs_of(self.content, rule)
 
     def fingerprint(
-        self, stage: str, model: str = "", method: str = "", autoencoder: str = ""
+        self,
+        stage: str,
+        model: str = "",
+        method: str = "",
+        autoencoder: str = "",
+        text_encoder: str = "",
     ) -> str:
         """Hash of the settings a stage depends on; a change of it recomputes the stage."""
         uses = autoencoder or self.content["models"].get(model, {}).get("autoencoder", "")
         names = {"models": model, "methods": method, "autoencoders": uses}
+        names["text_encoders"] = text_encoder
         trains = stage == "select" and method in self.methods and self.methods[method].trains
         parts = []
         for dotted in (*DEPENDS[stage], *(DEPENDS["recover"] if trains else ())):
@@ -329,6 +353,9 @@ class Layout:
 
     def latents(self, autoencoder: str) -> str:
         return f"{self.root}/latents/{autoencoder}/latents.json"
+
+    def prompts(self, text_encoder: str) -> str:
+        return f"{self.root}/prompts/{text_encoder}/prompts.json"
 
     def selection(
         self, stage: str, model: str, method: str, sparsity: object, seed: object, kind: str
@@ -461,11 +488,15 @@ def _merged(base: object, changes: object) -> object:
 
 def _check_assets(file: Path, track: Track) -> None:
     try:
-        assets.data_set(track.content["dataset"]["name"])
+        images = assets.data_set(track.content["dataset"]["name"])
         for name in track.assets():
             assets.asset(name)
     except UserError as error:
         raise UserError(f"{file}: {error}") from None
+    for name, model in track.content["models"].items():
+        if ("text_encoder" in model) != (images.classes is None):
+            has = "captions, not classes" if images.classes is None else "classes, not captions"
+            raise UserError(f"{file}: models.{name}.text_encoder: {images.name} has {has}")
 
 
 def _check_model(file: Path, name: str, model: Mapping, content: Mapping) -> None:
@@ -475,7 +506,7 @@ def _check_model(file: Path, name: str, model: Mapping, content: Mapping) -> Non
     if (sampling["sampler"] in FLOW_SAMPLERS) != flow:
         raise UserError(
             f"{where}.sampling.sampler: '{sampling['sampler']}' does not sample objective "
-            f"'{model['objective']['name']}'; {' and '.join(FLOW_SAMPLERS)} are for flow"
+            f"'{model['objective']['name']}'; {', '.join(FLOW_SAMPLERS)} are for flow"
         )
     for fraction in content["fewer_steps"]:
         left = round(sampling["steps"] * (1 - fraction))
@@ -484,7 +515,7 @@ def _check_model(file: Path, name: str, model: Mapping, content: Mapping) -> Non
                 f"{where}.sampling.steps: {fraction} fewer of {sampling['steps']} steps is {left}; "
                 "change steps or fewer_steps"
             )
-    _check_classes(where, model)
+    _check_conditions(where, model)
     learned = sampling.get("options", {}).get("variance_type") == "learned_range"
     if learned and not model["config"].get("learn_sigma"):
         raise UserError(
@@ -537,8 +568,12 @@ def take_published(where: str, model: dict) -> None:
         raise UserError(f"{where}.objective: the checkpoint was trained for {entry.objective}")
 
 
-def _check_classes(where: str, model: Mapping) -> None:
-    """Dropping classes and guidance need a model that has classes."""
+def _check_conditions(where: str, model: Mapping) -> None:
+    """Dropping conditions and guidance need a model that has classes, or reads text."""
+    if "text_encoder" in model:
+        if model["config"].get("classes") is not None:
+            raise UserError(f"{where}.text_encoder: the model has classes; leave out one of them")
+        return
     used = {
         "training.class_dropout": model.get("training", {}).get("class_dropout", 0) != 0,
         "recovery.class_dropout": model["recovery"].get("class_dropout", 0) != 0,
@@ -547,7 +582,8 @@ def _check_classes(where: str, model: Mapping) -> None:
     for key in (key for key, asked in used.items() if asked):
         if model["config"].get("classes") is None:
             raise UserError(
-                f"{where}.{key}: the model is unconditional; leave it out, or give config.classes"
+                f"{where}.{key}: the model is unconditional; leave it out, or give config.classes "
+                "or a text_encoder"
             )
         if not model["config"].get("null_class", True):
             raise UserError(f"{where}.{key}: the model has no class for 'no class'; leave it out")
@@ -585,7 +621,8 @@ def _validate(file: Path, content: object) -> None:
             raise UserError(f"{file}: divisions.{division}: the name is taken; choose another")
         for name in settings["recoveries"]:
             _check_recovery(f"{file}: divisions.{division}", name, content["budgets"])
-    _check_autoencoders(file, content)
+    for kind in ("autoencoder", "text_encoder"):
+        _check_coders(file, content, kind)
     _check_shards(file, content["sampling"])
     _check_oracle(file, content)
     check_needs(file, content.get("needs", {}))
@@ -615,17 +652,16 @@ def check_needs(file: Path, needs: Mapping) -> None:
             raise UserError(f"{file}: needs.{rule}.gpu: only {able} can use more than one GPU")
 
 
-def _check_autoencoders(file: Path, content: Mapping) -> None:
-    known = content.get("autoencoders", {})
+def _check_coders(file: Path, content: Mapping, kind: str) -> None:
+    """Autoencoders or text encoders, and the models that name one."""
+    known = content.get(f"{kind}s", {})
     for name, entry in known.items():
         if ("asset" in entry) == ("folder" in entry):
-            raise UserError(
-                f"{file}: autoencoders.{name}: needs either the key 'asset' or 'folder'"
-            )
+            raise UserError(f"{file}: {kind}s.{name}: needs either the key 'asset' or 'folder'")
     for name, model in content["models"].items():
-        if model.get("autoencoder") not in (None, *known):
+        if model.get(kind) not in (None, *known):
             raise UserError(
-                f"{file}: models.{name}.autoencoder: unknown autoencoder '{model['autoencoder']}'; "
+                f"{file}: models.{name}.{kind}: unknown {kind.replace('_', ' ')} '{model[kind]}'; "
                 f"known: {', '.join(known) or 'none'}"
             )
 

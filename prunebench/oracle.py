@@ -101,7 +101,7 @@ def _fid(
         left = stages.training_left(track, cell)
         data = stages.training_data(track, layout, cell.model)
         stages.heal(track, cell, pruned, plan, dense, data, meter, left, checkpoints)
-    sampler = stages.sampler_for(track, cell.model, pruned, plan)
+    sampler = stages.sampler_for(track, layout, cell.model, pruned, plan)
     images = torch.cat(list(sampler.images(
         cell.seed, 0, track.content["sampling"]["count"], track.content["sampling"]["batch"]
     )))  # fmt: skip

@@ -52,6 +52,8 @@ class Context:
         checkpoints: Checkpoints | None = None,
     ):
         self.model = meter.watch(copy.deepcopy(dense).eval())
+        if settings.activation_checkpointing:
+            loop.checkpoint_activations(self.model)
         self._dense = dense
         self.family, self.config, self.data = family, dict(config), data
         self.sparsity, self.seed = sparsity, seed
@@ -94,7 +96,7 @@ class Context:
     def at_time(self, batch: Batch, t: Tensor) -> Batch:
         """The same images, classes and noise at another time (one number)."""
         return self.data.noised(
-            batch.x0, batch.y, t.expand(len(batch.y)).to(batch.y.device), batch.noise
+            batch.x0, batch.y, t.expand(len(batch.x0)).to(batch.x0.device), batch.noise
         )
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
@@ -266,9 +268,10 @@ def _parts(result: object) -> tuple[Plan, nn.Module | None]:
 
 
 def unmetered(model: nn.Module) -> nn.Module:
-    """A copy that no meter watches."""
+    """A copy that no meter watches; it keeps its activations, so that it can be traced."""
     model = copy.deepcopy(model)
     model._forward_hooks.clear()
+    loop.checkpoint_activations(model, False)
     return model
 
 

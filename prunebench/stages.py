@@ -9,7 +9,7 @@ import functools
 import logging
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from prunebench import artefacts, assets, methods, models, official, recovery, selection
 from prunebench.config import Cell, Layout, Paths, Track, as_dict
 from prunebench.diffusion.autoencoder import Autoencoder
+from prunebench.diffusion.conditions import CLASSES, Condition, Conditions
 from prunebench.diffusion.objectives import objective
 from prunebench.diffusion.sampling import Sampler, shard_range
 from prunebench.errors import CellError, UserError, machine_fault
@@ -32,11 +33,12 @@ from prunebench.evaluation import (
     semi_structured,
     variants,
 )
+from prunebench.evaluation.clip import clip_score
 from prunebench.evaluation.grid import write_grid
 from prunebench.provenance import PACKAGE, code_hash, provenance
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
-from prunebench.training import latents, loop, parallel
+from prunebench.training import latents, loop, parallel, prompts
 from prunebench.training.budget import BudgetMeter, unspent
 from prunebench.training.checkpoints import SECONDS, Checkpoints
 
@@ -51,21 +53,36 @@ def dataset(track: Track) -> assets.Dataset:
 
 
 def training_data(track: Track, layout: Layout, model: str) -> loop.Data:
-    """What a model trains on: images, or latents that `encode` wrote."""
+    """What a model trains on: images, or latents that `encode` wrote, and what they show."""
     goal = objective(track.model(model)["objective"])
+    shown = conditions(track, layout, model, training=True)
     if name := track.model(model).get("autoencoder"):
-        record = layout.latents(name)
+        record, entry = layout.latents(name), track.autoencoder(name)
         artefacts.read_record(record)
-        encoded = latents.Latents(Path(record).parent, track.autoencoder(name)["scale"])
-        return latents.LatentData(encoded, encoded.labels, goal)
+        encoded = latents.Latents(Path(record).parent, entry["scale"], entry.get("shift", 0.0))
+        return latents.LatentData(encoded, encoded.labels, goal, conditions=shown)
     images = dataset(track)
-    return loop.Data(images.train_images, images.train_labels, goal, images.flip)
+    return loop.Data(images.train_images, images.train_labels, goal, images.flip, shown)
+
+
+def conditions(track: Track, layout: Layout, model: str, training: bool) -> Conditions:
+    """What a model takes for labels: these, or prompts that `encode` wrote."""
+    name = track.model(model).get("text_encoder")
+    if name is None:
+        return CLASSES
+    record = layout.prompts(name)
+    artefacts.read_record(record)
+    return prompts.Prompts(Path(record).parent, training)
+
+
+def _place(entry: Mapping) -> Path:
+    return assets.locate(entry["asset"]) if "asset" in entry else Path(entry["folder"])
 
 
 def autoencoder(track: Track, name: str) -> Autoencoder:
     entry = track.autoencoder(name)
-    place = assets.locate(entry["asset"]) if "asset" in entry else Path(entry["folder"])
-    return Autoencoder(place, entry["scale"], entry["batch"], parallel.device())
+    shift = entry.get("shift", 0.0)
+    return Autoencoder(_place(entry), entry["scale"], entry["batch"], parallel.device(), shift)
 
 
 def encode(track: Track, layout: Layout, name: str) -> None:
@@ -83,6 +100,29 @@ def encode(track: Track, layout: Layout, name: str) -> None:
     )
     report = {"place": str(coder.place), "sha256": weights, "images": len(images.train_labels)}
     finish(record, track, start, [index], autoencoder=report)
+
+
+def encode_prompts(track: Track, layout: Layout, name: str) -> None:
+    """Encode the data set's captions once, as `encode` does its images."""
+    from prunebench.diffusion.text_encoder import FLUX_TOKENS, TextEncoder
+
+    start, images, entry = time.perf_counter(), dataset(track), track.text_encoder(name)
+    if not images.reference_captions:
+        raise UserError(f"dataset.name: {track.content['dataset']['name']} has no captions")
+    side = assets.data_set(track.content["dataset"]["name"]).shape[1]
+    tokens = entry.get("tokens", FLUX_TOKENS)
+    coder = TextEncoder(_place(entry), entry["batch"], side, tokens, parallel.device())
+    record, weights = layout.prompts(name), coder.sha256()
+    identity = {
+        "code": code_hash(PACKAGE),
+        "torch": torch.__version__,
+        "track": track.fingerprint("encode", text_encoder=name),
+        "weights": weights,
+    }
+    told = images.train_captions, images.reference_captions
+    index = prompts.encode(Path(record).parent, *told, coder, identity)
+    report = {"place": str(coder.place), "sha256": weights, "prompts": sum(map(len, told)) + 1}
+    finish(record, track, start, [index], text_encoder=report)
 
 
 def extractor(track: Track, layout: Layout) -> None:
@@ -400,7 +440,7 @@ def _drawn(
     """The cell's images of some indices with their labels, and how they were drawn."""
     settings = track.content["sampling"]
     network, plan = surgery.load(Path(paths.checkpoint).parent)
-    sampler = sampler_for(track, cell.model, network.to(parallel.device()), plan)
+    sampler = sampler_for(track, paths.layout, cell.model, network.to(parallel.device()), plan)
     images = []
     for part in sampler.images(cell.seed, indices.start, indices.stop, batch or settings["batch"]):
         images.append(part)
@@ -448,8 +488,8 @@ def measure(track: Track, cell: Cell, paths: Paths) -> None:
     whole, _ = surgery.load(Path(paths.trained).parent)
     pruned, whole = pruned.to(parallel.device()), whole.to(parallel.device())
     fast, plain, kernels = semi_structured.contestants(pruned, whole, plan)
-    ours = sampler_for(track, cell.model, fast, plan)
-    theirs = sampler_for(track, cell.model, plain, Plan())
+    ours = sampler_for(track, paths.layout, cell.model, fast, plan)
+    theirs = sampler_for(track, paths.layout, cell.model, plain, Plan())
     settings = track.content["latency"]
     sizes = {"forward_batch1": 1, "forward_batch": settings["batch"]}
     inputs = {name: _inputs(ours, size) for name, size in sizes.items()}
@@ -500,7 +540,7 @@ def score(track: Track, cell: Cell, paths: Paths) -> None:
         "cell": as_dict(cell),
         "failure": None,
         "labels": _labels(track, cell),
-        **_judged(track, paths, judge, drawn),
+        **_judged(track, cell, paths, judge, drawn),
         "size": {**records["cost"]["size"], **healed["size"]},
         "latency": records["cost"]["latency"],
         "budget": {"selection": records["select"]["budget"], "recovery": healed["budget"]},
@@ -520,7 +560,7 @@ def score(track: Track, cell: Cell, paths: Paths) -> None:
     finish(paths.metrics, track, start, [grid], **content)
 
 
-def _judged(track: Track, paths: Paths, judge: dict, drawn: dict[str, Tensor]) -> dict:
+def _judged(track: Track, cell: Cell, paths: Paths, judge: dict, drawn: dict[str, Tensor]) -> dict:
     """Quality against the reference set, and consistency with the dense model's images."""
     settings, weights = track.content["evaluation"], Path(judge["weights"])
     eye = features.load_extractor(judge["name"], weights)
@@ -528,10 +568,26 @@ def _judged(track: Track, paths: Paths, judge: dict, drawn: dict[str, Tensor]) -
     reference = artefacts.read_tensors(Path(paths.extractor).parent / FEATURES)
     undisturbed = artefacts.read_tensors(Path(paths.dense_sample).parent / IMAGES)
     distance = _distance(settings["lpips"], weights)
+    found = quality.quality(generated, reference, drawn["labels"])
+    if "text_encoder" in track.model(cell.model):
+        found = _with_clip_score(track, drawn, found)
     return {
-        "quality": quality.quality(generated, reference, drawn["labels"]),
+        "quality": found,
         "consistency": consistency.consistency(drawn["images"], undisturbed["images"], distance),
     }
+
+
+def _with_clip_score(track: Track, drawn: dict[str, Tensor], found: dict) -> dict:
+    """`found` with the CLIP score of the images and their prompts, or the reason for none."""
+    settings, value, why = track.content["evaluation"], None, {}
+    if "clip" in settings:
+        texts = dataset(track).reference_captions
+        asked = [texts[label] for label in drawn["labels"].tolist()]
+        place, device = assets.locate(settings["clip"]), parallel.device()
+        value = clip_score(place, drawn["images"], asked, settings["batch"], device)
+    else:
+        why = {"clip_score": "the track names no CLIP (evaluation.clip)"}
+    return {**found, "clip_score": value, "unavailable": {**found["unavailable"], **why}}
 
 
 def _distance(name: str, judge: Path) -> consistency.Distance | None:
@@ -606,27 +662,31 @@ def _size(whole: nn.Module, pruned: nn.Module, plan: Plan) -> dict:
     }
 
 
-def sampler_for(track: Track, model: str, network: nn.Module, plan: Plan) -> Sampler:
+def sampler_for(
+    track: Track, layout: Layout, model: str, network: nn.Module, plan: Plan
+) -> Sampler:
     """The sampler of a model's settings over a network of its kind."""
-    settings = track.model(model)
+    settings, common = track.model(model), track.content["sampling"]
+    asked = conditions(track, layout, model, training=False)
     images = assets.data_set(track.content["dataset"]["name"])
     coder = autoencoder(track, settings["autoencoder"]) if "autoencoder" in settings else None
     return Sampler(
         network,
         objective(settings["objective"]),
         coder.latent_shape(images.shape) if coder else images.shape,
-        images.classes,
-        {**settings["sampling"], "lanes": track.content["sampling"]["lanes"]},
+        len(asked) if isinstance(asked, prompts.Prompts) else images.classes,
+        {**settings["sampling"], **{k: common[k] for k in ("lanes", "size") if k in common}},
         plan.steps,
         coder.decode if coder else None,
+        asked,
     )
 
 
-def _inputs(sampler: Sampler, size: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise, the noisiest time and labels for `size` images, as the denoiser takes them."""
+def _inputs(sampler: Sampler, size: int) -> tuple[Tensor, Tensor, Condition]:
+    """Noise, the noisiest time and conditions of `size` images, as the denoiser takes them."""
     x = torch.randn(size, *sampler.shape, generator=torch.Generator().manual_seed(0))
     time_ = sampler.objective.model_time(sampler.objective.grid(2)[-1:]).expand(size)
-    return tuple(v.to(sampler.device) for v in (x, time_, sampler.labels(range(size))))
+    return x.to(sampler.device), time_.to(sampler.device), sampler.asked(range(size))
 
 
 def _forwards(pair: tuple[nn.Module, nn.Module], inputs: tuple) -> list[Callable[[], Tensor]]:
@@ -668,6 +728,8 @@ def shared_settings(track: Track, model: str) -> dict:
     common = ("dataset", "extractor", "budgets", "sampling", "latency", "evaluation")
     coder = track.model(model).get("autoencoder")
     own = {"autoencoder": track.autoencoder(coder)} if coder else {}
+    if reader := track.model(model).get("text_encoder"):
+        own["text_encoder"] = track.text_encoder(reader)
     return {"model": track.model(model), **own, **{name: track.content[name] for name in common}}
 
 

@@ -18,7 +18,7 @@ from prunebench.diffusion import autoencoder
 from prunebench.diffusion.autoencoder import WEIGHTS, Autoencoder
 from prunebench.errors import UserError
 from prunebench.models.unet import EARLY
-from prunebench.training import latents
+from prunebench.training import latents, rows
 
 SMOKE = tiny.smoke()
 SCALE, BATCH = 0.5, 8
@@ -197,7 +197,7 @@ def test_a_killed_encoding_goes_on_with_the_part_it_was_at(folder, tmp_path):
     _encode(tmp_path / "whole", folder, whole)
     with pytest.raises(_KilledError):
         _encode(target, folder, _Slices(whole, 5))  # two batches a part: dies in the third
-    assert not (target / latents.INDEX).exists()
+    assert not (target / rows.INDEX).exists()
     rest = _Slices(whole)
     _encode(target, folder, rest)
     assert rest.taken == [32, 40]
@@ -211,13 +211,13 @@ def test_a_killed_encoding_goes_on_with_the_part_it_was_at(folder, tmp_path):
 def test_a_corrupt_part_is_found_when_it_is_drawn_and_mended_alone(folder, tmp_path):
     whole = _images(40)
     _encode(tmp_path, folder, whole)
-    before, part = _bytes(tmp_path), latents.part_file(tmp_path, 1)
+    before, part = _bytes(tmp_path), rows.part_file(tmp_path, latents.STEM, 1)
     content = bytearray(part.read_bytes())
     content[-1] ^= 1  # the last image of the second part
     part.write_bytes(content)
     encoded = latents.Latents(tmp_path, SCALE)
     encoded.draw(torch.arange(16), torch.Generator())
-    with pytest.raises(UserError, match=r"moments00001\.safetensors is corrupt \(image"):
+    with pytest.raises(UserError, match=r"moments00001\.safetensors is corrupt \(row"):
         encoded.draw(torch.arange(16, 32), torch.Generator())
     rest = _Slices(whole)
     _encode(tmp_path, folder, rest)
@@ -246,10 +246,12 @@ def _resident_kb() -> int:
 def test_memory_does_not_grow_with_the_latents(folder, tmp_path):
     count = 4096  # 64 MB of moments
     moments = torch.zeros(count, 1, 2, 4, 32, 32, dtype=torch.float16)
-    checks = torch.full((count,), latents._check(moments[0]))
-    artefacts.write_tensors(latents.part_file(tmp_path, 0), {"moments": moments, "checks": checks})
+    checks = torch.full((count,), rows.check({"moments": moments[0]}))
+    artefacts.write_tensors(
+        rows.part_file(tmp_path, latents.STEM, 0), {"moments": moments, "checks": checks}
+    )
     index = {"labels": torch.zeros(count).long(), "checks": checks, "part": torch.tensor(count)}
-    artefacts.write_tensors(tmp_path / latents.INDEX, index)
+    artefacts.write_tensors(tmp_path / rows.INDEX, index)
     del moments
     encoded, generator = latents.Latents(tmp_path, 1.0), torch.Generator()
     encoded.draw(torch.arange(64), generator)
@@ -289,7 +291,7 @@ def test_a_latent_track_runs_through_all_stages(track, tmp_path):
     stages.extractor(track, layout)
     stages.encode(track, layout, "tiny")
     record = artefacts.read_record(layout.latents("tiny"))
-    assert record["autoencoder"]["images"] == 60 and list(record["files"]) == [latents.INDEX]
+    assert record["autoencoder"]["images"] == 60 and list(record["files"]) == [rows.INDEX]
     stages.dense(track, layout, "dit")
     dense = track.cell("dit", "dense", 0.0, "none", 0)
     cell = track.cell("dit", "random_layers", 0.25, "finetune-low", 0)
@@ -328,7 +330,7 @@ def test_latent_training_data_are_latents(track, tmp_path):
     assert batch.x0.shape == batch.noised.shape == (6, 2, 8, 8) and batch.y.shape == (6,)
     labels = stages.dataset(track).train_labels
     assert torch.equal(data.labels, labels)
-    Path(layout.latents("tiny")).with_name(latents.INDEX).write_bytes(b"")
+    Path(layout.latents("tiny")).with_name(rows.INDEX).write_bytes(b"")
     with pytest.raises(UserError, match=r"index\.safetensors is corrupt"):
         stages.training_data(track, layout, "dit")
 
@@ -357,6 +359,11 @@ def test_what_a_track_says_of_autoencoders_is_checked(tmp_path):
     def neither(content):
         content["autoencoders"] = {"sd": {"scale": 1, "batch": 1}}
 
+    def reads(content):
+        content["text_encoders"] = {"sd": {"asset": "sd15", "batch": 4}}
+        content["models"]["dit"]["config"].pop("classes", None)
+        content["models"]["dit"]["text_encoder"] = "sd"
+
     def variance(content):
         content["models"]["dit"]["sampling"]["options"] = {"variance_type": "learned_range"}
 
@@ -371,6 +378,7 @@ def test_what_a_track_says_of_autoencoders_is_checked(tmp_path):
     for change, words in (
         (unknown, r"models\.dit\.autoencoder: unknown autoencoder 'sd'; known: none"),
         (neither, r"autoencoders\.sd: needs either the key 'asset' or 'folder'"),
+        (reads, r"models\.dit\.text_encoder: fashion_mnist_16 has classes, not captions"),
         (
             variance,
             r"models\.dit\.sampling\.options\.variance_type: the model predicts no variance",

@@ -10,7 +10,7 @@ import torch
 from contract import counting
 from torch import nn
 
-from prunebench.errors import CellError
+from prunebench.errors import CellError, UserError
 from prunebench.pruning import surgery
 from prunebench.training import loop
 from prunebench.training.budget import KEYS, BudgetMeter, unspent
@@ -153,13 +153,18 @@ def test_dropped_classes_become_no_class():
     data, model = tiny.data("dit"), tiny.dense("dit")
     generator = torch.Generator().manual_seed(0)
     batch = data.draw(2000, generator, torch.device("cpu"))
-    dropped = loop._drop_classes(batch, model, 0.25, generator)
+    dropped = loop._drop_some(
+        batch, data.conditions, model, tiny.settings(class_dropout=0.25), generator
+    )
     share = (dropped.y == model.null_class).float().mean().item()
     assert share == pytest.approx(0.25, abs=0.03)
     kept = dropped.y != model.null_class
     assert torch.equal(dropped.y[kept], batch.y[kept])
     assert torch.equal(dropped.noised, batch.noised)
-    assert loop._drop_classes(batch, model, 0.0, generator) is batch
+    assert (
+        loop._drop_some(batch, data.conditions, model, tiny.settings(class_dropout=0.0), generator)
+        is batch
+    )
 
 
 # The meter against counts taken independently (contract.counting).
@@ -277,3 +282,41 @@ def test_names_of_parametrized_weights_are_plain():
         "blocks.0.mlp.fc1.weight"
     )
     assert loop._plain("x.weight") == "x.weight"
+
+
+def _gradients(name: str, checkpointed: bool) -> tuple[dict, int]:
+    """Gradients of the loss under a bypassed block, and how often a convolution or matrix ran."""
+    model, calls = tiny.dense(name), []
+    family = tiny.INSTANCES[name].module
+    family.remove_layer(model, family.layers(model, "block")[1].name)
+    if checkpointed:
+        loop.checkpoint_activations(model)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            module.register_forward_hook(lambda *_: calls.append(1))
+    batch = tiny.data(name).draw(4, torch.Generator().manual_seed(0), torch.device("cpu"))
+    loop.own_loss(model.train(), batch).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, len(calls)
+
+
+@pytest.mark.parametrize("name_", ["unet_attention", "ldm", "flux"])
+def test_checkpointed_activations_are_computed_again_and_change_no_gradient(name_):
+    kept, once = _gradients(name_, False)
+    again, twice = _gradients(name_, True)
+    assert twice > 1.3 * once  # attention of plain UNets is kept
+    assert kept.keys() == again.keys()
+    for name, gradient in kept.items():
+        torch.testing.assert_close(again[name], gradient, msg=name)
+
+
+def test_checkpointing_is_a_setting_of_training_and_selection():
+    settings = {"activation_checkpointing": True}
+    model, plain = tiny.dense("ldm"), tiny.dense("ldm")
+    _train("ldm", model, settings=settings)
+    _train("ldm", plain)
+    tiny.assert_same(model.state_dict(), plain.state_dict())
+    context = tiny.context("unet", settings=tiny.settings(**settings))
+    assert context.model.is_gradient_checkpointing
+    assert context.widths()  # they are traced
+    with pytest.raises(UserError, match="activation_checkpointing: DiT has none"):
+        _train("dit", tiny.dense("dit"), settings=settings)

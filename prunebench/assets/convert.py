@@ -5,7 +5,9 @@ zlib. Images are read one by one: memory does not grow with the data set.
 """
 
 import io
+import json
 import os
+import struct
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -131,10 +133,16 @@ def _cifar_records(tar: tarfile.TarFile, name: str) -> np.ndarray:
 # ---- archives of pictures
 
 
-def rgb(content: BinaryIO, size: int, box: tuple[int, int, int, int] | None = None) -> np.ndarray:
+def rgb(
+    content: BinaryIO,
+    size: int,
+    box: tuple[int, int, int, int] | None = None,
+    squash: bool = False,
+) -> np.ndarray:
     """A picture as uint8 [3, size, size].
 
-    With `box`: cropped to it and resized bilinearly (CelebA as in DDIM and Diff-Pruning). Without:
+    With `box`: cropped to it and resized bilinearly (CelebA as in DDIM and Diff-Pruning). With
+    `squash`: the whole of it, bicubically (COCO's references as in BK-SDM). Without either:
     ADM's centre crop, which DiT trains with: halved by box filter while twice too large, resized
     bicubically until the shorter side is `size`, and cropped in the middle.
     """
@@ -143,6 +151,9 @@ def rgb(content: BinaryIO, size: int, box: tuple[int, int, int, int] | None = No
     picture = Image.open(content).convert("RGB")
     if box:
         picture = picture.crop(box).resize((size, size), Image.Resampling.BILINEAR)
+        return np.asarray(picture).transpose(2, 0, 1)
+    if squash:
+        picture = picture.resize((size, size), Image.Resampling.BICUBIC)
         return np.asarray(picture).transpose(2, 0, 1)
     while min(picture.size) >= 2 * size:
         halved = (picture.width // 2, picture.height // 2)
@@ -290,11 +301,105 @@ def _index(
     }
 
 
+# ---- captioned pictures: an index of where they lie, and the first caption of each
+
+SIDE, REFERENCE_SIDE = 512, 256  # of training images; of references, as BK-SDM compares them
+YEARS = ("2014", "2017")
+
+
+def coco(files: Sequence[Path]) -> dict[str, np.ndarray]:
+    """COCO's annotations, training and validation pictures, three archives of one year."""
+    annotations, *archives = files
+    (year,) = [year for year in YEARS if year in annotations.name]
+    names, arrays = [path.name for path in archives], {}
+    with zipfile.ZipFile(annotations) as archive:
+        told = {
+            split: json.loads(archive.read(f"annotations/captions_{split}{year}.json"))
+            for split in ("train", "val")
+        }
+    for split, theirs in (("train", "train"), ("reference", "val")):
+        captions = _first_captions(told[theirs])
+        path = archives[theirs == "val"]
+        places = _stored(path)
+        pictures = [f"{theirs}{year}/{name}" for name in captions]
+        found = [places[name] for name in pictures]
+        arrays |= _captioned(split, [path.name], [(0, *place) for place in found], captions)
+    if len({path.parent for path in archives}) > 1:
+        raise ValueError(f"{' and '.join(names)} lie in different folders")
+    root = np.array(str(archives[0].parent.resolve()))
+    return {"root": root, "side": np.array(SIDE), "reference_side": np.array(REFERENCE_SIDE),
+            **arrays}  # fmt: skip
+
+
+def _first_captions(content: Mapping) -> dict[str, str]:
+    """File name -> the caption of lowest id, in the order of the pictures' ids."""
+    first: dict[int, str] = {}
+    for entry in sorted(content["annotations"], key=lambda entry: entry["id"]):
+        first.setdefault(entry["image_id"], " ".join(entry["caption"].split()))
+    pictures = sorted(content["images"], key=lambda entry: entry["id"])
+    return {entry["file_name"]: first[entry["id"]] for entry in pictures if entry["id"] in first}
+
+
+def _stored(path: Path) -> dict[str, tuple[int, int]]:
+    """Member -> (offset, size) of an archive whose members are stored as they are."""
+    places = {}
+    with zipfile.ZipFile(path) as archive, path.open("rb") as handle:
+        for member in archive.infolist():
+            if member.is_dir():
+                continue
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{member.filename} is compressed; unpack and store it again")
+            handle.seek(member.header_offset + 26)  # lengths of name and extra field; then these
+            lengths = sum(struct.unpack("<HH", handle.read(4)))
+            places[member.filename] = (member.header_offset + 30 + lengths, member.file_size)
+    return places
+
+
+def gcc_folder(files: Sequence[Path]) -> dict[str, np.ndarray]:
+    """Conceptual Captions: two tables of captions and addresses, and a text file with the path of
+    the pictures, which are train/N.jpg and val/N.jpg, N the number of the table's line from 0.
+
+    Pictures that are not there (many addresses are dead) are left out.
+    """
+    *tables, place = files
+    root = Path(place.read_text().strip())
+    if not root.is_dir():
+        raise ValueError(f"it names {root}, which is no folder")
+    arrays = {"root": np.array(str(root.resolve())), "side": np.array(SIDE),
+              "reference_side": np.array(REFERENCE_SIDE)}  # fmt: skip
+    for table, split, folder in zip(tables, ("train", "reference"), ("train", "val"), strict=True):
+        lines = table.read_text().splitlines()
+        here = {entry.name: entry.stat().st_size for entry in os.scandir(root / folder)}
+        kept = [n for n in range(len(lines)) if here.get(f"{n}.jpg")]
+        captions = {f"{folder}/{n}.jpg": lines[n].split("\t")[0] for n in kept}
+        places = [(i, 0, here[f"{n}.jpg"]) for i, n in enumerate(kept)]
+        arrays |= _captioned(split, list(captions), places, captions)
+    return arrays
+
+
+def _captioned(
+    split: str, names: list[str], places: list[tuple[int, int, int]], captions: Mapping[str, str]
+) -> dict[str, np.ndarray]:
+    """What `datasets.Pictures` reads, and captions as UTF-8; label i is the i-th caption."""
+    if not places:
+        raise ValueError(f"no picture of '{split}' has a caption")
+    file, offsets, sizes = np.array(places, np.int64).T
+    return {
+        f"{split}_files": np.array([name.encode() for name in names]),
+        f"{split}_file": np.ascontiguousarray(file),
+        f"{split}_offsets": np.ascontiguousarray(offsets),
+        f"{split}_sizes": np.ascontiguousarray(sizes),
+        f"{split}_labels": np.arange(len(places)),
+        f"{split}_captions": np.array([text.encode() for text in captions.values()]),
+    }
+
+
 CONVERSIONS: dict[str, Callable[[Sequence[Path]], Mapping[str, np.ndarray | Stack]]] = {
     function.__name__: function
     for function in (
         *(arrays, cifar_binary, celeba64, flowers102, cub200, artbench10),
         *(imagenet_archive, imagenet_folder),
+        *(coco, gcc_folder),
     )
 }
 

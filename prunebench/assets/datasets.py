@@ -8,6 +8,7 @@ import io
 import os
 import struct
 import zipfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,29 +31,36 @@ class Dataset:
     published reference. Such a one may bring `statistics` of its own, of more images than it has:
     mean [D] and covariance [D, D] of Inception's features.
     `flip` says whether training images are mirrored left to right with probability one half.
+    In sets with captions label i is the i-th caption, of image i; both are empty elsewhere.
     """
 
     train_images: "Tensor | Pictures"
     train_labels: "Tensor"
-    reference_images: "Tensor"
+    reference_images: "Tensor | Pictures"
     reference_labels: "Tensor"
     flip: bool = False
     statistics: "tuple[Tensor, Tensor] | None" = None
+    train_captions: tuple[str, ...] = ()
+    reference_captions: tuple[str, ...] = ()
 
 
 class Pictures:
-    """Pictures that are read, cropped and resized (ADM's way) only when they are asked for.
+    """Pictures that are read and brought to one size only when they are asked for.
 
     Args:
         arrays: `train_files` names below `root`; of each picture which file it lies in
             (`train_file`), at which byte (`train_offsets`), and how many bytes it has
-            (`train_sizes`); `side` of the images.
+            (`train_sizes`); `side` of the images, which are resized and cropped (ADM's way). For
+            "reference" in place of "train" there may be a `reference_side` to which the whole
+            picture is squashed.
         count: only the first so many.
     """
 
-    def __init__(self, arrays: "dict[str, np.ndarray]", count: int):
+    def __init__(self, arrays: "dict[str, np.ndarray]", count: int, split: str = "train"):
         self._root, self._arrays, self._count = str(arrays["root"]), arrays, count
-        self._side = int(arrays["side"])
+        self._split = split
+        self._squash = f"{split}_side" in arrays
+        self._side = int(arrays[f"{split}_side" if self._squash else "side"])
 
     def __len__(self) -> int:
         return self._count
@@ -66,17 +74,22 @@ class Pictures:
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             return torch.from_numpy(np.stack(list(pool.map(self._picture, chosen))))
 
+    def split(self, batch: int) -> Iterator["Tensor"]:
+        """All of them in batches, as tensors are split."""
+        for start in range(0, len(self), batch):
+            yield self[start : start + batch]
+
     def _picture(self, row: int) -> "np.ndarray":
         from prunebench.assets.convert import rgb
 
-        keys = ("train_file", "train_offsets", "train_sizes")
+        keys = [f"{self._split}_{key}" for key in ("file", "offsets", "sizes")]
         number, offset, size = (int(self._arrays[key][row]) for key in keys)
-        path = Path(self._root, self._arrays["train_files"][number].decode())
+        path = Path(self._root, self._arrays[f"{self._split}_files"][number].decode())
         try:
             with path.open("rb") as handle:
                 handle.seek(offset)
                 content = handle.read(size)
-            return rgb(io.BytesIO(content), self._side)
+            return rgb(io.BytesIO(content), self._side, squash=self._squash)
         except OSError as error:  # of the disk, or of a picture that can't be decoded
             raise UserError(f"{path}, {size} bytes from {offset}: {error}") from error
 
@@ -103,41 +116,48 @@ def load_dataset(
         UserError: as `locate`; not a data set; or a limit that the data set cannot give.
     """
     arrays = _arrays(name, locate(name, mirror))
-    train = _training(arrays, limit_train)
-    if reference == "train":
-        judged = {"images": arrays.get("train_images"), "labels": arrays["train_labels"]}
-    elif reference == "held_out":
-        judged = {key: arrays.get(f"reference_{key}") for key in ("images", "labels")}
+    train, statistics = _split(arrays, "train", limit_train), None
+    split = {"held_out": "reference", "train": "train"}.get(reference)
+    if split is None:
+        seen, statistics = _published(reference, locate(reference, mirror), limit_reference)
+    elif f"{split}_images" in arrays or (split == "reference" and "reference_files" in arrays):
+        seen = _split(arrays, split, limit_reference, "reference")
     else:
-        judged = _published(reference, _arrays(reference, locate(reference, mirror)))
-    if judged["images"] is None:
         raise UserError(f"dataset.reference: {name} has no '{reference}' images; name an asset")
-    images = _images(judged["images"], limit_reference, "reference")
-    labels = _tensor(judged["labels"])[: len(images)].long()
-    return Dataset(*train, images, labels, flip, judged.get("statistics"))
+    told = _captions(arrays, "train", train[0]), _captions(arrays, split, seen[0])
+    return Dataset(*train, *seen, flip, statistics, *told)
 
 
-def _training(arrays: dict, limit: int | None) -> "tuple[Tensor | Pictures, Tensor]":
-    labels = _tensor(arrays["train_labels"]).long()
-    if "train_files" in arrays:
-        images = Pictures(arrays, _count(len(labels), limit, "train"))
+def _split(
+    arrays: dict, split: str, limit: int | None, key: str | None = None
+) -> "tuple[Tensor | Pictures, Tensor]":
+    """Images and labels of "train" or "reference"; `key` is what the limit is called."""
+    labels = _tensor(arrays[f"{split}_labels"]).long()
+    if f"{split}_files" in arrays:
+        images = Pictures(arrays, _count(len(labels), limit, key or split), split)
     else:
-        images = _images(arrays["train_images"], limit, "train")
+        images = _images(arrays[f"{split}_images"], limit, key or split)
     return images, labels[: len(images)]
 
 
-def _published(name: str, arrays: dict) -> dict:
-    """A reference batch of ADM: images NHWC, and statistics of the whole data set."""
+def _captions(arrays: dict, split: str | None, images: "Tensor | Pictures") -> tuple[str, ...]:
+    texts = arrays.get(f"{split}_captions", ())[: len(images)]
+    return tuple(text.decode() for text in texts)
+
+
+def _published(name: str, path: Path, limit: int | None) -> "tuple[tuple, tuple]":
+    """Images, labels and whole statistics of a reference batch of ADM, which has images NHWC."""
     import numpy as np
 
+    arrays = _arrays(name, path)
     if asset(name).kind != "reference" or "arr_0" not in arrays:
         raise UserError(f"dataset.reference: '{name}' is no reference batch in ADM's format")
-    images = arrays["arr_0"].transpose(0, 3, 1, 2)
+    images = _images(arrays["arr_0"].transpose(0, 3, 1, 2), limit, "reference")
     labels = arrays["arr_1"] if "arr_1" in arrays else np.zeros(len(images), np.int64)
     if not {"mu", "sigma"} <= set(arrays):  # FID with the batch's few images would be another
         raise UserError(f"dataset.reference: '{name}' lacks the statistics 'mu' and 'sigma'")
     whole = tuple(_tensor(arrays[key]).double() for key in ("mu", "sigma"))
-    return {"images": images, "labels": labels, "statistics": whole}
+    return (images, _tensor(labels)[: len(images)].long()), whole
 
 
 def _arrays(name: str, path: Path) -> "dict[str, np.ndarray]":

@@ -52,7 +52,7 @@ class Asset:
         made_from: originals a data set can be made of -> name of the conversion.
         alternatives: assets that serve as well where this one is absent.
         shape, classes: (C, H, W) of a data set's images, and how many labels there are, so that
-            drawing others like them needs no file.
+            drawing others like them needs no file. Sets with captions have no classes.
     """
 
     name: str

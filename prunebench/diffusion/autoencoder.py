@@ -64,21 +64,31 @@ class Autoencoder:
     A VQ model's latents are those before quantisation, which is part of decoding, as LDM's are.
 
     Args:
-        place: a folder of config.json and a safetensors file, or the file of an LDM-4. Its weights
-            are read when they are first needed.
-        scale: what latents are multiplied with for the denoiser.
+        place: a folder of config.json and a safetensors file, that of a pipeline with such a one
+            as "vae", or the file of an LDM-4. Its weights are read when they are first needed.
+        scale: what latents are multiplied with for the denoiser,
         batch: images that go through it at once.
         device: where they do.
+        shift: after this was taken away (FLUX).
 
     Raises:
         UserError: the folder holds no autoencoder that is known, or (later) not its weights.
     """
 
-    def __init__(self, place: Path, scale: float, batch: int, device: torch.device | str = "cpu"):
-        self.place, self.scale, self.batch, self.device = Path(place), scale, batch, device
+    def __init__(
+        self,
+        place: Path,
+        scale: float,
+        batch: int,
+        device: torch.device | str = "cpu",
+        shift: float = 0.0,
+    ):
+        place = Path(place)
+        self.place = place / "vae" if (place / "vae").is_dir() else place
+        self.scale, self.shift, self.batch, self.device = scale, shift, batch, device
         own = self.place.is_dir()
         self.config = read_json(self.place / "config.json") if own else VQ_F4
-        self.file, self.layout = (self.place / WEIGHTS, DIFFUSERS) if own else (place, COMPVIS)
+        self.file, self.layout = (self.place / WEIGHTS, DIFFUSERS) if own else (self.place, COMPVIS)
         if self.config.get("_class_name") not in KINDS:
             raise UserError(
                 f"{self.place / 'config.json'}: autoencoder '{self.config.get('_class_name')}'; "
@@ -127,7 +137,7 @@ class Autoencoder:
         return torch.cat([self._decoded(self._full(part))[: len(part)] for part in parts])
 
     def _decoded(self, latents: Tensor) -> Tensor:
-        return self.module.decode(latents / self.scale).sample
+        return self.module.decode(latents / self.scale + self.shift).sample
 
     def _full(self, batch: Tensor) -> Tensor:
         """A batch that is too short, filled up with zeros."""

@@ -8,15 +8,50 @@ are computed together. `lanes` can move the last bits and so is a constant of th
 
 import functools
 import hashlib
+import math
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 
 import diffusers
 import numpy as np
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
+from torchvision.transforms.functional import InterpolationMode, resize
 
+from prunebench.diffusion.conditions import CLASSES, Condition, Conditions, each
 from prunebench.diffusion.objectives import FlowMatching, Objective
 from prunebench.errors import CellError, UserError, short_of_memory
+
+
+class EulerMaruyama:
+    """SiT's stochastic sampler (Ma et al. 2024, eq. 4) with its released settings.
+
+    From t = 1 (noise) down it follows dx = -(v - w s) dt + sqrt(2 w) dW with the diffusion w = t
+    and the score s = -(x + (1 - t) v) / t of the linear path, in `steps` - 1 Euler-Maruyama steps
+    to t = `last_step`, and from there to 0 without noise. It has the interface of diffusers'
+    schedulers, flow times from 0 to 1000 included.
+    """
+
+    def __init__(self, last_step: float = 0.04):
+        self.last_step = last_step
+
+    def set_timesteps(self, steps: int) -> None:
+        times = torch.linspace(1, self.last_step, steps, dtype=torch.float64)
+        self.timesteps = (times * 1000).float()
+        self._sizes = dict(zip(self.timesteps.tolist(), [*(-times.diff()), times[-1]], strict=True))
+
+    def step(
+        self, velocity: Tensor, t: Tensor, x: Tensor, generator: list | None = None
+    ) -> SimpleNamespace:
+        """x [N, C, H, W] after the step from t; image n draws from generator n."""
+        size, time = float(self._sizes[t.item()]), t.item() / 1000
+        mean = x - size * velocity - size * (x + (1 - time) * velocity)
+        if t == self.timesteps[-1]:
+            return SimpleNamespace(prev_sample=mean)
+        noise = randn_tensor(x.shape, generator, x.device, x.dtype)
+        return SimpleNamespace(prev_sample=mean + math.sqrt(2 * time * size) * noise)
+
 
 SAMPLERS = {
     "ddim": functools.partial(diffusers.DDIMScheduler, timestep_spacing="trailing"),
@@ -24,9 +59,12 @@ SAMPLERS = {
     "dpm-solver++": functools.partial(
         diffusers.DPMSolverMultistepScheduler, timestep_spacing="trailing"
     ),
+    "pndm": functools.partial(diffusers.PNDMScheduler, skip_prk_steps=True),
     "euler": diffusers.FlowMatchEulerDiscreteScheduler,
     "heun": diffusers.FlowMatchHeunDiscreteScheduler,
+    "euler-maruyama": EulerMaruyama,
 }
+STOCHASTIC = ("ddpm", "euler-maruyama")  # they draw noise on the way
 
 
 def image_seed(seed: int, index: int) -> int:
@@ -65,11 +103,13 @@ class Sampler:
         model: the denoiser, (x, t, y) -> prediction.
         objective: the objective it was trained with.
         shape: (C, H, W) of what the model denoises: an image, or its latents.
-        classes: image i is asked for class i % classes.
+        classes: image i has the label i % classes.
         settings: `sampler`, `steps`, `lanes`, and optionally `guidance`, `guidance_channels` (only
-            the first so many are guided, as in DiT's and SiT's code) and `options`.
+            the first so many are guided, as in DiT's and SiT's code), `options` and `size` (of the
+            images that are returned).
         steps: fraction of the settings' steps to take (a plan of kind "steps").
         decode: what makes images of the model's latents, for latent models.
+        conditions: what the model takes for labels.
     """
 
     def __init__(
@@ -81,14 +121,19 @@ class Sampler:
         settings: dict,
         steps: float = 1.0,
         decode: Callable[[Tensor], Tensor] | None = None,
+        conditions: Conditions = CLASSES,
     ):
         self.model, self.objective, self.shape, self.classes = model, objective, shape, classes
-        self.settings, self.decode = settings, decode
+        self.settings, self.decode, self.conditions = settings, decode, conditions
         self.steps = round(settings["steps"] * steps)
         self.device = next(model.parameters()).device
 
     def labels(self, indices: range) -> Tensor:
         return torch.tensor(indices) % self.classes
+
+    def asked(self, indices: range) -> Condition:
+        """What the model takes for these images, on its device."""
+        return each(lambda v: v.to(self.device), self.conditions.of(self.labels(indices)))
 
     def images(self, seed: int, start: int, stop: int, batch: int) -> Iterator[Tensor]:
         """uint8 images [<= batch, C, H, W] of the indices from `start` to `stop`."""
@@ -106,9 +151,9 @@ class Sampler:
         indices = range(block * lanes, (block + 1) * lanes)
         randomness = generators(seed, indices)
         noise = torch.stack([torch.randn(self.shape, generator=g) for g in randomness])
-        labels = self.labels(indices).to(self.device)
+        asked = self.asked(indices)
         try:
-            x = self.denoise(noise.to(self.device), labels, randomness)
+            x = self.denoise(noise.to(self.device), asked, randomness)
             if self.decode and x.isfinite().all():
                 x = self.decode(x)
         except RuntimeError as error:
@@ -120,38 +165,38 @@ class Sampler:
             ) from error
         if not x.isfinite().all():
             raise CellError("the model draws images that are not finite numbers")
-        return to_uint8(x).cpu()
+        return shrunk(to_uint8(x).cpu(), self.settings.get("size"))
 
-    def denoise(self, x: Tensor, y: Tensor, randomness: list | None = None) -> Tensor:
+    def denoise(self, x: Tensor, y: Condition, randomness: list | None = None) -> Tensor:
         """Follow the sampler from noise [N, C, H, W] to images in [-1, 1], or to latents;
         differentiable.
         """
         solver = scheduler(
             self.settings["sampler"], self.objective, self.steps, self.settings.get("options", {})
         )
-        stochastic = {"generator": randomness} if self.settings["sampler"] == "ddpm" else {}
+        stochastic = {"generator": randomness} if self.settings["sampler"] in STOCHASTIC else {}
         for t in solver.timesteps:
             prediction = self.predict(x, self._network_time(t, len(x)), y)
             x = solver.step(prediction, t, x, **stochastic).prev_sample
         return x
 
     def _network_time(self, t: Tensor, count: int) -> Tensor:
-        # diffusers counts flow time from 0 to 1000 as well; the objective's own runs from 0 to 1.
+        # Schedulers count flow time from 0 to 1000 as well; the objective's own runs from 0 to 1.
         t = t / 1000 if isinstance(self.objective, FlowMatching) else t
         return self.objective.model_time(t).expand(count).to(self.device)
 
-    def predict(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def predict(self, x: Tensor, t: Tensor, y: Condition) -> Tensor:
         """The model's prediction under classifier-free guidance (1 = none, one pass)."""
         guidance = self.settings.get("guidance", 1.0)
         asked = self._forward(x, t, y)
         if guidance == 1.0:
             return asked
-        null = self._forward(x, t, torch.full_like(y, self.model.null_class))
+        null = self._forward(x, t, self.conditions.nothing(y, self.model))
         guided = self.settings.get("guidance_channels", x.shape[1])
         mixed = torch.lerp(null[:, :guided], asked[:, :guided], guidance)
         return torch.cat([mixed, asked[:, guided:]], 1)
 
-    def _forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def _forward(self, x: Tensor, t: Tensor, y: Condition) -> Tensor:
         """The model's prediction; DiT's variance after it only where the sampler uses that."""
         output = self.model(x, t, y)
         learned = self.settings.get("options", {}).get("variance_type") == "learned_range"
@@ -167,6 +212,13 @@ def flip_some(images: Tensor, generator: torch.Generator) -> Tensor:
     """Mirror each image [N, C, H, W] left to right with probability one half."""
     mirrored = torch.rand(len(images), generator=generator) < 0.5
     return torch.where(mirrored[:, None, None, None], images.flip(3), images)
+
+
+def shrunk(images: Tensor, size: int | None) -> Tensor:
+    """uint8 images [N, C, R, R] at another size, bicubically; as they are without one."""
+    if size in (None, images.shape[-1]):
+        return images
+    return resize(images, [size, size], InterpolationMode.BICUBIC, antialias=True)
 
 
 def to_uint8(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.sparse import (
     to_sparse_semi_structured,
 )
 
+from prunebench.diffusion.conditions import Condition, each
 from prunebench.pruning.plan import Plan
 
 PATTERN, DTYPE = "2:4", torch.float16
@@ -33,7 +34,8 @@ class Half(nn.Module):
         self.model = nn.Module.to(copy.deepcopy(model), dtype)
         self.null_class = getattr(model, "null_class", None)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Condition) -> Tensor:
+        y = each(lambda v: v.to(self.dtype) if v.is_floating_point() else v, y)
         return self.model(x.to(self.dtype), t, y).to(x.dtype)
 
 

@@ -107,6 +107,9 @@ METRICS = {
         ("quality.inception_score",), "IS", "Inception score of the generated images: sure and "
         "varied classes in Inception's eyes, without regard to the reference", "higher",
         format=".2f", spread=True, optional=True),
+    "clip_score": Metric(
+        ("quality.clip_score",), "CLIP", "Mean cosine of CLIP's embeddings of image and prompt",
+        "higher", format=".4f", spread=True, optional=True),
     "fid_cleanfid": Metric(
         ("quality.fid_cleanfid",), "FID (clean-fid)", "The same distance from the clean-fid "
         "package, an independent check", "lower", format=".2f"),
@@ -383,13 +386,13 @@ def aggregate(cells: pd.DataFrame, compares: str = "selections") -> pd.DataFrame
     """One line per row with `<metric>_mean` and `<metric>_sd` (ddof 1), ranked and ordered."""
     comparison = COMPARISONS[compares]
     rows = pd.DataFrame([_row(key, group) for key, group in cells.groupby(ROW)])
-    rows = rows.astype({"samples": "Int64", "steps": "Int64"}).copy()
+    rows = rows.astype({"samples": "Int64", "steps": "Int64"})
     rows["section"] = rows[comparison.section]
     rows["unpublished"] = _unpublished(rows)
     rows["rank"] = _ranks(rows, comparison.group)
     rows["ties"] = [_ties(rows, row, comparison.group) for _, row in rows.iterrows()]
     rows = rows.join(pd.DataFrame([_equal_latency(rows, row) for _, row in rows.iterrows()]))
-    return _ordered(rows.astype({"equal_latency_steps": "Int64"}))
+    return _ordered(rows.astype({"equal_latency_steps": "Int64"})).copy()  # one block, not 100
 
 
 def _row(key: tuple, cells: pd.DataFrame) -> dict:

@@ -27,9 +27,9 @@ class ConditionalUNet(UNet2DConditionModel):
     """UNet2DConditionModel with the suite's call: (x [N, C, H, W], t [N], y) -> [N, C, H, W].
 
     With `classes`, y [N] are class indices; the class's vector is the only context token, and the
-    last row is "no class" (LDM's ClassEmbedder). Otherwise y is the text context [N, tokens, dim].
-    SDXL's y is a mapping: "context" [N, tokens, dim], "pooled" [N, dim], the pooled text embedding,
-    and "sizes" [N, 6], the original size, crop corner and target size in pixels.
+    last row is "no class" (LDM's ClassEmbedder). Otherwise y is the text context [N, tokens, dim],
+    or a mapping with it as "context". SDXL's has "pooled" [N, dim], the pooled text embedding, and
+    "sizes" [N, 6], the original size, crop corner and target size in pixels, besides.
     """
 
     null_class: int | None = None
@@ -39,7 +39,8 @@ class ConditionalUNet(UNet2DConditionModel):
         if self.null_class is not None:
             y = self.class_context(y).unsqueeze(1)
         elif isinstance(y, Mapping):
-            added = {"text_embeds": y["pooled"], "time_ids": y["sizes"]}
+            if "pooled" in y:
+                added = {"text_embeds": y["pooled"], "time_ids": y["sizes"]}
             y = y["context"]
         return super().forward(x, t, y, added_cond_kwargs=added).sample
 
@@ -57,7 +58,14 @@ class TransformerBlock(nn.Module):
             setattr(self, norm, getattr(block, norm))
             setattr(self, branch, getattr(block, branch))
 
-    def forward(self, x: Tensor, encoder_hidden_states: Tensor, **_: object) -> Tensor:
+    def forward(  # diffusers passes all by place where activations are checkpointed
+        self,
+        x: Tensor,
+        attention_mask: None = None,
+        encoder_hidden_states: Tensor | None = None,
+        *_: None,
+        **__: None,
+    ) -> Tensor:
         if self.attn1 is not None:
             x = x + self.attn1(self.norm1(x))
         if self.attn2 is not None:

@@ -23,7 +23,11 @@ from prunebench.errors import UserError
 # The record of each stage that is not a cell's, of the layout and the command's options.
 SHARED: dict[str, Callable[[Layout, Mapping[str, str]], str]] = {
     "extractor": lambda layout, _: layout.extractor,
-    "encode": lambda layout, given: layout.latents(given["--autoencoder"]),
+    "encode": lambda layout, given: (
+        layout.prompts(given["--text-encoder"])
+        if "--text-encoder" in given
+        else layout.latents(given["--autoencoder"])
+    ),
     "dense": lambda layout, given: layout.trained(given["--model"]),
     "oracle": lambda layout, given: layout.oracle(
         *(given[f"--{name}"] for name in ("model", "recovery", "seed", "mask"))

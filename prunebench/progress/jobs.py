@@ -116,9 +116,10 @@ def plan(track: Track, divisions: Iterable[str], runs: Path, oracle: bool = Fals
     layout = Layout(track.name, runs)
     made = Plan(layout)
     made.add("extractor", layout.extractor)
-    for name in dict.fromkeys(m.get("autoencoder") for m in track.content["models"].values()):
-        if name:
-            made.add("encode", layout.latents(name), name)
+    for kind, place in (("autoencoder", layout.latents), ("text_encoder", layout.prompts)):
+        for name in dict.fromkeys(m.get(kind) for m in track.content["models"].values()):
+            if name:
+                made.add("encode", place(name), name)
     for cell in itertools.chain.from_iterable(map(track.cells, divisions)):
         if cell not in made.cells:
             made.add_cell(cell, Paths(track, cell, runs))

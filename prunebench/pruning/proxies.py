@@ -107,5 +107,5 @@ def ranks(values: Sequence[float], tolerance: float = 1e-6) -> list[int]:
 
 def _singles(batch: Batch) -> Iterator[Batch]:
     """The batch's samples as batches of one, which keeps counting of passes honest."""
-    for n in range(len(batch.y)):
-        yield Batch(**{name: value[n : n + 1] for name, value in vars(batch).items()})
+    for n in range(len(batch.x0)):
+        yield batch.rows(range(n, n + 1))

@@ -13,6 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from prunebench.diffusion.conditions import CLASSES, Condition, Conditions, dropped, each
 from prunebench.diffusion.objectives import Objective
 from prunebench.diffusion.sampling import flip_some, to_float
 from prunebench.errors import CellError, UserError, short_of_memory
@@ -34,16 +35,20 @@ class Settings:
     ema: float = 0.0
     warmup: float = 0.0  # share of the steps with rising learning rate; cosine to 0 after it
     clip_norm: float = 1.0
-    class_dropout: float = 0.0  # share of labels replaced by "no class"
+    class_dropout: float = 0.0  # share of classes or prompts replaced by none
     precision: str = "fp32"  # or "bf16": autocast forward and loss; weights stay fp32
+    activation_checkpointing: bool = False  # blocks' activations are computed again, not kept
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch of noised training images, everything [N, ...] and on the model's device."""
+    """One batch of noised training images, everything [N, ...] and on the model's device.
+
+    `y` is what the network takes: classes, or a mapping of encoded text.
+    """
 
     x0: Tensor
-    y: Tensor
+    y: Condition
     t: Tensor
     noise: Tensor
     noised: Tensor
@@ -52,7 +57,7 @@ class Batch:
 
     def rows(self, chosen: range) -> "Batch":
         rows = slice(chosen.start, chosen.stop)
-        return Batch(**{name: tensor[rows] for name, tensor in self.__dict__.items()})
+        return Batch(**{name: each(lambda v: v[rows], value) for name, value in vars(self).items()})
 
 
 @dataclass(frozen=True)
@@ -60,29 +65,32 @@ class Data:
     """Training images (uint8 [N, C, H, W]) and labels with the objective that noises them.
 
     With `flip` half of the images that are drawn, for training and for calibration, are mirrored.
+    `conditions` make of labels what the network takes.
     """
 
     images: Tensor
     labels: Tensor
     objective: Objective
     flip: bool = False
+    conditions: Conditions = CLASSES
 
     def clean(self, rows: Tensor, generator: Generator) -> Tensor:
         """The images of some rows as the model is to generate them, float [N, C, H, W]."""
         return to_float(self.images[rows])
 
-    def noised(self, x0: Tensor, y: Tensor, t: Tensor, noise: Tensor) -> Batch:
+    def noised(self, x0: Tensor, y: Condition, t: Tensor, noise: Tensor) -> Batch:
         noised, target = self.objective.noised(x0, noise, t)
         return Batch(x0, y, t, noise, noised, target, self.objective.model_time(t))
 
     def draw(self, count: int, generator: Generator, device: torch.device) -> Batch:
         """`count` random images with random times and noise."""
         rows = torch.randint(len(self.images), (count,), generator=generator)
-        x0, y = self.clean(rows, generator), self.labels[rows]
+        x0, y = self.clean(rows, generator), self.conditions.of(self.labels[rows])
         t = self.objective.sample_times(count, generator)
         noise = torch.randn(x0.shape, generator=generator)
         x0 = flip_some(x0, generator) if self.flip else x0
-        return self.noised(x0.to(device), y.to(device), t.to(device), noise.to(device))
+        y = each(lambda v: v.to(device), y)
+        return self.noised(x0.to(device), y, t.to(device), noise.to(device))
 
 
 @dataclass
@@ -149,12 +157,14 @@ def train(
     steps = images // settings.batch
     progress, meter = progress or Progress(steps), meter or BudgetMeter()
     run = _Run(model, settings, muon_names, progress, seed, meter)
+    if settings.activation_checkpointing:
+        checkpoint_activations(model)
     masks = {name: mask.to(run.device) for name, mask in (masks or {}).items()}
     model.train()
     with _own_randomness(seed, run.device), (checkpoints or Checkpoints()).part(run, meter) as part:
         for step in counted(len(run.losses), steps, "train"):
             batch = data.draw(settings.batch, run.generator, run.device)
-            batch = _drop_classes(batch, model, settings.class_dropout, run.generator)
+            batch = _drop_some(batch, data.conditions, model, settings, run.generator)
             run.losses.append(run.gradients(batch, loss))
             if not math.isfinite(run.losses[-1]):
                 raise CellError(f"the training loss is {run.losses[-1]} at step {step} of {steps}")
@@ -166,6 +176,23 @@ def train(
             part.step_done()
     run.close(progress, steps)
     return run.losses
+
+
+def checkpoint_activations(model: nn.Module, wanted: bool = True) -> None:
+    """Keep only the inputs of blocks for the backward pass, which runs the blocks again.
+
+    Gradients are the same; calls without gradients are not touched.
+
+    Raises:
+        UserError: the family's class cannot, only diffusers' can.
+    """
+    if wanted and not getattr(model, "_supports_gradient_checkpointing", False):
+        raise UserError(f"activation_checkpointing: {type(model).__name__} has none; leave it out")
+    for module in model.modules():
+        if hasattr(module, "gradient_checkpointing"):
+            module.gradient_checkpointing = False
+    if wanted:
+        model.enable_gradient_checkpointing()
 
 
 @contextmanager
@@ -228,7 +255,7 @@ class _Run:
     def _backward(self, part: Batch, loss: Loss) -> float:
         bf16 = self.settings.precision == "bf16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-            value = loss(self.model, part) * (len(part.y) / self.settings.batch)
+            value = loss(self.model, part) * (len(part.x0) / self.settings.batch)
         value.backward()
         return value.item()
 
@@ -354,12 +381,15 @@ def _cosine(progress: Progress, settings: Settings) -> Callable[[int], float]:
     return factor
 
 
-def _drop_classes(batch: Batch, model: nn.Module, share: float, generator: Generator) -> Batch:
-    if not share:
+def _drop_some(
+    batch: Batch, conditions: Conditions, model: nn.Module, settings: Settings, generator: Generator
+) -> Batch:
+    """Ask for nothing in a share of the images, as guidance needs it."""
+    if not settings.class_dropout:
         return batch
-    dropped = (torch.rand(len(batch.y), generator=generator) < share).to(batch.y.device)
-    y = batch.y.masked_fill(dropped, model.null_class)
-    return Batch(**{**batch.__dict__, "y": y})
+    chosen = torch.rand(len(batch.x0), generator=generator) < settings.class_dropout
+    y = dropped(conditions, batch.y, model, chosen.to(batch.x0.device))
+    return Batch(**{**vars(batch), "y": y})
 
 
 @torch.no_grad()

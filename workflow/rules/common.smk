@@ -189,13 +189,19 @@ def checkpoint_file(wildcards):
 
 
 def latents(wildcards):
-    """The record of the latents that a model trains on; none where it trains on images."""
+    """Records of the latents and prompts that a model trains on; none for images of classes."""
     name = TRACK.model(wildcards.model).get("autoencoder")
-    return [LAYOUT.latents(name)] if name else []
+    return [*([LAYOUT.latents(name)] if name else []), *prompts(wildcards)]
+
+
+def prompts(wildcards):
+    """The record of the prompts that a model is asked; none where it has classes."""
+    name = TRACK.model(wildcards.model).get("text_encoder")
+    return [LAYOUT.prompts(name)] if name else []
 
 
 def encode_fingerprint(wildcards):
-    return TRACK.fingerprint("encode", autoencoder=wildcards.autoencoder)
+    return TRACK.fingerprint("encode", **dict(wildcards.items()))
 
 
 def method_file(wildcards):

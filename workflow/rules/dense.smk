@@ -42,6 +42,26 @@ rule encode:
         "--autoencoder {wildcards.autoencoder} &> {log}"
 
 
+rule prompts:
+    input:
+        ancient(LAYOUT.assets),
+    output:
+        LAYOUT.prompts("{text_encoder}"),
+    log:
+        LAYOUT.log("prompts", "{text_encoder}"),
+    priority: 100
+    conda:
+        "../../envs/prunebench.yaml"
+    resources:
+        **needs("encode"),
+    params:
+        track=ARGUMENT,
+        settings=encode_fingerprint,
+    shell:
+        "prunebench encode --gpus {resources.gpu} --track {params.track} "
+        "--text-encoder {wildcards.text_encoder} &> {log}"
+
+
 rule dense:
     input:
         ancient(LAYOUT.assets),

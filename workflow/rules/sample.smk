@@ -8,6 +8,7 @@ SHARD_RECORD, SHARD_IMAGES = LAYOUT.shard(
 
 rule shard:
     input:
+        prompts,
         checkpoint=artefact("checkpoint"),
     output:
         # Until they are gathered, images too: that Snakemake then removes them.
@@ -42,6 +43,7 @@ rule shard:
 
 rule sample:
     input:
+        prompts,
         checkpoint=artefact("checkpoint"),
         shards=shards,
     output:

@@ -26,6 +26,7 @@ rule select:
 
 rule cost:
     input:
+        prompts,
         dense=LAYOUT.trained("{model}"),
         select=rules.select.output,
     output:
