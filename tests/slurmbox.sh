@@ -91,10 +91,11 @@ stop() {                                 # stop NAME SIGNAL: and KILL where that
     local pid n=100
     [[ -s $BOX/run/$1.pid ]] || return 0
     pid=$(cat "$BOX/run/$1.pid")
+    rm -f "$BOX/run/$1.pid"
+    has "$pid" "SLURMBOX_MARK=$BOX" || return 0    # it ended by itself; the number may be another's
     kill -"$2" "$pid" 2>/dev/null || :
     while ((n-- > 0)) && ! gone "$pid"; do sleep 0.05; done
-    kill -KILL "$pid" 2>/dev/null || :
-    rm -f "$BOX/run/$1.pid"
+    gone "$pid" || kill -KILL "$pid" 2>/dev/null || :
 }
 
 write_conf() {
