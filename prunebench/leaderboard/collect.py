@@ -386,13 +386,13 @@ def aggregate(cells: pd.DataFrame, compares: str = "selections") -> pd.DataFrame
     """One line per row with `<metric>_mean` and `<metric>_sd` (ddof 1), ranked and ordered."""
     comparison = COMPARISONS[compares]
     rows = pd.DataFrame([_row(key, group) for key, group in cells.groupby(ROW)])
-    rows = rows.astype({"samples": "Int64", "steps": "Int64"})
     rows["section"] = rows[comparison.section]
     rows["unpublished"] = _unpublished(rows)
     rows["rank"] = _ranks(rows, comparison.group)
     rows["ties"] = [_ties(rows, row, comparison.group) for _, row in rows.iterrows()]
     rows = rows.join(pd.DataFrame([_equal_latency(rows, row) for _, row in rows.iterrows()]))
-    return _ordered(rows.astype({"equal_latency_steps": "Int64"})).copy()  # one block, not 100
+    rows = rows.astype(dict.fromkeys(["samples", "steps", "equal_latency_steps"], "Int64"))
+    return _ordered(rows).copy()  # in one block: astype leaves a hundred
 
 
 def _row(key: tuple, cells: pd.DataFrame) -> dict:
