@@ -179,3 +179,30 @@ def test_a_step_of_the_uvit_tracks_is_an_euler_maruyama_step():
         beta, sigma = solver.betas[t], (1 - solver.alphas_cumprod[t]).sqrt()
         expected = x + beta * x / 2 - beta * eps / sigma + beta.sqrt() * z
         assert (step - expected).abs().max() < 3 * beta**2 * max(x.abs().max(), eps.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("track_name", "model", "times", "clips"),
+    [
+        ("cifar10", "ddpm", range(990, -1, -10), True),  # 4.50 is of diffusers' pipeline
+        ("celeba64", "ddpm", range(990, -1, -10), False),  # 6.48 of DDIM's own steps
+        ("imagenet256", "ldm", range(997, 0, -4), False),  # the release's: one later
+    ],
+)
+def test_ddim_steps_as_the_code_does_that_the_number_to_reach_is_from(
+    track_name, model, times, clips
+):
+    settings = config.load(str(ROOT / "config" / f"{track_name}.yaml")).model(model)
+    objective = NoisePrediction(**{k: v for k, v in settings["objective"].items() if k != "name"})
+    sampling = settings["sampling"]
+    solver = scheduler("ddim", objective, sampling["steps"], sampling["options"])
+    assert solver.timesteps.tolist() == list(times)
+    t = times[len(times) // 2]
+    now, before = (solver.alphas_cumprod[i] for i in (t, t + times.step))
+    x, noise = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    image = (x - (1 - now).sqrt() * noise) / now.sqrt()
+    assert image.abs().max() > 1
+    image = image.clamp(-1, 1) if clips else image
+    expected = before.sqrt() * image + (1 - before).sqrt() * noise
+    step = solver.step(noise, torch.tensor(t), x).prev_sample
+    torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-4)
