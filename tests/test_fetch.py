@@ -208,7 +208,7 @@ import sys
 from prunebench import assets
 from prunebench.assets import fetch
 file = assets.File("big.bin", (sys.argv[1],), sys.argv[2])
-words = dict(kind="extractor", description="d", licence="l", home="h", needed_by="n")
+words = dict(kind="extractor", description="d", licence="l", home="h")
 assets.ASSETS["big"] = assets.Asset(name="big", files=(file,), **words)
 fetch.fetch("big")
 """
@@ -277,7 +277,7 @@ def test_wrong_content_is_refused_and_the_next_source_asked(serve, offer, cache)
     bad, good = serve({"big.bin": BYTES[:-1] + b"x"}), serve({"big.bin": BYTES})
     offer(f"{bad.url}/big.bin")
     message = refused()
-    for part in ("big", bad.url, SHA, "By hand", str(cache), "this test"):
+    for part in ("big", bad.url, SHA, "By hand", str(cache), "three bytes"):
         assert part in message
     assert contents(cache) == []
     offer(f"{bad.url}/big.bin", f"{good.url}/big.bin")
