@@ -20,7 +20,14 @@ from prunebench.evaluation.features import load_extractor
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-TRACKS = ("cifar10", "cifar10_uvit", "celeba64", "celeba64_uvit", "cifar10_scratch")
+TRACKS = (
+    *("cifar10", "cifar10_quad", "cifar10_uvit", "celeba64", "celeba64_uvit", "cifar10_scratch"),
+    *("lsun_church", "lsun_bedroom"),
+)
+SETS = {
+    "lsun_church": {"name": "lsun_church256", "reference": "train"},
+    "lsun_bedroom": {"name": "lsun_bedroom256", "reference": "adm_lsun_bedroom256"},
+}
 NEEDED = ("cifar10_arrays", "inception")
 HALF = 256  # images of each half; a minute of Inception on two idle cores
 FID_OF_HALVES = 111.51  # of so many; docs/real_data.md has it at more, down to what it should be
@@ -145,11 +152,8 @@ def test_inception_score_is_not_available_from_weights_without_logits(tiny_run, 
 @pytest.mark.parametrize("track_name", TRACKS)
 def test_tracks_with_checkpoints_have_their_numbers_to_reach(track_name):
     track = config.load(str(ROOT / "config" / f"{track_name}.yaml"))
-    assert track.content["dataset"] == {
-        "name": track_name.partition("_")[0],
-        "reference": "train",
-        "flip": True,
-    }
+    usual = {"name": track_name.partition("_")[0], "reference": "train"}
+    assert track.content["dataset"] == {**SETS.get(track_name, usual), "flip": True}
     own = track_name == "cifar10_scratch"
     assert track.content["sampling"]["count"] == (10_000 if own else 50_000)
     assert track.needs("sample")["gpu"] == track.needs("score")["gpu"] == 1
@@ -161,10 +165,20 @@ def test_tracks_with_checkpoints_have_their_numbers_to_reach(track_name):
 
 def test_ddim_takes_the_papers_uniform_steps():
     """0, 10, ..., 990 as in DDIM's code; the suite's default would end at 9."""
-    track = config.load(str(ROOT / "config" / "cifar10.yaml"))
-    settings = track.model("ddpm")["sampling"]
-    solver = scheduler("ddim", NoisePrediction(), settings["steps"], settings["options"])
-    assert solver.timesteps.tolist() == list(range(990, -1, -10))
+    for name in ("cifar10", "lsun_church", "lsun_bedroom"):
+        assert _ddim(name).timesteps.tolist() == list(range(990, -1, -10))
+    assert not _ddim("lsun_bedroom").config.clip_sample
+
+
+def test_the_table_of_diff_pruning_takes_quadratic_steps():
+    solver = _ddim("cifar10_quad")
+    assert solver.timesteps[[0, 1, -1]].tolist() == [800, 783, 0]
+    assert not solver.config.clip_sample
+
+
+def _ddim(track_name: str):
+    settings = config.load(str(ROOT / "config" / f"{track_name}.yaml")).model("ddpm")["sampling"]
+    return scheduler("ddim", NoisePrediction(), settings["steps"], settings["options"])
 
 
 def test_a_step_of_the_uvit_tracks_is_an_euler_maruyama_step():
