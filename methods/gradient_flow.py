@@ -24,6 +24,7 @@ from prunebench.pruning import surgery, targets
 from prunebench.pruning.scores import slices
 from prunebench.pruning.soft_masks import full, gains, hard, masked, readers
 from prunebench.selection import unmetered
+from prunebench.training.loop import checkpoint_activations
 
 TITLE = "Gradient-flow pruning (reconstruction)"
 KIND = "widths"
@@ -112,6 +113,8 @@ def check(rounds, r, **options):
 
 def gated(context, threshold, timesteps, batch):
     """Losses of one batch with one noise up to Diff-Pruning's gate, each a function of weights."""
+    # Blocks would be computed again after functional_call, with the model's own weights.
+    checkpoint_activations(context.model, False)
     (calibration,) = context.draws(batch, batch)
     highest, losses = 0.0, []
 

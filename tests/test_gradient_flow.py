@@ -143,6 +143,17 @@ def test_the_timesteps_are_those_of_diff_pruning(core):
     assert len(gated(tiny.context(core), 0.0, 12, 4)) == 12
 
 
+def test_activation_checkpointing_does_not_change_the_scores():
+    """Blocks that are computed again are so with m * w, not with the model's own weights."""
+    found = []
+    for wanted in (False, True):
+        context = tiny.context("ldm", settings=tiny.settings(activation_checkpointing=wanted))
+        masks = {n: 0.5 * mask for n, mask in full(context.model, context.widths()).items()}
+        losses = gated(context, 0.0, 2, 3)
+        found.append(slopes(losses, context.model, _groups(context), False, masks))
+    tiny.assert_same(*found)
+
+
 # Invariant 3: the step of the flow.
 
 
