@@ -416,12 +416,14 @@ def gcc_folder(files: Sequence[Path]) -> dict[str, np.ndarray]:
     """
     *tables, place = files
     root = Path(place.read_text().strip())
-    if not root.is_dir():
-        raise ValueError(f"it names {root}, which is no folder")
+    for place in (root, root / "train", root / "val"):
+        if not place.is_dir():
+            raise ValueError(f"{place} is no folder")
     arrays = {"root": np.array(str(root.resolve())), "side": np.array(SIDE),
               "reference_side": np.array(REFERENCE_SIDE)}  # fmt: skip
     for table, split, folder in zip(tables, ("train", "reference"), ("train", "val"), strict=True):
-        lines = table.read_text().splitlines()
+        # Python would split lines at other characters too, which captions hold.
+        lines = table.read_bytes().decode().removesuffix("\n").split("\n")
         here = {entry.name: entry.stat().st_size for entry in os.scandir(root / folder)}
         kept = [n for n in range(len(lines)) if here.get(f"{n}.jpg")]
         captions = {f"{folder}/{n}.jpg": lines[n].split("\t")[0] for n in kept}
