@@ -17,6 +17,7 @@ from prunebench.diffusion.objectives import NoisePrediction
 from prunebench.diffusion.sampling import scheduler
 from prunebench.errors import UserError
 from prunebench.evaluation.features import load_extractor
+from prunebench.evaluation.quality import quality
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -29,6 +30,7 @@ SETS = {
     "lsun_bedroom": {"name": "lsun_bedroom256", "reference": "adm_lsun_bedroom256"},
 }
 NEEDED = ("cifar10_arrays", "inception")
+DIMENSIONS = 64  # of the 2048 where clean-fid must give an answer
 HALF = 256  # images of each half; a minute of Inception on two idle cores
 FID_OF_HALVES = 111.51  # of so many; docs/real_data.md has it at more, down to what it should be
 
@@ -63,11 +65,20 @@ def test_halves_of_the_training_set_are_alike(mirror, monkeypatch):
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     judge = load_extractor("inception-v3-compat", assets.locate("inception"))
-    images = assets.load_dataset("cifar10").train_images
+    images, halves = assets.load_dataset("cifar10").train_images, []
+
+    def compared(first: dict, second: dict, labels: None) -> dict:
+        halves.extend((first, second))
+        return quality(first, second, labels)
+
+    monkeypatch.setattr(script, "quality", compared)
     result = script.compare_halves(images, HALF, judge)
     assert result["fid"] == pytest.approx(result["fid_torch_fidelity"], rel=1e-3)
     if result["fid_cleanfid"] is not None:  # its matrix root fails on some singular covariances
         assert result["fid"] == pytest.approx(result["fid_cleanfid"], rel=1e-3)
+    # With fewer dimensions than images they are regular, and it always has one.
+    few = quality(*({"features": half["features"][:, :DIMENSIONS]} for half in halves), None)
+    assert few["fid"] == pytest.approx(few["fid_cleanfid"], rel=1e-6)
     assert result["fid"] == pytest.approx(FID_OF_HALVES, rel=1e-3)
     assert abs(result["kid"]) < 2e-3  # unbiased
     assert result["precision"] > 0.5 and result["recall"] > 0.5

@@ -375,10 +375,7 @@ def test_guidance_goes_from_no_class_to_class(guidance):
 
 
 def _instance_sampler(name: str, sampler: str, **settings) -> Sampler:
-    instance = tiny.INSTANCES[name]
-    entries = {"sampler": sampler, "steps": 2, "lanes": 8, **settings}
-    goal = objective(instance.objective)
-    return Sampler(tiny.dense(name), goal, instance.shape, tiny.CLASSES, entries)
+    return tiny.sampler(name, tiny.dense(name), sampler=sampler, lanes=8, **settings)
 
 
 def _samplers(name: str) -> tuple[str, ...]:
