@@ -30,6 +30,7 @@ onstart:
         prepare_machine()
     elif workflow.executor_plugin.name == "slurm":
         cancel_leftover_jobs()
+    adopt_unseen_records()
     # For `prunebench progress`.
     activity.mark_run(TRACK.name, workflow.local_exec, workflow.cores)
 

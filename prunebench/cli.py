@@ -113,7 +113,10 @@ def _prepare() -> None:
     forbid_network()
     import torch
 
+    from prunebench.provenance import PACKAGE, code_hash
     from prunebench.training import parallel
+
+    code_hash(PACKAGE)  # remembered: the code may be edited while the stage runs
 
     torch.set_num_threads(1)  # two jobs side by side beat two threads on models of this size
     parallel.start()

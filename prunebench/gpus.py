@@ -42,6 +42,8 @@ def prepare(count: int, argv: list[str], parallel: bool = False) -> None:
         return
     if CLAIM in os.environ:
         os.environ[VISIBLE] = ",".join(claim(count))
+    elif not count:  # and none granted in another way (gres): not to take another job's
+        os.environ.setdefault(VISIBLE, "")
     granted = _names(os.environ.get(VISIBLE, ""))
     if 0 < count < len(granted):  # the shell's or the whole node's: more than the rule asks for
         granted = granted[:count]

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
@@ -43,9 +44,13 @@ def provenance(config: dict) -> dict:
     }
 
 
-def config_hash(config: dict) -> str:
-    """SHA-256 of a configuration, whatever the order of its keys."""
-    text = json.dumps(config, sort_keys=True, separators=(",", ":"))
+def config_hash(config: Mapping) -> str:
+    """SHA-256 of a configuration, whatever the order of its keys.
+
+    Without what jobs need of a cluster: whoever gives them more memory changes no result.
+    """
+    content = {key: value for key, value in config.items() if key != "needs"}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -5,11 +5,12 @@ failure is recorded and passed on, so that it costs its own cells only. Anything
 wrong (disk, memory, corrupt files) stops the command and is tried again by the next run.
 """
 
+import contextlib
 import functools
 import logging
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -316,7 +317,7 @@ def select(track: Track, cell: Cell, paths: Paths) -> None:
         train_images=track.budget(cell) if method.trains else 0,
         checkpoints=checkpoints,
     )
-    with meter.clock():
+    with meter.clock(), _unedited(method.file):
         plan, pruned = selection.select(
             context, methods.load(method), method.kind, track.parameters(cell)
         )
@@ -336,11 +337,27 @@ def select(track: Track, cell: Cell, paths: Paths) -> None:
     )
 
 
+@contextlib.contextmanager
+def _unedited(file: Path) -> Iterator[None]:
+    """Else the record would be newer than an edit that it knows nothing of.
+
+    Raises:
+        UserError: the method's file is no longer what it was.
+    """
+    before = artefacts.sha256(file)
+    try:
+        yield
+    finally:
+        if artefacts.sha256(file) != before:
+            raise UserError(f"{file} was edited while it ran; run the same command again")
+
+
 def recover(track: Track, cell: Cell, paths: Paths) -> None:
     """Train the pruned model on what selection has left of the cell's budget."""
     start, settings = time.perf_counter(), track.model(cell.model)
     chosen = _upstream(paths.select)
     pruned, plan = surgery.load(Path(paths.select).parent)
+    artefacts.read_record(paths.trained)
     whole, _ = surgery.load(Path(paths.trained).parent)
     meter, pruned, whole = BudgetMeter(), pruned.to(parallel.device()), whole.to(parallel.device())
     checkpoints = checkpoints_of(
@@ -507,6 +524,7 @@ def measure(track: Track, cell: Cell, paths: Paths) -> None:
     start = time.perf_counter()
     chosen = _upstream(paths.select)
     pruned, plan = surgery.load(Path(paths.select).parent)
+    artefacts.read_record(paths.trained)
     whole, _ = surgery.load(Path(paths.trained).parent)
     pruned, whole = pruned.to(parallel.device()), whole.to(parallel.device())
     fast, plain, kernels = semi_structured.contestants(pruned, whole, plan)
@@ -768,12 +786,13 @@ def shared_settings(track: Track, model: str) -> dict:
 
 
 def _history(records: dict[str, dict]) -> dict:
-    """When, with which code and how long each stage ran that a score rests on."""
+    """When, where, with which code and how long each stage ran that a score rests on."""
     return {
         stage: {
             "wall_s": record["wall_s"],
             "date": record["provenance"]["date"],
             "code": record["provenance"]["code"],
+            "machine": {name: record["provenance"][name] for name in ("cpu", "cores", "gpu")},
         }
         for stage, record in records.items()
     }

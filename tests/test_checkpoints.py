@@ -227,20 +227,39 @@ def test_a_checkpoint_of_something_else_is_not_used(tmp_path):
     assert not checkpoints.resumed
 
 
-def test_a_checkpoint_of_a_model_of_other_shapes_is_not_used(tmp_path, caplog):
+def _without_a_block(model: nn.Module) -> None:
+    tiny.INSTANCES["dit"].module.remove_layer(model, "blocks.1")
+
+
+@torch.no_grad()
+def _with_other_channels(model: nn.Module) -> None:
+    first = next(parameter for parameter in model.parameters() if parameter.dim() == 2)
+    first.copy_(first.flip(0))
+
+
+@pytest.mark.parametrize("change", [_without_a_block, _with_other_channels])
+def test_a_checkpoint_that_began_with_another_model_is_not_used(change, tmp_path, caplog):
     """Scores on a GPU may differ in the last bits, and with them what was pruned."""
     with pytest.raises(Interrupted):
         train(tiny.dense("dit"), Checkpoints(tmp_path, None, 0), interrupt_at(6))
-
-    def smaller():
-        model = tiny.dense("dit")
-        tiny.INSTANCES["dit"].module.remove_layer(model, "blocks.1")
-        return model
-
-    whole, model, checkpoints = smaller(), smaller(), Checkpoints(tmp_path, None, 1e9)
+    whole, model, checkpoints = tiny.dense("dit"), tiny.dense("dit"), Checkpoints(tmp_path)
+    change(whole), change(model)
     assert train(model, checkpoints) == train(whole)
-    assert not checkpoints.resumed and "of a model of other shapes" in caplog.text
+    assert not checkpoints.resumed and "began with other weights or masks" in caplog.text
     tiny.assert_same(model.state_dict(), whole.state_dict())
+
+
+def test_on_a_gpu_the_end_of_every_part_is_saved(tmp_path, monkeypatch):
+    """Done again it would differ in its last bits, and the parts after it would not be known."""
+    train(tiny.dense("dit"), Checkpoints(tmp_path / "cpu", None, 1e9))
+    assert not (tmp_path / "cpu").exists()
+    monkeypatch.setattr(parallel, "device", lambda: torch.device("cuda"))
+    model = tiny.dense("dit")
+    train(model, Checkpoints(tmp_path / "gpu", None, 1e9))
+    again, checkpoints = tiny.dense("dit"), Checkpoints(tmp_path / "gpu", None, 1e9)
+    train(again, checkpoints)
+    assert checkpoints.resumed == 1
+    tiny.assert_same(again.state_dict(), model.state_dict())
 
 
 def test_a_checkpoint_that_goes_while_it_is_written_stops_nothing(tmp_path, monkeypatch, caplog):

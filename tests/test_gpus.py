@@ -135,6 +135,16 @@ def test_on_a_cluster_the_scheduler_has_chosen(monkeypatch, tmp_path):
     assert not gpus.LOCKS.exists()
 
 
+def test_on_a_cluster_a_command_without_gpus_sees_none_but_those_granted(monkeypatch):
+    """Where Slurm does not hide them, the first would be another job's."""
+    monkeypatch.setattr(os, "environ", {})
+    gpus.prepare(0, [])
+    assert os.environ[gpus.VISIBLE] == ""
+    os.environ[gpus.VISIBLE] = "3"  # by `gres`, of which the rule's `gpu` knows nothing
+    gpus.prepare(0, [])
+    assert os.environ[gpus.VISIBLE] == "3"
+
+
 def test_a_machine_without_gpus_starts_nothing_and_locks_nothing(monkeypatch, tmp_path):
     monkeypatch.delenv(gpus.VISIBLE, raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -354,6 +354,20 @@ def test_warnings_for_mixed_code_hardware_and_disagreeing_fid(tmp_path):
     assert "0123456789, 0123456789-dirty" in text
 
 
+def test_hardware_is_that_of_the_measurement(tmp_path):
+    """Scores may be computed anywhere: the machine that timed a cell is what its row is about."""
+    cells = seeds("a", [1.0, 2.0])
+    timed = {"cpu": "EPYC", "cores": 8, "gpu": "H200"}
+    for metrics, scored_on in zip(cells, ("Intel", "AMD"), strict=True):
+        metrics["provenance"] |= {"cpu": scored_on}
+        metrics["stages"] = {"cost": {"wall_s": 1.0, "date": "", "code": "c", "machine": timed}}
+    files = [write_cell(tmp_path, metrics) for metrics in cells]
+    build(files, tmp_path / "out", expected_cells=None, title="t")
+    text = (tmp_path / "out/leaderboard.md").read_text()
+    assert "EPYC, 8 cores, H200" in text
+    assert "different hardware" not in text and "Intel" not in text
+
+
 def test_an_inception_score_that_is_not_available_is_said_never_shown(tmp_path):
     cells = seeds("a", [1.0, 2.0])
     reason = {"inception_score": "the judge's weights have no logits layer"}

@@ -484,11 +484,29 @@ def test_a_run_is_known_by_its_mark_until_its_process_ends(tmp_path, monkeypatch
     assert (run.track, run.pid, run.here, run.ended) == ("small", os.getpid(), True, False)
     later = activity.Run(**{**run.__dict__, "started": run.started - 1e9})
     assert later.ended  # the number is another process's now
-    mark_other(tmp_path, "small", local=False)
-    assert not activity.read_run(tmp_path).ended  # nobody here can tell
     activity.unmark_run()
     assert activity.read_run(tmp_path) is None
     activity.unmark_run()
+    mark_other(tmp_path, "small", local=False)
+    assert not activity.read_run(tmp_path).ended  # nobody here can tell
+    activity.unmark_run()
+    assert activity.read_run(tmp_path).host != socket.gethostname()  # it is not ours to take back
+
+
+def test_a_command_beside_a_run_leaves_its_mark(tmp_path, monkeypatch):
+    """`partial --nolock`, which docs/cluster.md recommends."""
+    monkeypatch.chdir(tmp_path)
+    with subprocess.Popen(["sleep", "60"]) as process:
+        monkeypatch.setattr(os, "getpid", lambda: process.pid)
+        activity.mark_run("small", local=False, cores=None)
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
+        activity.mark_run("other", local=True, cores=1)
+        activity.unmark_run()
+        assert activity.read_run(tmp_path).pid == process.pid
+        process.kill()
+    activity.mark_run("other", local=True, cores=1)  # it was killed
+    assert activity.read_run(tmp_path).track == "other"
 
 
 # ---- the command

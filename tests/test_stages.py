@@ -228,3 +228,15 @@ def test_the_machines_faults_are_not_the_cells(error, fault, tmp_path):
     else:
         assert not stages.guarded(stage, track, cell, None, str(record), None)
     assert record.exists() != fault
+
+
+def test_a_method_that_is_edited_while_it_runs_leaves_no_record(tmp_path):
+    """The record would be newer than the edit and taken for the new method's."""
+    file = tmp_path / "mine.py"
+    file.write_text("KIND = 'layers'")
+    with stages._unedited(file):
+        pass
+    with pytest.raises(UserError, match=r"mine\.py was edited while it ran"):  # noqa: SIM117
+        with stages._unedited(file):
+            file.write_text("KIND = 'widths'")
+            raise errors.CellError("its failure would be recorded otherwise")

@@ -268,3 +268,41 @@ def test_partial_builds_the_leaderboard_of_what_is_finished(project, settled):
     status, _ = project.snakemake()
     assert status == 0
     assert gone.exists()
+
+
+def test_records_of_jobs_whose_end_no_run_has_seen(tmp_path):
+    """As jobs on Slurm that outlive a killed controller leave them: Snakemake has no note."""
+    project, extractor = Project(tmp_path), Path("runs/smoke/extractor/extractor.json")
+    track = tmp_path / "config" / "smoke.yaml"
+
+    def learn_at(rate: str) -> None:
+        track.write_text(
+            re.sub(r"(epochs.*learning_rate: )[^}]+", rf"\g<1>{rate}", track.read_text())
+        )
+
+    def forget() -> None:
+        shutil.rmtree(tmp_path / ".snakemake" / "metadata")
+
+    def run(*more: str) -> tuple[int, str, bytes]:
+        status, output = project.snakemake(str(extractor), *more)
+        return status, output, (tmp_path / extractor).read_bytes()
+
+    made = run()[2]
+    forget()
+    assert run("runs/smoke/dit/trained/dense.json")[2] == made  # whose start takes note of it
+    learn_at("2.0e-2")
+    assert run()[2] != made  # so that a change of its settings is seen
+
+    forget()
+    learn_at("3.0e-2")
+    kept = (tmp_path / extractor).read_bytes()
+    status, output, found = run("runs/smoke/sit/trained/dense.json")
+    assert status == 1 and found == kept
+    assert f"1 records, such as {extractor}, were made with other settings of track smoke" in output
+    assert (tmp_path / ".snakemake/prunebench.unseen").read_text() == f"{extractor}\n"
+    sit = "runs/smoke/sit/trained/dense.json"
+    status, output = project.run("snakemake", "--cores", "2", str(extractor), sit,
+                                 "--config", "track=smoke", "keep=yes")  # fmt: skip
+    assert status == 0, output[-2000:]
+    assert run()[2] == kept
+    assert len(list((tmp_path / ".snakemake/metadata").iterdir())) > 1

@@ -570,8 +570,11 @@ def _ungated(sources: list[Source]) -> list[str]:
 
 
 def hardware(sources: list[Source]) -> list[str]:
+    """What latency was measured on; where it was not, what the record was written on."""
+    timed = (source.metrics.get("stages", {}).get("cost", {}) for source in sources)
     found = {(p["cpu"], p["cores"], p["gpu"] or "no GPU")
-             for p in (source.metrics["provenance"] for source in sources)}  # fmt: skip
+             for p in (stage.get("machine", source.metrics["provenance"])
+                       for stage, source in zip(timed, sources, strict=True))}  # fmt: skip
     return sorted(f"{cpu}, {cores} cores, {gpu}" for cpu, cores, gpu in found)
 
 

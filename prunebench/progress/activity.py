@@ -1,5 +1,6 @@
 """Which jobs are at work now: in Slurm's queue, and among the processes of this machine."""
 
+import contextlib
 import fcntl
 import itertools
 import json
@@ -87,28 +88,37 @@ class Run:
 
 
 def mark_run(track: str, local: bool, cores: int | None) -> None:
-    """Say that this process runs the workflow of the current folder."""
+    """Say that this process runs the workflow of the current folder, unless another one does."""
+    other = read_run(Path())
+    if other and other.here and not other.ended and other.pid != os.getpid():
+        return  # as beside `partial --nolock`
     run = Run(track, socket.gethostname(), os.getpid(), time.time(), local, cores)
     write_json(Path(MARK), asdict(run))
 
 
 def unmark_run() -> None:
-    Path(MARK).unlink(missing_ok=True)
+    """Take back what `mark_run` said, if it was this process that said it."""
+    run = read_run(Path())
+    if run and run.here and run.pid == os.getpid():
+        Path(MARK).unlink(missing_ok=True)
 
 
 def only_run(lock: TextIO) -> bool:
     """Whether no other run holds the folder's lock; if so none can start until it is shared."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         share(lock)
+        return False
+    except OSError:  # no locks here, as on a Lustre mounted without: as if another run lived
         return False
     return True
 
 
 def share(lock: TextIO) -> None:
     """Hold the lock with the other live runs: when the first one ends, the rest are still known."""
-    fcntl.flock(lock, fcntl.LOCK_SH)
+    with contextlib.suppress(OSError):  # no locks here
+        fcntl.flock(lock, fcntl.LOCK_SH)
 
 
 def read_run(home: Path) -> Run | None:

@@ -17,7 +17,10 @@ from prunebench.progress import activity
 from prunebench.progress.activity import Run, Work
 
 # In order.
-STAGES = ("extractor", "encode", "dense", "select", "cost", "recover", "sample", "score", "mask")
+STAGES = (
+    *("extractor", "encode", "prompts", "dense"),
+    *("select", "cost", "recover", "sample", "score", "mask"),
+)
 STATES = ("done", "failed", "running", "queued", "stopped", "waiting")
 FRESH = 900  # s without a word, after which a job that can't be seen from here counts as stopped
 TAIL = 4096  # bytes of a log that are read
@@ -48,7 +51,7 @@ class Job:
     """One stage of a cell, or what several cells start from.
 
     Attributes:
-        stage: one of STAGES.
+        stage: one of STAGES, its rule.
         fields: the folders of its record, which are those of its log too.
         shards: the jobs that draw the images which this one gathers, if several do.
     """
@@ -116,10 +119,14 @@ def plan(track: Track, divisions: Iterable[str], runs: Path, oracle: bool = Fals
     layout = Layout(track.name, runs)
     made = Plan(layout)
     made.add("extractor", layout.extractor)
-    for kind, place in (("autoencoder", layout.latents), ("text_encoder", layout.prompts)):
+    coders = (
+        ("encode", "autoencoder", layout.latents),
+        ("prompts", "text_encoder", layout.prompts),
+    )
+    for rule, kind, place in coders:
         for name in dict.fromkeys(m.get(kind) for m in track.content["models"].values()):
             if name:
-                made.add("encode", place(name), name)
+                made.add(rule, place(name), name)
     for cell in itertools.chain.from_iterable(map(track.cells, divisions)):
         if cell not in made.cells:
             made.add_cell(cell, Paths(track, cell, runs))
@@ -252,6 +259,8 @@ def _work(
         return work, ""
     if run.local:
         return work, "" if run.here else f"its jobs run on {run.host}"
+    if run.track != track.name and not run.ended:
+        return work, f"a run of track {run.track} is marked, which may hide one of this track"
     return work, problem
 
 

@@ -88,7 +88,7 @@ class Part:
     def __enter__(self) -> Self:
         state = self._read()
         if state is not None and not self.run.fits(state["run"]):
-            log.warning("%s is of a model of other shapes: training anew", self.file)
+            log.warning("%s began with other weights or masks: training anew", self.file)
             state = None
         # A late twin may have saved again while the processes read.
         if not parallel.agreed(state["wall_s"] if state else -1.0):
@@ -105,9 +105,10 @@ class Part:
     ) -> None:
         if hasattr(self, "handler"):
             signal.signal(signal.SIGTERM, self.handler)
-        # A training shorter than the interval is cheaper done again than written at every end.
+        # A training shorter than the interval is cheaper done again than written at every end; but
+        # on a GPU, done again, its last bits differ, and what follows would not be known again.
         late = time.monotonic() - self.owner.began >= self.owner.seconds
-        if kind is None and (late or self.stopping):
+        if kind is None and (late or self.stopping or parallel.device().type == "cuda"):
             self.save()
         # Every process has counted its own share of the batches, which are equal.
         for key, count in self._spent().items():

@@ -1,5 +1,7 @@
 """The training loop every stage uses: dense training, training inside selection, and recovery."""
 
+import hashlib
+import itertools
 import logging
 import math
 import re
@@ -160,6 +162,8 @@ def train(
     if settings.activation_checkpointing:
         checkpoint_activations(model)
     masks = {name: mask.to(run.device) for name, mask in (masks or {}).items()}
+    if checkpoints:
+        run.origin = _hash(model.state_dict(), masks)
     model.train()
     with _own_randomness(seed, run.device), (checkpoints or Checkpoints()).part(run, meter) as part:
         for step in counted(len(run.losses), steps, "train"):
@@ -223,7 +227,7 @@ class _Run:
         self.schedules = [torch.optim.lr_scheduler.LambdaLR(o, rate) for o in self.optimizers]
         self.average = _average(model, settings, progress)
         self.share = parallel.share(settings.batch)
-        self.micro_batch, self.losses = len(self.share), []
+        self.micro_batch, self.losses, self.origin = len(self.share), [], ""
 
     def gradients(self, batch: Batch, loss: Loss) -> float:
         """Fill the gradients of the batch's mean loss, which is returned."""
@@ -297,15 +301,12 @@ class _Run:
             "global_randomness": self._global_randomness(),
             "micro_batch": self.micro_batch,
             "losses": self.losses,
+            "origin": self.origin,
         }
 
     def fits(self, state: dict) -> bool:
-        """Whether a state is of a model with these tensors: scoring on a GPU may not repeat."""
-        own, saved = (
-            {name: tensor.shape for name, tensor in tensors.items()}
-            for tensors in (self.model.state_dict(), state["model"])
-        )
-        return own == saved
+        """Whether a state began with these weights and masks: scoring on a GPU may not repeat."""
+        return state["origin"] == self.origin
 
     def load_state_dict(self, state: dict) -> None:
         for name, part in self._stateful().items():
@@ -327,6 +328,15 @@ class _Run:
         torch.set_rng_state(states["cpu"])
         if "cuda" in states and self.device.type == "cuda":
             torch.cuda.set_rng_state(states["cuda"], self.device)
+
+
+def _hash(*groups: Mapping[str, Tensor]) -> str:
+    """SHA-256 of named tensors, with their shapes."""
+    digest = hashlib.sha256()
+    for name, tensor in itertools.chain.from_iterable(group.items() for group in groups):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _average(model: nn.Module, settings: Settings, progress: Progress) -> AveragedModel:

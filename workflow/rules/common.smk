@@ -14,6 +14,7 @@ from prunebench import gpus, leftovers, warm
 from prunebench.artefacts import read_json
 from prunebench.errors import UserError
 from prunebench.progress import activity
+from prunebench.provenance import config_hash
 
 try:
     TRACK = tracks.load_any(config.get("track", "embedded"))
@@ -55,8 +56,9 @@ def forget_killed_run():
             "there; or, if nothing runs there, delete the file and give it here."
         )
     atexit.register(handle.truncate, 0)
-    for mark in (*state.glob("locks/*.lock"), *state.glob("incomplete/*")):
-        mark.unlink()
+    for mark in (*state.glob("locks/*.lock"), *state.glob("incomplete/**/*")):
+        if not mark.is_dir():
+            mark.unlink(missing_ok=True)  # jobs that outlived the run remove their own
     activity.share(handle)
     return handle
 
@@ -67,7 +69,8 @@ RUN_LOCK = forget_killed_run() if workflow.is_main_process else None
 def cancel_leftover_jobs():
     """A killed run's Slurm jobs go on without it; ours would do the same work beside them."""
     if not activity.only_run(RUN_LOCK):
-        logger.warning("Another run of this folder is alive: no left-over jobs are looked for.")
+        logger.warning("Another run of this folder is alive, or its file system has no locks: "
+            "no left-over jobs are looked for.")
         return
     try:
         found, left = leftovers.cancel(workflow.executor_settings.jobname_prefix, Path.cwd())
@@ -82,6 +85,39 @@ def cancel_leftover_jobs():
     elif found:
         logger.warning(f"Cancelled {len(found)} Slurm jobs of a killed run; planning anew.")
         os.execv(sys.executable, sys.orig_argv)  # some may have finished since the jobs were listed
+
+
+UNSEEN = Path(".snakemake/prunebench.unseen")
+
+
+def adopt_unseen_records():
+    """Note what records rest on whose jobs ended after their controller was killed.
+
+    It could not, and Snakemake takes outputs without a note for good whatever is changed later. So
+    records of other settings than the track has now are for the user to judge.
+    """
+    others, own = [], config_hash(TRACK.content)
+    for job in workflow.dag.jobs:
+        if workflow.dag.needrun(job) or not workflow.dag.reason(job).no_metadata:
+            continue
+        if "keep" in config or config_of(job.output[0]) in (own, None):
+            workflow.async_run(workflow.persistence.finished(job))
+        else:
+            others.append(job.output[0])
+    if others:
+        UNSEEN.write_text("\n".join([*others, ""]))
+        raise WorkflowError(
+            f"{len(others)} records, such as {others[0]}, were made with other settings of track "
+            f"{TRACK.name}, by jobs whose end no run has seen. `xargs rm < {UNSEEN}` has them made "
+            f"anew; the same command with `--config track={ARGUMENT} keep=yes`, once, takes them."
+        )
+
+
+def config_of(record):
+    """Hash of the configuration a record was made with; None if it depends on none."""
+    if not record.endswith(".json"):
+        return None
+    return read_json(Path(record)).get("provenance", {}).get("config")
 
 
 # What the short stage commands import; once for the whole run instead of once per command.
