@@ -357,9 +357,8 @@ def check_trained(context: Context, own: nn.Module, pruned: nn.Module) -> None:
     if context.trained_images or context.made_fresh:
         return
     ours, theirs = own.state_dict(), pruned.state_dict()
-    if not all(
-        torch.equal(tensor.to(theirs[name].device), theirs[name]) for name, tensor in ours.items()
-    ):
+    pairs = ((tensor, theirs[name]) for name, tensor in ours.items())
+    if not all(torch.equal(one.to(other.device), other) for one, other in pairs):
         raise CellError(
             "the returned model was trained, but not by context.train: its budget is unknown"
         )

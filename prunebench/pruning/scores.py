@@ -71,7 +71,7 @@ def per_channel(
 
 
 class Values(Mapping):
-    """What `function` makes of weights, in single precision or more, made anew at every reading.
+    """What `function` makes of weights, made anew at every reading.
 
     So the values of one width are alive at a time; all of them would be another copy of the model.
     """
