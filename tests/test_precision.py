@@ -21,7 +21,12 @@ def _half(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("name_", tiny.SHAPES)
 def test_networks_take_and_return_single_precision(name_):
-    found, expected = tiny.output(_half(name_), name_), tiny.output(tiny.dense(name_), name_)
+    whole, (x, t, y) = tiny.dense(name_), tiny.inputs(name_)
+    if name_ == "flux":  # as released, it rounds its time and guidance
+        t = (t.bfloat16() * 1000).float() / 1000
+        whole.guidance_scale = (torch.tensor(3.5).bfloat16() * 1000).item() / 1000
+    with torch.no_grad():
+        found, expected = tiny.output(_half(name_), name_), whole(x, t, y)
     assert found.dtype == torch.float32 and not torch.equal(found, expected)
     assert (found - expected).abs().max() < 0.1 * expected.abs().max()
     x, t, y = tiny.inputs(name_)
@@ -44,11 +49,14 @@ def test_scores_are_sums_in_single_precision(name_):
                 assert parameter.grad.dtype == torch.bfloat16
                 single[name] = single[name] + parameter.grad.float()
     assert used == 40
+    matrices = scores.matrices(summed)
     for name, parameter in summed.named_parameters():
         if parameter.grad is not None:
             assert parameter.grad.dtype == torch.float32
-            assert torch.equal(parameter.grad, single[name]), name
-    terms = scores.taylor_terms(scores.matrices(summed))
+            same = parameter.grad, single[name]  # but for norms, which compute in single precision
+            assert name in matrices or torch.allclose(*same, rtol=0.02, atol=1e-3), name
+            assert name not in matrices or torch.equal(*same), name
+    terms = scores.taylor_terms(matrices)
     assert terms and {term.dtype for term in terms.values()} == {torch.float32}
 
 
@@ -92,7 +100,7 @@ def _track(tmp_path: Path, **weights) -> config.Track:
 
 @pytest.mark.parametrize("method", ["magnitude_2_4", "taylor"])
 def test_a_track_prunes_and_samples_weights_in_half_precision(tmp_path, method):
-    track, layout = _track(tmp_path, dtype="bfloat16"), config.Layout("smoke", tmp_path / "runs")
+    track, layout = _track(tmp_path, dtype="bfloat16"), config.Layout("track", tmp_path / "runs")
     assert track.fingerprint("dense", "dit") != _track(tmp_path).fingerprint("dense", "dit")
     stages.dense(track, layout, "dit")
     assert artefacts.read_record(layout.trained("dit"))["weights"]["dtype"] == "bfloat16"
