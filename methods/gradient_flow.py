@@ -24,6 +24,7 @@ from prunebench.pruning import surgery, targets
 from prunebench.pruning.scores import slices
 from prunebench.pruning.soft_masks import full, gains, hard, masked, readers
 from prunebench.selection import unmetered
+from prunebench.training.loop import checkpoint_activations
 
 TITLE = "Gradient-flow pruning (reconstruction)"
 KIND = "widths"
@@ -65,6 +66,7 @@ def select(
     threshold=0.05,
     timesteps=100,
     batch=128,
+    micro_batch=128,
     uniform=False,
 ):
     """Move the masks and train under them for `rounds` rounds, then slice.
@@ -76,6 +78,7 @@ def select(
         score: "magnitude_of_wHG" is a control: the sum of |w H G|, lowest first.
         share: of the training budget, spent in the rounds; the rest is left to the recovery.
         threshold, timesteps, batch: Diff-Pruning's gate, the times it is tested at, the images.
+        micro_batch: images that pass at once; the scores are the same, the memory is less.
         uniform: give every width the target as its own share instead of the model.
     """
     check(rounds, r, process=process, schedule=schedule, dt=dt, score=score)
@@ -83,7 +86,8 @@ def select(
     network = copy.deepcopy(context.model) if trains else context.model
     units = context.widths()
     groups = [readers(unit, network) for unit in units]
-    losses = gated(context, threshold, timesteps, batch)
+    losses = gated(context, threshold, timesteps, batch, micro_batch)
+    times = len(losses) // -(-batch // micro_batch)
     slope = partial(slopes, losses, network, groups, score == "magnitude_of_wHG")
     rule = targets.plan_uniform if uniform else partial(targets.plan_widths, context.model)
 
@@ -100,7 +104,7 @@ def select(
         if count:
             with masked(network, groups, masks):
                 context.train(network, count)
-    plan = plan_at(masks, **record(process, len(losses), before, masks))
+    plan = plan_at(masks, **record(process, times, before, masks))
     return plan, surgery.apply(unmetered(network), plan, context.family)
 
 
@@ -112,24 +116,31 @@ def check(rounds, r, **options):
             raise CellError(f"{name} is '{value}'; known: {', '.join(CHOICES[name])}")
 
 
-def gated(context, threshold, timesteps, batch):
-    """Losses of one batch with one noise up to Diff-Pruning's gate, each a function of weights."""
+def gated(context, threshold, timesteps, batch, micro_batch=128):
+    """Losses of one batch with one noise up to Diff-Pruning's gate, each a function of weights.
+
+    Those of a time's micro-batches sum to its mean loss.
+    """
+    # Blocks would be computed again after functional_call, with the model's own weights.
+    checkpoint_activations(context.model, False)
     (calibration,) = context.draws(batch, batch)
+    starts = range(0, batch, micro_batch)
+    parts = [calibration.rows(range(s, min(s + micro_batch, batch))) for s in starts]
     highest, losses = 0.0, []
 
-    def loss_at(t, weights):
+    def loss_at(t, part, weights):
         def model(*inputs):
             return functional_call(context.model, weights, inputs)
 
-        return context.loss(model, context.at_time(calibration, t))
+        return context.loss(model, context.at_time(part, t)) * (len(part.x0) / batch)
 
     for t in context.data.objective.grid(timesteps):
         with torch.no_grad():
-            value = loss_at(t, {}).item()
+            value = sum(loss_at(t, part, {}).item() for part in parts)
         highest = max(highest, value)
         if value < threshold * highest:
             break
-        losses.append(partial(loss_at, t))
+        losses += [partial(loss_at, t, part) for part in parts]
     return losses
 
 

@@ -85,7 +85,7 @@ class Context:
         return seeded(f"{self._method}/{self.seed}/{self._calls}")
 
     def draws(self, count: int, batch: int) -> list[Batch]:
-        """`count` seeded draws of (image, class, time, noise) in batches of at most `batch`.
+        """`count` seeded draws of (image, class or text, time, noise) in batches of up to `batch`.
 
         They are the calibration data, the same for all methods that draw as many in such batches.
         """
@@ -96,7 +96,7 @@ class Context:
         return [self.data.draw(size, generator, device) for size in sizes]
 
     def at_time(self, batch: Batch, t: Tensor) -> Batch:
-        """The same images, classes and noise at another time (one number)."""
+        """The same images, classes or texts, and noise at another time (one number)."""
         return self.data.noised(
             batch.x0, batch.y, t.expand(len(batch.x0)).to(batch.x0.device), batch.noise
         )

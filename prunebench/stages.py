@@ -45,6 +45,7 @@ from prunebench.training.checkpoints import SECONDS, Checkpoints
 log = logging.getLogger(__name__)
 
 IMAGES, FEATURES, CLASSIFIER = "images.safetensors", "reference.safetensors", "model.safetensors"
+CLIP = "model.safetensors"  # of evaluation.clip
 AVERAGE = "average.safetensors"  # of a training that selection began
 
 
@@ -73,6 +74,13 @@ def conditions(track: Track, layout: Layout, model: str, training: bool) -> Cond
     record = layout.prompts(name)
     artefacts.read_record(record)
     return prompts.Prompts(Path(record).parent, training)
+
+
+def _encoded(track: Track, layout: Layout, model: str) -> tuple[str, ...]:
+    """Records of the latents and prompts that a model trains on; none for images of classes."""
+    settings = track.model(model)
+    records = {"autoencoder": layout.latents, "text_encoder": layout.prompts}
+    return tuple(record(settings[kind]) for kind, record in records.items() if kind in settings)
 
 
 def _place(entry: Mapping) -> Path:
@@ -128,6 +136,7 @@ def encode_prompts(track: Track, layout: Layout, name: str) -> None:
 def extractor(track: Track, layout: Layout) -> None:
     """Train the domain classifier, or take a published extractor; features of the reference set."""
     start, images = time.perf_counter(), dataset(track)
+    _check_sizes(track, images)
     settings = track.content["extractor"]
     folder = Path(layout.extractor).parent
     report = {"name": settings["name"]}
@@ -154,6 +163,16 @@ def extractor(track: Track, layout: Layout) -> None:
     finish(layout.extractor, track, start, payload, extractor=report)
 
 
+def _check_sizes(track: Track, images: assets.Dataset) -> None:
+    """A judge sees images of other sizes differently: samples must have the references'."""
+    own = assets.data_set(track.content["dataset"]["name"]).shape[1]
+    side = track.content["sampling"].get("size", own)
+    if (seen := images.reference_images[:1].shape[-1]) != side:
+        raise UserError(
+            f"sampling.size: samples would have {side} pixels a side, the references have {seen}"
+        )
+
+
 def dense(track: Track, layout: Layout, model: str) -> None:
     """Train the dense model from scratch or from the track's checkpoint, or take that as it is."""
     start, settings = time.perf_counter(), track.model(model)
@@ -168,7 +187,7 @@ def dense(track: Track, layout: Layout, model: str) -> None:
     options = dict(settings["training"])
     images = options.pop("images")
     progress = loop.Progress(images // options["batch"])
-    inputs = (Path(source["file"]),) if source else ()
+    inputs = _encoded(track, layout, model) + ((Path(source["file"]),) if source else ())
     checkpoints = checkpoints_of(track, record, "dense", model, inputs=inputs)
     try:
         with meter.clock():
@@ -414,7 +433,7 @@ def sample(track: Track, cell: Cell, paths: Paths, batch: int | None = None) -> 
     start = time.perf_counter()
     checkpoint = _upstream(paths.checkpoint)
     if paths.shards:
-        drawn, report, seconds = _gathered(paths, _origin(track, cell, checkpoint))
+        drawn, report, seconds = _gathered(paths, _origin(track, cell, paths, checkpoint))
         start -= seconds  # wall_s is the compute, as if one job had drawn all
     else:
         every = range(track.content["sampling"]["count"])
@@ -428,7 +447,7 @@ def sample(track: Track, cell: Cell, paths: Paths, batch: int | None = None) -> 
 def shard(track: Track, cell: Cell, paths: Paths, index: int, batch: int | None = None) -> None:
     """Draw one shard of the cell's images, which `sample` gathers."""
     start, settings = time.perf_counter(), track.content["sampling"]
-    origin = _origin(track, cell, _upstream(paths.checkpoint))
+    origin = _origin(track, cell, paths, _upstream(paths.checkpoint))
     indices = shard_range(index, track.shards, settings["count"], settings["lanes"])
     drawn, report = _drawn(track, cell, paths, indices, batch)
     record, images = paths.shards[index]
@@ -468,10 +487,13 @@ def _gathered(paths: Paths, origin: dict) -> tuple[dict[str, Tensor], dict, floa
     return drawn, records[0]["sampling"], sum(record["wall_s"] for record in records)
 
 
-def _origin(track: Track, cell: Cell, checkpoint: dict) -> dict:
+def _origin(track: Track, cell: Cell, paths: Paths, checkpoint: dict) -> dict:
     """What images depend on besides their indices; shards of unequal origin are not gathered."""
     settings = track.fingerprint("sample", cell.model)
-    return {"checkpoint": checkpoint["files"], "settings": settings, "code": code_hash(PACKAGE)}
+    found = {"checkpoint": checkpoint["files"], "settings": settings, "code": code_hash(PACKAGE)}
+    if reader := track.model(cell.model).get("text_encoder"):
+        found["prompts"] = artefacts.read_record(paths.layout.prompts(reader))["files"]
+    return found
 
 
 def _forget_other_shards(paths: Paths) -> None:
@@ -555,11 +577,21 @@ def score(track: Track, cell: Cell, paths: Paths) -> None:
         },
         "sampling": records["sample"]["sampling"],
         "extractor": {k: v for k, v in judge.items() if k != "weights"},
+        **_told(track, cell, paths),
         "settings": _settings(track, cell),
         "plan": artefacts.read_json(Path(paths.select).parent / surgery.PLAN)["plan"],
         "stages": _history(records),
     }
     finish(paths.metrics, track, start, [grid], **content)
+
+
+def _told(track: Track, cell: Cell, paths: Paths) -> dict:
+    """The text encoder that read the prompts, where there is one."""
+    name = track.model(cell.model).get("text_encoder")
+    if name is None:
+        return {}
+    report = artefacts.read_record(paths.layout.prompts(name))["text_encoder"]
+    return {"text_encoder": {k: v for k, v in report.items() if k != "place"}}
 
 
 def _judged(track: Track, cell: Cell, paths: Paths, judge: dict, drawn: dict[str, Tensor]) -> dict:
@@ -581,15 +613,17 @@ def _judged(track: Track, cell: Cell, paths: Paths, judge: dict, drawn: dict[str
 
 def _with_clip_score(track: Track, drawn: dict[str, Tensor], found: dict) -> dict:
     """`found` with the CLIP score of the images and their prompts, or the reason for none."""
-    settings, value, why = track.content["evaluation"], None, {}
+    settings, value, why, clip = track.content["evaluation"], None, {}, None
     if "clip" in settings:
         texts = dataset(track).reference_captions
         asked = [texts[label] for label in drawn["labels"].tolist()]
         place, device = assets.locate(settings["clip"]), parallel.device()
         value = clip_score(place, drawn["images"], asked, settings["batch"], device)
+        clip = {"name": settings["clip"], "sha256": artefacts.sha256(place / CLIP)}
     else:
         why = {"clip_score": "the track names no CLIP (evaluation.clip)"}
-    return {**found, "clip_score": value, "unavailable": {**found["unavailable"], **why}}
+    unavailable = {**found["unavailable"], **why}
+    return {**found, "clip_score": value, "clip": clip, "unavailable": unavailable}
 
 
 def _distance(name: str, judge: Path) -> consistency.Distance | None:

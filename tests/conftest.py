@@ -31,7 +31,6 @@ def register(monkeypatch, tmp_path):
             "description": "three bytes",
             "licence": "none",
             "home": "https://example.org",
-            "needed_by": "this test",
             **changes,
         }
         entry = assets.Asset(name=name, files=files, **fields)

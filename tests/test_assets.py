@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from prunebench import assets, cli, config
+from prunebench import assets, cli, config, models
 from prunebench.assets import convert, registry, store
 from prunebench.errors import UserError
 
@@ -74,7 +74,7 @@ def test_missing_asset_says_how_to_place_it(small):
     message = str(error.value)
     expected = assets.ASSETS["small"]
     (file,) = expected.files
-    for part in ("small", "this test", file.sources[0], file.sha256, "assets fetch small"):
+    for part in ("small", "three bytes", file.sources[0], file.sha256, "assets fetch small"):
         assert part in message
     for folder in ("mirror", "cache"):
         assert str(small / folder / "small.bin") in message
@@ -237,7 +237,7 @@ def test_a_published_reference_brings_its_own_statistics(register, tmp_path):
 @pytest.mark.parametrize("entry", assets.ASSETS.values(), ids=str)
 def test_every_entry_is_whole(entry):
     assert entry.kind in registry.KINDS
-    assert all((entry.description, entry.licence, entry.needed_by))
+    assert entry.description and entry.licence
     assert entry.home.startswith("https://")
     assert entry.files
     for file in entry.files:
@@ -268,6 +268,23 @@ def test_hub_files_are_addressed_by_commit():
     )
     assert registry.pinned(assets.ASSETS["ddpm_cifar10"])
     assert not registry.pinned(assets.ASSETS["ddpm_church256"])
+
+
+def test_a_published_configuration_names_the_files_that_are_fetched():
+    content = yaml.safe_load(registry.REGISTRY.read_text())
+    hubs = {name: entry["hub"] for name, entry in content.items() if "hub" in entry}
+    found = {
+        name: entry.checkpoint.partition(": ")
+        for family in models.family_names()
+        for name, entry in models.published(family).items()
+        if name in hubs
+    }
+    assert {"sd15", "ddpm_cifar10", "ddpm_church256", "flux_dev"} <= set(found)
+    for name, (repository, _, part) in found.items():
+        assert repository == hubs[name]
+        assert any(
+            f"{file.path}/".startswith(f"{name}/{part}/") for file in assets.ASSETS[name].files
+        )
 
 
 def test_packaged_data_is_small():
@@ -308,6 +325,23 @@ def test_list_says_what_is_there(small, capsys):
     (small / "mirror" / "small.bin").write_text("abc")
     assert cli.main(["assets", "list"]) == 0
     assert re.search("^small .*in the mirror", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_list_says_which_tracks_read_an_asset(tmp_path, monkeypatch, capsys):
+    root = Path(__file__).parents[1]
+    (tmp_path / "config").mkdir()
+    (tmp_path / "methods").symlink_to(root / "methods")
+    monkeypatch.chdir(tmp_path)
+    for name in ("celeba64", "text2image_flux"):
+        (tmp_path / f"config/{name}.yaml").symlink_to(root / f"config/{name}.yaml")
+    (tmp_path / "config/unfinished.yaml").write_text("title: mine")
+    names = ("celeba_aligned", "inception_pool3", "flux_dev", "sd15")
+    assert cli.main(["assets", "list", *names]) == 0
+    told = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert told["celeba_aligned"].endswith(" celeba64")  # converted to what the track reads
+    assert told["inception_pool3"].endswith(" celeba64, text2image_flux")  # serves as inception
+    assert told["flux_dev"].endswith(" text2image_flux")
+    assert told["sd15"].endswith("RAIL-M")  # of no track here
 
 
 def test_verify_tells_corrupt_from_missing(small, capsys):

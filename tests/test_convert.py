@@ -5,6 +5,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import lmdb
 import numpy as np
 import pytest
 import torch
@@ -194,6 +195,98 @@ def test_an_incomplete_imagenet_is_refused(imagenet, monkeypatch, tmp_path):
     imagenet["imagenet_folder"].write_text("/nowhere")
     with pytest.raises(UserError, match="it names /nowhere, which is no folder"):
         convert.convert("imagenet_folder", [imagenet["imagenet_folder"]], tmp_path / "out.npz")
+
+
+SCENES = {"church_outdoor_train_lmdb": 7, "church_outdoor_val_lmdb": 2}
+
+
+@pytest.fixture
+def church(tmp_path) -> tuple[list[Path], dict[str, list[np.ndarray]]]:
+    """LSUN's two archives with a few pictures, and what PIL makes of them, in the keys' order."""
+    files, expected = [], {}
+    (tmp_path / "lsun_church").mkdir()
+    for name, count in SCENES.items():
+        with lmdb.open(str(tmp_path / name), map_size=2**24) as environment:
+            keys = [GENERATOR.bytes(20).hex().encode() for _ in range(count)]
+            pictures = {key: encoded(*shape(i)) for i, key in enumerate(keys)}
+            with environment.begin(write=True) as transaction:
+                for key, content in pictures.items():
+                    transaction.put(key, content)
+        files.append(tmp_path / "lsun_church" / f"{name}.zip")
+        with zipfile.ZipFile(files[-1], "w", zipfile.ZIP_DEFLATED) as archive:
+            for part in ("data.mdb", "lock.mdb"):
+                archive.write(tmp_path / name / part, f"{name}/{part}")
+        expected[name] = [cropped(pictures[key]) for key in sorted(keys)]
+    return files, expected
+
+
+def shape(index: int) -> tuple[int, int, str]:
+    width, height = ((256, 384), (340, 256), (256, 256))[index % 3]
+    return width, height, ("webp", "jpeg")[index % 2]
+
+
+def encoded(width: int, height: int, kind: str) -> bytes:
+    handle = io.BytesIO()
+    coarse = GENERATOR.integers(0, 256, (8, 8, 3), np.uint8)
+    Image.fromarray(coarse).resize((width, height)).save(handle, kind, quality=75)
+    return handle.getvalue()
+
+
+def cropped(content: bytes) -> np.ndarray:
+    """The middle of a picture with a shorter side of 256, as torchvision's Resize + CenterCrop."""
+    image = Image.open(io.BytesIO(content)).convert("RGB")
+    left, top = (image.width - 256) // 2, (image.height - 256) // 2
+    return np.asarray(image.crop((left, top, left + 256, top + 256))).transpose(2, 0, 1)
+
+
+def test_lsun_is_kept_as_published_and_decoded_when_read(church, tmp_path, monkeypatch):
+    files, expected = church
+    arrays = twice("lsun", files, tmp_path)
+    train, held_out = expected.values()
+    assert arrays["train_labels"].tolist() == [0] * 7 and arrays["reference_labels"].shape == (2,)
+    assert not list(tmp_path.glob("unpacked-*"))
+    monkeypatch.setattr(datasets, "locate", lambda name, mirror: tmp_path / "one.npz")
+    data = datasets.load_dataset("lsun_church256", limit_train=6)
+    assert (data.train_images[0:9].numpy() == np.stack(train[:6])).all()
+    assert (data.train_images[torch.tensor([4, 1])].numpy() == np.stack([train[4], train[1]])).all()
+    assert (data.train_images[5].numpy() == train[5]).all()
+    assert (data.reference_images[0:2].numpy() == np.stack(held_out)).all()
+    judged = datasets.load_dataset("lsun_church256", reference="train", limit_reference=5)
+    batches = list(judged.reference_images.split(2))
+    assert [len(batch) for batch in batches] == [2, 2, 1]
+    assert (torch.cat(batches).numpy() == np.stack(train[:5])).all()
+
+
+def test_a_picture_of_lsun_that_cannot_be_decoded_is_named(church, tmp_path, monkeypatch):
+    convert.convert("lsun", church[0], tmp_path / "one.npz")
+    with np.load(tmp_path / "one.npz") as file:
+        arrays = dict(file)
+    arrays["train_pictures"][arrays["train_offsets"][3] :][:20] = 0
+    convert.write_npz(tmp_path / "broken.npz", arrays)
+    monkeypatch.setattr(datasets, "locate", lambda name, mirror: tmp_path / "broken.npz")
+    data = datasets.load_dataset("lsun_church256")
+    with pytest.raises(UserError, match=r"broken\.npz, [0-9]+ bytes from [0-9]+: cannot identify"):
+        data.train_images[3:4]
+
+
+@pytest.mark.parametrize(
+    ("share", "reason"),
+    [(0.6, r"has [0-9]+ bytes instead of [0-9]+"), (0, "is no sound LMDB"), (None, "not enough")],
+)
+def test_a_truncated_lmdb_is_refused(church, share, reason, tmp_path):
+    """Reading a mapped file past its end would kill the process."""
+    files, _ = church
+    with zipfile.ZipFile(files[0]) as archive:
+        content = archive.read("church_outdoor_train_lmdb/data.mdb")
+    with zipfile.ZipFile(files[0], "w") as archive:
+        if share is not None:
+            archive.writestr("x/data.mdb", content[: int(share * len(content))])
+    where = r"lsun_church/church_outdoor_train_lmdb\.zip, .*: not the layout that 'lsun' reads"
+    with pytest.raises(UserError, match=f"{where} .*{reason}"):
+        convert.convert("lsun", files, tmp_path / "out.npz")
+    files[0].write_bytes(files[0].read_bytes()[:-40])
+    with pytest.raises(UserError, match=f"{where} .*not a zip file"):
+        convert.convert("lsun", files, tmp_path / "out.npz")
 
 
 def test_centre_crop_halves_then_resizes_the_shorter_side():

@@ -208,7 +208,7 @@ import sys
 from prunebench import assets
 from prunebench.assets import fetch
 file = assets.File("big.bin", (sys.argv[1],), sys.argv[2])
-words = dict(kind="extractor", description="d", licence="l", home="h", needed_by="n")
+words = dict(kind="extractor", description="d", licence="l", home="h")
 assets.ASSETS["big"] = assets.Asset(name="big", files=(file,), **words)
 fetch.fetch("big")
 """
@@ -222,7 +222,7 @@ def test_a_killed_download_goes_on_where_it_was(serve, offer, cache):
     part, deadline = cache / "big.bin.part", time.monotonic() + 60
     while time.monotonic() < deadline and not (part.exists() and part.stat().st_size >= 1 << 20):
         time.sleep(0.02)
-    assert "another process is downloading" in refused()
+    assert "another process is writing" in refused()
     process.send_signal(signal.SIGKILL)
     process.wait()
     had = part.stat().st_size
@@ -277,7 +277,7 @@ def test_wrong_content_is_refused_and_the_next_source_asked(serve, offer, cache)
     bad, good = serve({"big.bin": BYTES[:-1] + b"x"}), serve({"big.bin": BYTES})
     offer(f"{bad.url}/big.bin")
     message = refused()
-    for part in ("big", bad.url, SHA, "By hand", str(cache), "this test"):
+    for part in ("big", bad.url, SHA, "By hand", str(cache), "three bytes"):
         assert part in message
     assert contents(cache) == []
     offer(f"{bad.url}/big.bin", f"{good.url}/big.bin")
@@ -340,17 +340,42 @@ def test_a_full_disk(serve, offer, cache):
         assert "big.bin" not in contents(cache)
 
 
-def test_a_read_only_cache(serve, offer, cache, monkeypatch):
+def test_a_read_only_cache(serve, offer, cache):
     server = serve({"big.bin": BYTES})
     offer(f"{server.url}/big.bin")
     with small_disk(cache, "ro,size=1m"):
         message = refused()
     assert "Read-only file system" in message
     assert "PRUNEBENCH_CACHE" in message
+
+
+@pytest.fixture
+def no_cache(cache, monkeypatch):
+    """The cache is a regular file, in which nobody can write anything, root included."""
     blocker = cache / "file"
     blocker.write_text("a file where the folder should be")
     monkeypatch.setenv("PRUNEBENCH_CACHE", str(blocker))
-    assert "asset big: cannot write" in refused()
+
+
+def unwritable(name: str) -> None:
+    message = refused(name)
+    assert message.startswith(f"asset {name}: cannot write ")
+    assert "PRUNEBENCH_CACHE" in message
+
+
+def test_a_cache_that_cannot_be_downloaded_to(serve, offer, no_cache):
+    server = serve({"big.bin": BYTES})
+    offer(f"{server.url}/big.bin")
+    unwritable("big")
+    assert not server.asked
+
+
+def test_a_cache_that_cannot_take_a_hash(register, cache, no_cache):
+    register("free", assets.File("free.bin"))
+    (cache.parent / "mirror" / "free.bin").write_bytes(BYTES)
+    unwritable("free")
+    with pytest.raises(UserError, match="none was recorded yet"):
+        store.locate("free")
 
 
 def test_gzipped_sources_are_unpacked(serve, register, cache):
@@ -478,6 +503,56 @@ def test_a_conversion_is_held_to_its_own_hash(made, cache):
     made(hashlib.sha256(expected).hexdigest())
     fetch.fetch("made")
     assert contents(cache) == ["datasets/made.npz", "raw.npz"]
+
+
+def test_a_cache_that_cannot_be_converted_to(made, cache, no_cache):
+    made()
+    (cache.parent / "source.npz").rename(cache.parent / "mirror" / "raw.npz")
+    unwritable("made")
+
+
+def test_originals_of_another_layout_are_named_with_what_they_are_for(made, register, cache):
+    made()
+    (cache.parent / "mirror" / "raw.npz").write_bytes(BYTES)
+    raw = assets.File("raw.npz", sha256=SHA)
+    register("raw", raw, kind="original")
+    assert refused("made").startswith("asset made: ")
+    assert contents(cache) == []
+
+
+CONVERSION = """
+import sys, time
+from prunebench import assets
+from prunebench.assets import convert, fetch
+def half(conversion, files, part):
+    part.write_bytes(b"half")
+    time.sleep(60)
+convert.convert = half
+words = dict(description="d", licence="l", home="h", needed_by="n")
+raw, made = assets.File("raw.npz", (), sys.argv[1]), assets.File("datasets/made.npz")
+assets.ASSETS["raw"] = assets.Asset(name="raw", kind="original", files=(raw,), **words)
+assets.ASSETS["made"] = assets.Asset(
+    name="made", kind="dataset", files=(made,), made_from={"raw": "arrays"}, **words)
+fetch.fetch("made")
+"""
+
+
+def test_a_killed_conversion_leaves_nothing_that_stays(made, cache):
+    expected, sha = made(), assets.ASSETS["raw"].files[0].sha256
+    fetch.fetch("raw")
+    process = subprocess.Popen([sys.executable, "-c", CONVERSION, sha])
+    part, deadline = cache / "datasets" / "made.npz.part", time.monotonic() + 60
+    while time.monotonic() < deadline and not (part.exists() and part.stat().st_size):
+        time.sleep(0.02)
+    assert "asset made: another process is writing" in refused("made")
+    assert part.read_bytes() == b"half"
+    process.kill()
+    process.wait()
+    assert contents(cache) == ["datasets/made.npz.part", "raw.npz"]
+    with pytest.raises(UserError, match="was not found"):
+        assets.locate("made")
+    assert fetch.fetch("made").read_bytes() == expected
+    assert contents(cache) == ["datasets/made.npz", "datasets/made.npz.sha256", "raw.npz"]
 
 
 def test_originals_that_cannot_be_had_are_named(made, register, cache, serve):

@@ -143,6 +143,31 @@ def test_the_timesteps_are_those_of_diff_pruning(core):
     assert len(gated(tiny.context(core), 0.0, 12, 4)) == 12
 
 
+def test_activation_checkpointing_does_not_change_the_scores():
+    """Blocks that are computed again are so with m * w, not with the model's own weights."""
+    found = []
+    for wanted in (False, True):
+        context = tiny.context("ldm", settings=tiny.settings(activation_checkpointing=wanted))
+        masks = {n: 0.5 * mask for n, mask in full(context.model, context.widths()).items()}
+        losses = gated(context, 0.0, 2, 3)
+        found.append(slopes(losses, context.model, _groups(context), False, masks))
+    tiny.assert_same(*found)
+
+
+def test_micro_batches_do_not_change_the_scores():
+    context = _in_double("dit")
+    whole, parts = (gated(_in_double("dit"), 0.0, 2, 5, at_once) for at_once in (5, 2))
+    assert (len(whole), len(parts)) == (2, 6)
+    masks = {n: 0.5 * m.double() for n, m in full(context.model, context.widths()).items()}
+    first, second = (
+        slopes(losses, context.model, _groups(context), False, masks) for losses in (whole, parts)
+    )
+    for name, expected in first.items():
+        torch.testing.assert_close(second[name], expected)
+    plan, _ = select(tiny.context("dit"), **{**QUICK, "micro_batch": 3})
+    assert plan.notes["times"] == 2
+
+
 # Invariant 3: the step of the flow.
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from prunebench import artefacts, config, stages
 from prunebench.diffusion import autoencoder
 from prunebench.diffusion.autoencoder import WEIGHTS, Autoencoder
-from prunebench.errors import UserError
+from prunebench.errors import CellError, UserError
 from prunebench.models.unet import EARLY
 from prunebench.training import latents, rows
 
@@ -333,6 +333,24 @@ def test_latent_training_data_are_latents(track, tmp_path):
     Path(layout.latents("tiny")).with_name(rows.INDEX).write_bytes(b"")
     with pytest.raises(UserError, match=r"index\.safetensors is corrupt"):
         stages.training_data(track, layout, "dit")
+
+
+def test_a_training_does_not_go_on_with_other_latents(track, tmp_path, monkeypatch):
+    layout, inputs = config.Layout(track.name, tmp_path), []
+
+    def begun(*_, checkpoints, **__):
+        inputs.append(checkpoints.identity["inputs"])
+        raise CellError("killed")
+
+    monkeypatch.setattr(stages.loop, "train", begun)
+    for scale in (SCALE, 2 * SCALE):
+        track.content["autoencoders"]["tiny"]["scale"] = scale
+        stages.encode(track, layout, "tiny")
+        for _ in range(2):
+            with pytest.raises(UserError, match="killed"):
+                stages.dense(track, layout, "dit")
+    assert inputs[0] == inputs[1] != inputs[2] == inputs[3]
+    assert [*inputs[0]] == [layout.latents("tiny")]
 
 
 # Tracks.

@@ -531,3 +531,27 @@ def test_nothing_is_ranked_until_the_dense_model_is_as_published(tmp_path, dense
     assert [rows["rank"][name] for name in ("a", "b")] == (["", ""] if reason else ["1", "2"])
     assert (reason in rows.unpublished["a"]) if reason else rows.unpublished["a"] == ""
     assert (reason in table and "(unpublished)" in table) == bool(reason)
+    assert "Not gated" not in table
+
+
+@pytest.mark.parametrize(
+    ("settings", "gated"),
+    [
+        ({"weights": {"asset": "sd15"}}, False),
+        ({"weights": {"asset": "a"}, "training": {"images": 8}}, True),  # nobody published it
+        ({"training": {"images": 8}}, True),
+        ({"weights": {"asset": "a"}, "reference": {"fid": 2, "tolerance": 9, "source": "s"}}, True),
+    ],
+)
+def test_a_released_model_without_a_published_fid_is_said_to_be_ungated(tmp_path, settings, gated):
+    cells = [
+        make_metrics(a_cell("dense") | {"sparsity": 0.0}, fid=4.5, **DENSE),
+        make_metrics(a_cell("a")),
+    ]
+    for metrics in cells:
+        metrics["settings"] = {"model": {**settings, "recovery": {"batch": 8}}}
+    files = [write_cell(tmp_path / "runs", metrics) for metrics in cells]
+    build(files, tmp_path / "out", expected_cells=[], title="Gate")
+    for name in ("leaderboard.md", "leaderboard.html", "leaderboard.tex"):
+        text = (tmp_path / "out" / name).read_text()
+        assert ("sit: ranked without a published FID to reach first" in text) != gated

@@ -4,7 +4,9 @@ import importlib.util
 import re
 from pathlib import Path
 
-from prunebench import methods
+import yaml
+
+from prunebench import methods, models
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -42,6 +44,19 @@ def test_examples_keep_the_contract(tmp_path):
         code = re.search(r"```python\n(.*?)```", document, re.DOTALL).group(1)
         (tmp_path / "mine.py").write_text(code)
         assert methods.read(tmp_path / "mine.py").kind == "layers"
+
+
+def test_the_table_has_every_track():
+    table = README.partition("\n## Tracks\n")[2].partition("\n\n")[0]
+    named = re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines()))
+    assert sorted(named) == sorted(path.stem for path in (ROOT / "config").glob("*.yaml"))
+
+
+def test_counts_are_those_of_the_package():
+    table = yaml.safe_load((ROOT / "config/efficiency.yaml").read_text())["models"]
+    published = [set(models.published(family)) for family in models.family_names()]
+    assert f"{len(set.union(*published) & set(table))} published networks" in README
+    assert f"{sum(map(len, published))} published configurations" in README
 
 
 def test_links_lead_somewhere():

@@ -17,11 +17,20 @@ from prunebench.diffusion.objectives import NoisePrediction
 from prunebench.diffusion.sampling import scheduler
 from prunebench.errors import UserError
 from prunebench.evaluation.features import load_extractor
+from prunebench.evaluation.quality import quality
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
-TRACKS = ("cifar10", "cifar10_uvit", "celeba64", "celeba64_uvit", "cifar10_scratch")
+TRACKS = (
+    *("cifar10", "cifar10_quad", "cifar10_uvit", "celeba64", "celeba64_uvit", "cifar10_scratch"),
+    *("lsun_church", "lsun_bedroom"),
+)
+SETS = {
+    "lsun_church": {"name": "lsun_church256", "reference": "train"},
+    "lsun_bedroom": {"name": "lsun_bedroom256", "reference": "adm_lsun_bedroom256"},
+}
 NEEDED = ("cifar10_arrays", "inception")
+DIMENSIONS = 64  # of the 2048 where clean-fid must give an answer
 HALF = 256  # images of each half; a minute of Inception on two idle cores
 FID_OF_HALVES = 111.51  # of so many; docs/real_data.md has it at more, down to what it should be
 
@@ -56,11 +65,20 @@ def test_halves_of_the_training_set_are_alike(mirror, monkeypatch):
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     judge = load_extractor("inception-v3-compat", assets.locate("inception"))
-    images = assets.load_dataset("cifar10").train_images
+    images, halves = assets.load_dataset("cifar10").train_images, []
+
+    def compared(first: dict, second: dict, labels: None) -> dict:
+        halves.extend((first, second))
+        return quality(first, second, labels)
+
+    monkeypatch.setattr(script, "quality", compared)
     result = script.compare_halves(images, HALF, judge)
     assert result["fid"] == pytest.approx(result["fid_torch_fidelity"], rel=1e-3)
     if result["fid_cleanfid"] is not None:  # its matrix root fails on some singular covariances
         assert result["fid"] == pytest.approx(result["fid_cleanfid"], rel=1e-3)
+    # With fewer dimensions than images they are regular, and it always has one.
+    few = quality(*({"features": half["features"][:, :DIMENSIONS]} for half in halves), None)
+    assert few["fid"] == pytest.approx(few["fid_cleanfid"], rel=1e-6)
     assert result["fid"] == pytest.approx(FID_OF_HALVES, rel=1e-3)
     assert abs(result["kid"]) < 2e-3  # unbiased
     assert result["precision"] > 0.5 and result["recall"] > 0.5
@@ -145,11 +163,8 @@ def test_inception_score_is_not_available_from_weights_without_logits(tiny_run, 
 @pytest.mark.parametrize("track_name", TRACKS)
 def test_tracks_with_checkpoints_have_their_numbers_to_reach(track_name):
     track = config.load(str(ROOT / "config" / f"{track_name}.yaml"))
-    assert track.content["dataset"] == {
-        "name": track_name.partition("_")[0],
-        "reference": "train",
-        "flip": True,
-    }
+    usual = {"name": track_name.partition("_")[0], "reference": "train"}
+    assert track.content["dataset"] == {**SETS.get(track_name, usual), "flip": True}
     own = track_name == "cifar10_scratch"
     assert track.content["sampling"]["count"] == (10_000 if own else 50_000)
     assert track.needs("sample")["gpu"] == track.needs("score")["gpu"] == 1
@@ -161,10 +176,20 @@ def test_tracks_with_checkpoints_have_their_numbers_to_reach(track_name):
 
 def test_ddim_takes_the_papers_uniform_steps():
     """0, 10, ..., 990 as in DDIM's code; the suite's default would end at 9."""
-    track = config.load(str(ROOT / "config" / "cifar10.yaml"))
-    settings = track.model("ddpm")["sampling"]
-    solver = scheduler("ddim", NoisePrediction(), settings["steps"], settings["options"])
-    assert solver.timesteps.tolist() == list(range(990, -1, -10))
+    for name in ("cifar10", "lsun_church", "lsun_bedroom"):
+        assert _ddim(name).timesteps.tolist() == list(range(990, -1, -10))
+    assert not _ddim("lsun_bedroom").config.clip_sample
+
+
+def test_the_table_of_diff_pruning_takes_quadratic_steps():
+    solver = _ddim("cifar10_quad")
+    assert solver.timesteps[[0, 1, -1]].tolist() == [800, 783, 0]
+    assert not solver.config.clip_sample
+
+
+def _ddim(track_name: str):
+    settings = config.load(str(ROOT / "config" / f"{track_name}.yaml")).model("ddpm")["sampling"]
+    return scheduler("ddim", NoisePrediction(), settings["steps"], settings["options"])
 
 
 def test_a_step_of_the_uvit_tracks_is_an_euler_maruyama_step():
@@ -179,3 +204,30 @@ def test_a_step_of_the_uvit_tracks_is_an_euler_maruyama_step():
         beta, sigma = solver.betas[t], (1 - solver.alphas_cumprod[t]).sqrt()
         expected = x + beta * x / 2 - beta * eps / sigma + beta.sqrt() * z
         assert (step - expected).abs().max() < 3 * beta**2 * max(x.abs().max(), eps.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("track_name", "model", "times", "clips"),
+    [
+        ("cifar10", "ddpm", range(990, -1, -10), True),  # 4.50 is of diffusers' pipeline
+        ("celeba64", "ddpm", range(990, -1, -10), False),  # 6.48 of DDIM's own steps
+        ("imagenet256", "ldm", range(997, 0, -4), False),  # the release's: one later
+    ],
+)
+def test_ddim_steps_as_the_code_does_that_the_number_to_reach_is_from(
+    track_name, model, times, clips
+):
+    settings = config.load(str(ROOT / "config" / f"{track_name}.yaml")).model(model)
+    objective = NoisePrediction(**{k: v for k, v in settings["objective"].items() if k != "name"})
+    sampling = settings["sampling"]
+    solver = scheduler("ddim", objective, sampling["steps"], sampling["options"])
+    assert solver.timesteps.tolist() == list(times)
+    t = times[len(times) // 2]
+    now, before = (solver.alphas_cumprod[i] for i in (t, t + times.step))
+    x, noise = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    image = (x - (1 - now).sqrt() * noise) / now.sqrt()
+    assert image.abs().max() > 1
+    image = image.clamp(-1, 1) if clips else image
+    expected = before.sqrt() * image + (1 - before).sqrt() * noise
+    step = solver.step(noise, torch.tensor(t), x).prev_sample
+    torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-4)

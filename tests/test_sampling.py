@@ -207,6 +207,61 @@ def test_ddim_by_hand():
     torch.testing.assert_close(arrived, torch.full_like(arrived, expected.item()))
 
 
+QUADRATIC = {"timestep_spacing": "quadratic", "clip_sample": False}
+
+
+def test_quadratic_times_are_those_of_ddims_code():
+    solver = scheduler("ddim", NoisePrediction(), 100, QUADRATIC)
+    formula = [int((i * 800**0.5 / 99) ** 2) for i in range(99)] + [800]
+    assert solver.timesteps.tolist() == sorted(set(formula), reverse=True)
+    assert len(solver.timesteps) == 96
+    with pytest.raises(UserError, match="quadratic starts at time 0"):
+        scheduler("ddim", NoisePrediction(), 1, QUADRATIC)
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_ddim_over_any_times_is_diffusers_where_these_are_even(clip):
+    spacings = ({"timestep_spacing": "leading"}, {"timestep_spacing": "quadratic"})
+    even, free = (
+        scheduler("ddim", NoisePrediction(), 100, {"clip_sample": clip, **spacing})
+        for spacing in spacings
+    )
+    free.thin(list(range(0, 1000, 10)))
+    assert torch.equal(even.timesteps, free.timesteps)
+    x = y = torch.randn(2, 1, 4, 4, generator=_generator())
+    for t in even.timesteps:
+        x, y = (s.step((v + t / 1000).sin(), t, v).prev_sample for s, v in ((even, x), (free, y)))
+        assert torch.equal(x, y)
+
+
+def test_a_quadratic_step_by_hand():
+    """A model that predicts c x multiplies x by a number at each step."""
+    goal = NoisePrediction()
+    solver = scheduler("ddim", goal, 100, QUADRATIC)
+    abar, x = goal.scheduler.alphas_cumprod.double(), torch.ones(1, 1, 2, 2)
+    for t, after in ((800, 783), (783, 768), (1, 0), (0, None)):
+        now, then = abar[t], abar[after] if after is not None else torch.ones(()).double()
+        factor = (then / now).sqrt() * (1 - 0.3 * (1 - now).sqrt()) + 0.3 * (1 - then).sqrt()
+        stepped = solver.step(0.3 * x, torch.tensor(t), x).prev_sample
+        torch.testing.assert_close(stepped, (factor * x).float())
+
+
+def test_times_that_fall_together_change_nothing():
+    """DDIM's own loop over all 100 times, equal ones included."""
+    goal, model = NoisePrediction(), Known(lambda x, t, y: (3 * x + t.view(-1, 1, 1, 1)).sin())
+    x = torch.randn(2, 1, 2, 2, generator=_generator())
+    sampler = _sampler(model, goal, "ddim", 100, options=QUADRATIC)
+    arrived = sampler.denoise(x, torch.zeros(2, dtype=torch.long))
+    times = [int((i * 800**0.5 / 99) ** 2) for i in range(99)] + [800]
+    abar = torch.cat([torch.ones(1), goal.scheduler.alphas_cumprod])  # from time -1 on
+    for t, after in zip(times[::-1], [*times[-2::-1], -1], strict=True):
+        noise = (3 * x + t).sin()
+        x0 = (x - (1 - abar[t + 1]).sqrt() * noise) / abar[t + 1].sqrt()
+        x = abar[after + 1].sqrt() * x0 + (1 - abar[after + 1]).sqrt() * noise
+    assert len(model.calls) == 96
+    torch.testing.assert_close(arrived, x, rtol=1e-3, atol=1e-3)
+
+
 def test_a_learned_variance_is_that_of_the_respaced_chain():
     """DiT's sampler (Nichol & Dhariwal 2021, eq. 15) on 4 of 1,000 steps, written out."""
     goal, steps, generator = NoisePrediction(), 4, _generator(5)
@@ -320,10 +375,7 @@ def test_guidance_goes_from_no_class_to_class(guidance):
 
 
 def _instance_sampler(name: str, sampler: str, **settings) -> Sampler:
-    instance = tiny.INSTANCES[name]
-    entries = {"sampler": sampler, "steps": 2, "lanes": 8, **settings}
-    goal = objective(instance.objective)
-    return Sampler(tiny.dense(name), goal, instance.shape, tiny.CLASSES, entries)
+    return tiny.sampler(name, tiny.dense(name), sampler=sampler, lanes=8, **settings)
 
 
 def _samplers(name: str) -> tuple[str, ...]:

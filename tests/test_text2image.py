@@ -25,7 +25,7 @@ from prunebench.errors import UserError
 from prunebench.evaluation.clip import clip_score
 from prunebench.training import prompts, rows
 
-TRAIN, ASKED, SIDE = 24, 20, 16
+TRAIN, ASKED, SIDE, SEEN = 24, 20, 16, 8  # SEEN: the side of references, and of samples
 PROMPTS = ["a cat", "two dogs on a bus", "", "rain"]
 _UNET = {
     "sample_size": 8, "in_channels": 2, "out_channels": 2, "layers_per_block": 1,
@@ -171,6 +171,9 @@ def test_a_killed_encoding_of_prompts_goes_on(stable_diffusion, tmp_path, monkey
         assert torch.equal(some.of(torch.tensor([0, 1]))["context"], expected)
     nothing = asked.nothing(asked.of(torch.tensor([1, 1])), None)["context"]
     assert torch.equal(nothing[1], coder.encode([""])["context"][0].half().float())
+    with monkeypatch.context() as patch:  # guidance asks for it at every step: it is kept
+        patch.setattr(rows.Rows, "__getitem__", None)
+        assert torch.equal(asked.nothing({"context": nothing}, None)["context"], nothing)
     part = rows.part_file(tmp_path / "whole", prompts.STEM, 1)
     content = bytearray(part.read_bytes())
     content[-1] ^= 1
@@ -253,18 +256,22 @@ def test_gcc_leaves_out_pictures_that_could_not_be_had(mirror):
         for number in numbers:
             (root / folder / f"{number}.jpg").write_bytes(_jpeg(50 * number))
     tables = [mirror / name for name in ("train.tsv", "val.tsv", "folder.txt")]
-    for table in tables[:2]:
-        table.write_text("".join(f"{table.stem} {n}\thttp\n" for n in range(3)))
+    for table in tables[:2]:  # other characters at which Python splits lines are in captions
+        told = f"{table.stem} {{}}\u2028\x1c\x85é\thttp\n"
+        table.write_text("".join(told.format(n) for n in range(3)))
     tables[2].write_text(f"{root}\n")
     place = _placed(mirror, "gcc")
     convert.convert("gcc_folder", tables, place)
     store.note(place, artefacts.sha256(place))
     found = assets.load_dataset("gcc")
-    assert found.train_captions == ("train 0", "train 2")
-    assert found.reference_captions == ("val 1",)
+    assert found.train_captions == ("train 0\u2028\x1c\x85é", "train 2\u2028\x1c\x85é")
+    assert found.reference_captions == ("val 1\u2028\x1c\x85é",)
     assert abs(int(found.train_images[torch.tensor([1])][0, 0, 5, 5]) - 100) < 4
+    (root / "val").rename(root / "validation")
+    with pytest.raises(UserError, match="pictures/val is no folder"):
+        convert.convert("gcc_folder", tables, place)
     tables[2].write_text("/nowhere")
-    with pytest.raises(UserError, match="names /nowhere, which is no folder"):
+    with pytest.raises(UserError, match="/nowhere is no folder"):
         convert.convert("gcc_folder", tables, place)
 
 
@@ -287,8 +294,8 @@ def track(pipeline, mirror, monkeypatch, tmp_path) -> config.Track:
 
 def _track(pipeline: Path, mirror: Path, monkeypatch, tmp_path: Path) -> config.Track:
     generator, arrays = np.random.default_rng(0), {}
-    for split, count, start in (("train", TRAIN, 0), ("reference", ASKED, 100)):
-        arrays[f"{split}_images"] = generator.integers(0, 256, (count, 3, SIDE, SIDE), np.uint8)
+    for split, count, start, side in (("train", TRAIN, 0, SIDE), ("reference", ASKED, 100, SEEN)):
+        arrays[f"{split}_images"] = generator.integers(0, 256, (count, 3, side, side), np.uint8)
         arrays |= {f"{split}_labels": np.arange(count), f"{split}_captions": _words(count, start)}
     place = _placed(mirror, "coco2014")
     convert.write_npz(place, arrays)
@@ -312,7 +319,7 @@ def _track(pipeline: Path, mirror: Path, monkeypatch, tmp_path: Path) -> config.
     }
     content["models"] = {"tiny": model}
     content["budgets"] = {"low": 16}
-    content["sampling"] |= {"count": 24, "lanes": 4, "batch": 20, "size": 8}
+    content["sampling"] |= {"count": 24, "lanes": 4, "batch": 20, "size": SEEN}
     return config.Track("text", content, tiny.smoke().methods)
 
 
@@ -345,7 +352,7 @@ def test_text_to_image_runs_through_all_stages(track, mirror, tmp_path, monkeypa
     cell = track.cell("tiny", "random_layers", 0.25, "finetune-low", 0)
     paths = _run(track, runs, cell)
     drawn = _drawn(paths)
-    assert drawn["images"].shape == (24, 3, 8, 8) and drawn["images"].dtype == torch.uint8
+    assert drawn["images"].shape == (24, 3, SEEN, SEEN) and drawn["images"].dtype == torch.uint8
     assert drawn["labels"].tolist() == [i % ASKED for i in range(24)]
     assert len({image.numpy().tobytes() for image in drawn["images"]}) == 24
     for shards, batch in ((1, 1), (3, 7)):
@@ -354,11 +361,17 @@ def test_text_to_image_runs_through_all_stages(track, mirror, tmp_path, monkeypa
         where = config.Paths(split, cell, runs)
         for index in range(shards if shards > 1 else 0):
             stages.shard(split, cell, where, index, batch)
+            origin = artefacts.read_record(where.shards[index][0])["origin"]
+            assert origin["prompts"] == record["files"]
         stages.sample(split, cell, where, batch)
         tiny.assert_same(_drawn(where), drawn)
     stages.score(track, cell, paths)
-    quality = artefacts.read_record(paths.metrics)["quality"]
-    assert quality["clip_score"] is None and quality["samples"] == 24
+    metrics = artefacts.read_record(paths.metrics)
+    told = metrics["text_encoder"]
+    assert told == {k: v for k, v in record["text_encoder"].items() if k != "place"}
+    assert told["sha256"] and told["prompts"] == 1 + TRAIN + ASKED
+    quality = metrics["quality"]
+    assert quality["clip_score"] is quality["clip"] is None and quality["samples"] == 24
     assert "names no CLIP" in quality["unavailable"]["clip_score"]
 
 
@@ -390,8 +403,20 @@ def test_prompts_decide_what_is_drawn_and_a_clip_scores_it(
     assert found["clip_score"] == pytest.approx(_by_hand(clip, images, texts), abs=1e-5)
     assert found["clip_score"] == clip_score(clip, images, texts, 500)
     assert not found["unavailable"]
+    sha256 = artefacts.sha256(clip / "model.safetensors")
+    assert found["clip"] == {"name": "clip_vit_b16", "sha256": sha256}
     with pytest.raises(UserError, match="no CLIP can be read"):
         clip_score(tmp_path, images, texts, 4)
+
+
+def test_samples_must_have_the_size_of_the_references(
+    stable_diffusion, mirror, monkeypatch, tmp_path
+):
+    track = _track(stable_diffusion, mirror, monkeypatch, tmp_path)
+    del track.content["sampling"]["size"]
+    words = "sampling.size: samples would have 16 pixels a side, the references have 8"
+    with pytest.raises(UserError, match=words):
+        stages.extractor(track, config.Layout(track.name, tmp_path / "runs"))
 
 
 @torch.no_grad()
@@ -417,6 +442,8 @@ def test_the_tracks_fit_the_released_models(track_name):
     track = config.load(str(tiny.ROOT / "config" / f"{track_name}.yaml"))
     assert track.cells()
     for model, settings in track.content["models"].items():
+        batch = track.autoencoder(settings["autoencoder"])["batch"]
+        assert track.content["sampling"]["lanes"] % batch == 0, "it would decode padding"
         coder = track.autoencoder(settings["autoencoder"])["asset"]
         reader = track.text_encoder(settings["text_encoder"])["asset"]
         paths = {f.path.partition("/")[2] for f in assets.asset(coder).files}

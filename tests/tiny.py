@@ -5,7 +5,7 @@ A new family needs an entry in INSTANCES; tests/test_contract.py fails with its 
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from prunebench import config, methods, models
-from prunebench.diffusion.objectives import objective
+from prunebench.diffusion.conditions import CLASSES as BY_CLASS
+from prunebench.diffusion.conditions import Condition, Conditions
+from prunebench.diffusion.objectives import FlowMatching, objective
+from prunebench.diffusion.sampling import Sampler
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.targets import plan_layers, plan_n_of_m, plan_weights, plan_widths
 from prunebench.selection import Context
@@ -38,6 +41,43 @@ _UNET = {
 }
 
 
+_CROSS_ATTENTION = {
+    **_UNET,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 8,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+}
+_SDXL = {
+    **{key: value for key, value in _CROSS_ATTENTION.items() if key != "classes"},
+    "in_channels": 2,
+    "out_channels": 2,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 4,
+    "projection_class_embeddings_input_dim": 6 * 4 + 8,
+}
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What encoders might make of a prompt per class and, in the last row, of none."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @functools.cached_property
+    def _rows(self) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(4)
+        shapes = self.shapes.items()
+        return {n: torch.randn(CLASSES + 1, *shape, generator=generator) for n, shape in shapes}
+
+    def of(self, labels: Tensor) -> dict[str, Tensor]:
+        return {name: rows[labels] for name, rows in self._rows.items()}
+
+    def nothing(self, asked: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+        return {name: self._rows[name][CLASSES].expand_as(value) for name, value in asked.items()}
+
+
 @dataclass(frozen=True)
 class Instance:
     """One small model of a family with the objective it is for."""
@@ -46,6 +86,7 @@ class Instance:
     config: dict
     objective: dict = field(default_factory=lambda: {"name": "noise"})
     image: tuple[int, int, int] | None = None  # its shape, where no key of the config holds it
+    conditions: Conditions = BY_CLASS
 
     @property
     def module(self) -> ModuleType:
@@ -84,17 +125,12 @@ INSTANCES = {
             "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
         },
     ),
-    "ldm": Instance(
+    "ldm": Instance("conditional_unet", {**_CROSS_ATTENTION, "in_channels": 3, "out_channels": 3}),
+    "sdxl": Instance(
         "conditional_unet",
-        {
-            **_UNET,
-            "in_channels": 3,
-            "out_channels": 3,
-            "attention_head_dim": 2,
-            "cross_attention_dim": 8,
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
-        },
+        _SDXL,
+        {"name": "noise", "beta_schedule": "scaled_linear"},
+        conditions=Texts({"context": (3, 8), "pooled": (8,), "sizes": (6,)}),
     ),
     "flux": Instance(
         "flux",
@@ -115,8 +151,13 @@ INSTANCES = {
     ),
 }
 NAMES = tuple(INSTANCES)
-# One instance per architecture, for what does not depend on the objective.
-_BY_SHAPE = {str((i.family, i.config)): name for name, i in reversed(INSTANCES.items())}
+PROMPTED = tuple(name for name, i in INSTANCES.items() if isinstance(i.conditions, Texts))
+# One instance per architecture with classes, for what does not depend on the objective.
+_BY_SHAPE = {
+    str((i.family, i.config)): name
+    for name, i in reversed(INSTANCES.items())
+    if name not in PROMPTED
+}
 SHAPES = tuple(_BY_SHAPE.values())
 # One instance per family and objective, for the tests that a further variant adds nothing to.
 CORE = ("dit", "sit", "unet")
@@ -139,11 +180,12 @@ def dense(name: str) -> nn.Module:
     return copy.deepcopy(_trained_looking(name))
 
 
-def inputs(name: str, count: int = 3) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    goal = objective(INSTANCES[name].objective)
-    x = torch.randn(count, *INSTANCES[name].shape, generator=generator)
-    return x, goal.model_time(goal.grid(count)), torch.arange(count) % CLASSES
+def inputs(name: str, count: int = 3) -> tuple[Tensor, Tensor, Condition]:
+    generator, instance = torch.Generator().manual_seed(1), INSTANCES[name]
+    goal = objective(instance.objective)
+    x = torch.randn(count, *instance.shape, generator=generator)
+    y = instance.conditions.of(torch.arange(count) % CLASSES)
+    return x, goal.model_time(goal.grid(count)), y
 
 
 @torch.no_grad()
@@ -153,11 +195,23 @@ def output(model: nn.Module, name: str) -> Tensor:
 
 def data(name: str, count: int = 64) -> loop.Data:
     """Images with something to learn: the class sets the brightness, noise sits on top."""
-    generator = torch.Generator().manual_seed(2)
+    generator, instance = torch.Generator().manual_seed(2), INSTANCES[name]
     labels = torch.arange(count) % CLASSES
-    noise = torch.randint(0, 40, (count, *INSTANCES[name].shape), generator=generator)
+    noise = torch.randint(0, 40, (count, *instance.shape), generator=generator)
     images = (labels * 20).view(-1, 1, 1, 1) + noise
-    return loop.Data(images.to(torch.uint8), labels, objective(INSTANCES[name].objective))
+    goal = objective(instance.objective)
+    return loop.Data(images.to(torch.uint8), labels, goal, conditions=instance.conditions)
+
+
+def sampler(name: str, model: nn.Module, steps: float = 1.0, **settings) -> Sampler:
+    """Draws from `model` in the share `steps` of two steps, deterministically unless told else."""
+    instance = INSTANCES[name]
+    goal = objective(instance.objective)
+    own = "euler" if isinstance(goal, FlowMatching) else "ddim"
+    settings = {"sampler": own, "steps": 2, "lanes": 4, **settings}
+    return Sampler(
+        model, goal, instance.shape, CLASSES, settings, steps, conditions=instance.conditions
+    )
 
 
 def settings(**changes) -> loop.Settings:

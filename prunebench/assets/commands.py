@@ -1,26 +1,41 @@
 """`prunebench assets list|fetch|verify`."""
 
+import contextlib
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from prunebench import config
 from prunebench.artefacts import write_json
 from prunebench.assets import fetch, store
 from prunebench.assets.registry import ASSETS, Asset, File, asset
 from prunebench.errors import UserError
 
-TITLES = ("NAME", "KIND", "SIZE", "STATE", "NEEDED BY", "LICENCE")
+TITLES = ("NAME", "KIND", "SIZE", "STATE", "LICENCE", "TRACKS")
 
 
 def list_assets(names: Iterable[str]) -> None:
     """Print a line per asset; what is there is not verified."""
+    readers = _readers()
     rows = [TITLES] + [
-        (w.name, w.kind, readable(w.size), state(w), w.needed_by, w.licence) for w in _wanted(names)
+        (w.name, w.kind, readable(w.size), state(w), w.licence, ", ".join(readers.get(w.name, ())))
+        for w in _wanted(names)
     ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         cells = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
         sys.stdout.write("  ".join(cells).rstrip() + "\n")
+
+
+def _readers() -> dict[str, list[str]]:
+    """Asset -> the tracks of config/ that read it, or what it serves as or is converted to."""
+    readers: dict[str, list[str]] = {}
+    for file in sorted(Path("config").glob("*.yaml")):
+        with contextlib.suppress(UserError):  # a track that is being written stops no list
+            needed = config.load_any(file.stem).assets()
+            for name in {way.name for entry in needed for way in _ways(asset(entry))}:
+                readers.setdefault(name, []).append(file.stem)
+    return readers
 
 
 def fetch_assets(names: Iterable[str], record: Path | None = None) -> None:
@@ -84,10 +99,14 @@ def state(wanted: Asset) -> str:
         root = store.root_of(wanted, wanted.files[0])
         named = {store.cache_folder(): "in the cache", store.DATA: "packaged"}
         return named.get(root, "in the mirror")
-    choices = [wanted, *map(asset, (*wanted.alternatives, *(wanted.made_from or ())))]
-    if any(choice.downloadable or store.present(choice) for choice in choices):
+    if any(way.downloadable or store.present(way) for way in _ways(wanted)):
         return "to fetch"
     return "by hand"
+
+
+def _ways(wanted: Asset) -> list[Asset]:
+    """The asset, and what serves as well or is converted to it."""
+    return [wanted, *map(asset, (*wanted.alternatives, *(wanted.made_from or ())))]
 
 
 def readable(size: int | None) -> str:

@@ -1,4 +1,4 @@
-"""Published archives -> the suite's npz layout. Nothing is unpickled or unpacked to disk.
+"""Published archives -> the suite's npz layout. Nothing is unpickled, and only LMDBs are unpacked.
 
 Arrays are stored uncompressed with fixed timestamps, so equal pixels give equal bytes with every
 zlib. Images are read one by one: memory does not grow with the data set.
@@ -7,8 +7,10 @@ zlib. Images are read one by one: memory does not grow with the data set.
 import io
 import json
 import os
+import shutil
 import struct
 import tarfile
+import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +29,10 @@ IMAGENET_TRAIN = 1_281_167  # images
 
 @dataclass(frozen=True)
 class Stack:
-    """Images that are yet to be read: `images` yields uint8 arrays that stack to `shape`."""
+    """Images that are yet to be read: `images` yields uint8 arrays that stack to `shape`.
+
+    Of bytes, `shape` (N,), it yields runs.
+    """
 
     shape: tuple[int, ...]
     images: Iterable[np.ndarray]
@@ -62,10 +67,11 @@ def _write_array(handle: BinaryIO, name: str, array: np.ndarray | Stack) -> None
     np.lib.format.write_array_header_1_0(handle, header)
     count = 0
     for image in array.images:
-        if image.dtype != np.uint8 or image.shape != array.shape[1:]:
+        run = image if image.ndim == len(array.shape) == 1 else image[None]
+        if run.dtype != np.uint8 or run.shape[1:] != array.shape[1:]:
             raise UserError(f"{name}: image {count} is {image.dtype} {image.shape}")
-        handle.write(np.ascontiguousarray(image).data)
-        count += 1
+        handle.write(np.ascontiguousarray(run).data)
+        count += len(run)
     if count != array.shape[0]:
         raise UserError(f"{name}: the archive has {count} images, {array.shape[0]} were expected")
 
@@ -252,6 +258,53 @@ def artbench10(files: Sequence[Path]) -> dict[str, np.ndarray | Stack]:
     return _dataset(_from_tar(files[0]), splits, SIZE)
 
 
+# ---- LSUN: the pictures as published, which are decoded when they are asked for
+
+
+def lsun(files: Sequence[Path]) -> dict[str, np.ndarray | Stack]:
+    """LSUN's training and validation set of one scene, each the data.mdb of an LMDB; one class.
+
+    The encoded pictures are kept, in the order of their keys, which are hashes: the first so many
+    are a random choice. Decoded, bedroom would take 600 GB.
+    """
+    arrays: dict[str, np.ndarray | Stack] = {"side": np.array(SIZE)}
+    for path, split in zip(files, ("train", "reference"), strict=True):
+        sizes = np.fromiter(map(len, _values(path)), np.int64)
+        content = (np.frombuffer(value, np.uint8) for value in _values(path))
+        arrays |= {
+            f"{split}_pictures": Stack((int(sizes.sum()),), content),
+            f"{split}_offsets": np.cumsum(sizes) - sizes,
+            f"{split}_sizes": sizes,
+            f"{split}_labels": np.zeros(len(sizes), np.uint8),
+        }
+    return arrays
+
+
+def _values(path: Path) -> Iterator[memoryview]:
+    """The values of an LMDB in the order of their keys, each valid until the next."""
+    import lmdb
+
+    try:
+        with lmdb.open(str(path), subdir=False, readonly=True, lock=False) as environment:
+            least = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+            if path.stat().st_size < least:  # reading on would end the process: SIGBUS
+                raise ValueError(f"{path.name} has {path.stat().st_size} bytes instead of {least}")
+            with environment.begin(buffers=True) as transaction:
+                yield from transaction.cursor().iternext(keys=False)
+    except lmdb.Error as error:
+        raise ValueError(f"{path.name} is no sound LMDB: {error}") from error
+
+
+def _unpacked(archive: Path, folder: Path) -> Path:
+    """The data.mdb of a zip archive, unpacked: an LMDB is mapped and so must be a file."""
+    with zipfile.ZipFile(archive) as source:
+        (member,) = [name for name in source.namelist() if PurePosixPath(name).name == "data.mdb"]
+        target = folder / f"{archive.stem}.mdb"
+        with source.open(member) as packed, target.open("wb") as handle:
+            shutil.copyfileobj(packed, handle, 2**20)
+    return target
+
+
 # ---- ImageNet: an index of the pictures where they lie
 
 
@@ -363,12 +416,14 @@ def gcc_folder(files: Sequence[Path]) -> dict[str, np.ndarray]:
     """
     *tables, place = files
     root = Path(place.read_text().strip())
-    if not root.is_dir():
-        raise ValueError(f"it names {root}, which is no folder")
+    for place in (root, root / "train", root / "val"):
+        if not place.is_dir():
+            raise ValueError(f"{place} is no folder")
     arrays = {"root": np.array(str(root.resolve())), "side": np.array(SIDE),
               "reference_side": np.array(REFERENCE_SIDE)}  # fmt: skip
     for table, split, folder in zip(tables, ("train", "reference"), ("train", "val"), strict=True):
-        lines = table.read_text().splitlines()
+        # Python would split lines at other characters too, which captions hold.
+        lines = table.read_bytes().decode().removesuffix("\n").split("\n")
         here = {entry.name: entry.stat().st_size for entry in os.scandir(root / folder)}
         kept = [n for n in range(len(lines)) if here.get(f"{n}.jpg")]
         captions = {f"{folder}/{n}.jpg": lines[n].split("\t")[0] for n in kept}
@@ -399,9 +454,10 @@ CONVERSIONS: dict[str, Callable[[Sequence[Path]], Mapping[str, np.ndarray | Stac
     for function in (
         *(arrays, cifar_binary, celeba64, flowers102, cub200, artbench10),
         *(imagenet_archive, imagenet_folder),
-        *(coco, gcc_folder),
+        *(coco, gcc_folder, lsun),
     )
 }
+UNPACKED = ("lsun",)  # their archives are unpacked beside the target while it is written
 
 
 def convert(name: str, files: Sequence[Path], target: Path) -> None:
@@ -410,8 +466,11 @@ def convert(name: str, files: Sequence[Path], target: Path) -> None:
     Raises:
         UserError: the originals have not the layout that the conversion `name` reads.
     """
+    read = ", ".join(map(str, files))
     try:
-        write_npz(target, CONVERSIONS[name](files))
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix="unpacked-") as folder:
+            if name in UNPACKED:
+                files = [_unpacked(file, Path(folder)) for file in files]
+            write_npz(target, CONVERSIONS[name](files))
     except (KeyError, ValueError, AttributeError, tarfile.TarError, zipfile.BadZipFile) as error:
-        read = ", ".join(map(str, files))
         raise UserError(f"{read}: not the layout that '{name}' reads ({error})") from error

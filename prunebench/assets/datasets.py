@@ -1,7 +1,8 @@
 """Data sets in the suite's layout: an npz file of uint8 images and labels.
 
 Arrays that are stored uncompressed, as conversions write them, are mapped and not read. In place of
-training images there may be an index of pictures that are read where they lie (`Pictures`).
+images there may be pictures that are decoded when they are asked for (`Pictures`): in the file
+itself, or an index of where they lie.
 """
 
 import io
@@ -50,14 +51,14 @@ class Pictures:
     Args:
         arrays: `train_files` names below `root`; of each picture which file it lies in
             (`train_file`), at which byte (`train_offsets`), and how many bytes it has
-            (`train_sizes`); `side` of the images, which are resized and cropped (ADM's way). For
-            "reference" in place of "train" there may be a `reference_side` to which the whole
-            picture is squashed.
+            (`train_sizes`); `side` of the images, which are resized and cropped (ADM's way). In
+            place of files there may be `train_pictures`, the bytes of all, mapped. For "reference"
+            in place of "train" there may be a `reference_side` to which the picture is squashed.
         count: only the first so many.
     """
 
     def __init__(self, arrays: "dict[str, np.ndarray]", count: int, split: str = "train"):
-        self._root, self._arrays, self._count = str(arrays["root"]), arrays, count
+        self._arrays, self._count = arrays, count
         self._split = split
         self._squash = f"{split}_side" in arrays
         self._side = int(arrays[f"{split}_side" if self._squash else "side"])
@@ -65,11 +66,13 @@ class Pictures:
     def __len__(self) -> int:
         return self._count
 
-    def __getitem__(self, rows: "slice | Tensor") -> "Tensor":
-        """uint8 [n, 3, side, side] of a slice, or of a tensor of rows."""
+    def __getitem__(self, rows: "slice | Tensor | int") -> "Tensor":
+        """uint8 [n, 3, side, side] of a slice, or of a tensor of rows; [3, side, side] of one."""
         import numpy as np
         import torch
 
+        if isinstance(rows, int):
+            return torch.from_numpy(self._picture(range(len(self))[rows]).copy())
         chosen = range(len(self))[rows] if isinstance(rows, slice) else rows.tolist()
         with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             return torch.from_numpy(np.stack(list(pool.map(self._picture, chosen))))
@@ -82,16 +85,28 @@ class Pictures:
     def _picture(self, row: int) -> "np.ndarray":
         from prunebench.assets.convert import rgb
 
-        keys = [f"{self._split}_{key}" for key in ("file", "offsets", "sizes")]
-        number, offset, size = (int(self._arrays[key][row]) for key in keys)
-        path = Path(self._root, self._arrays[f"{self._split}_files"][number].decode())
+        offset, size = (int(self._of(key)[row]) for key in ("offsets", "sizes"))
+        path = self._path(row)
         try:
-            with path.open("rb") as handle:
-                handle.seek(offset)
-                content = handle.read(size)
-            return rgb(io.BytesIO(content), self._side, squash=self._squash)
+            return rgb(io.BytesIO(self._read(path, offset, size)), self._side, squash=self._squash)
         except OSError as error:  # of the disk, or of a picture that can't be decoded
             raise UserError(f"{path}, {size} bytes from {offset}: {error}") from error
+
+    def _of(self, key: str) -> "np.ndarray | None":
+        return self._arrays.get(f"{self._split}_{key}")
+
+    def _path(self, row: int) -> Path:
+        """The file that a picture lies in."""
+        if self._of("files") is None:
+            return Path(self._of("pictures").filename)
+        return Path(str(self._arrays["root"]), self._of("files")[self._of("file")[row]].decode())
+
+    def _read(self, path: Path, offset: int, size: int) -> bytes:
+        if self._of("files") is None:
+            return self._of("pictures")[offset : offset + size].tobytes()
+        with path.open("rb") as handle:
+            handle.seek(offset)
+            return handle.read(size)
 
 
 def load_dataset(
@@ -120,7 +135,9 @@ def load_dataset(
     split = {"held_out": "reference", "train": "train"}.get(reference)
     if split is None:
         seen, statistics = _published(reference, locate(reference, mirror), limit_reference)
-    elif f"{split}_images" in arrays or (split == "reference" and "reference_files" in arrays):
+    elif {f"{split}_images", f"{split}_pictures"} & set(arrays) or (
+        split == "reference" and "reference_files" in arrays
+    ):
         seen = _split(arrays, split, limit_reference, "reference")
     else:
         raise UserError(f"dataset.reference: {name} has no '{reference}' images; name an asset")
@@ -133,10 +150,10 @@ def _split(
 ) -> "tuple[Tensor | Pictures, Tensor]":
     """Images and labels of "train" or "reference"; `key` is what the limit is called."""
     labels = _tensor(arrays[f"{split}_labels"]).long()
-    if f"{split}_files" in arrays:
-        images = Pictures(arrays, _count(len(labels), limit, key or split), split)
-    else:
+    if f"{split}_images" in arrays:
         images = _images(arrays[f"{split}_images"], limit, key or split)
+    else:
+        images = Pictures(arrays, _count(len(labels), limit, key or split), split)
     return images, labels[: len(images)]
 
 
@@ -179,7 +196,10 @@ def _arrays(name: str, path: Path) -> "dict[str, np.ndarray]":
 
 
 def _mapped(path: Path, info: zipfile.ZipInfo) -> "np.ndarray":
-    """An array of an npz file that is stored as it is, mapped copy-on-write."""
+    """An array of an npz file that is stored as it is, mapped.
+
+    Copy-on-write as torch wants it, but for the bytes of pictures: that would count as memory.
+    """
     import numpy as np
 
     with path.open("rb") as handle:
@@ -191,7 +211,8 @@ def _mapped(path: Path, info: zipfile.ZipInfo) -> "np.ndarray":
         if dtype.hasobject:
             raise ValueError(f"{info.filename} is a pickle")
         order = "F" if fortran else "C"
-        return np.memmap(path, dtype, "c", handle.tell(), shape, order)
+        mode = "r" if info.filename.endswith("_pictures.npy") else "c"
+        return np.memmap(path, dtype, mode, handle.tell(), shape, order)
 
 
 def _tensor(array: "np.ndarray") -> "Tensor":

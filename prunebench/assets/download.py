@@ -2,7 +2,7 @@
 
 A download grows in `<file>.part`, which a killed one leaves and the next one goes on from; only a
 verified file gets its name. `<file>.part.json` says where the part came from, so that bytes of two
-versions are never joined.
+versions are never joined. Conversions have their part here too, and begin it anew.
 """
 
 import contextlib
@@ -53,19 +53,37 @@ def download(wanted: Asset, file: File, target: Path) -> None:
             from is kept as `<target>.part`.
     """
     failures = []
+    with part_of(wanted, target) as part:
+        for source in file.sources:
+            try:
+                _from_source(file, source, part, target)
+                return
+            except _SourceError as failure:
+                failures.append(f"{source}: {failure}")
+    raise UserError(
+        f"asset {wanted.name} could not be fetched ({'; '.join(failures)}). {store.by_hand(wanted)}"
+    )
+
+
+@contextlib.contextmanager
+def part_of(wanted: Asset, target: Path) -> Iterator[Path]:
+    """`<target>.part` while no other process may write it; what is empty at the end goes away.
+
+    Raises:
+        UserError: another process has it, or the folder cannot be written.
+    """
     with _writing(wanted, target):
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f"{target.name}.part")
         with _locked(wanted, part):
-            for source in file.sources:
-                try:
-                    _from_source(file, source, part, target)
-                    return
-                except _SourceError as failure:
-                    failures.append(f"{source}: {failure}")
-    raise UserError(
-        f"asset {wanted.name} could not be fetched ({'; '.join(failures)}). {store.by_hand(wanted)}"
-    )
+            yield part
+
+
+def finish(part: Path, target: Path) -> None:
+    """Give a complete and verified part its name."""
+    with part.open("rb") as handle:
+        os.fsync(handle.fileno())
+    part.replace(target)
 
 
 @contextlib.contextmanager
@@ -84,7 +102,7 @@ def _writing(wanted: Asset, target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(wanted: Asset, part: Path) -> Iterator[None]:
-    """Two downloads of one file would garble it; the lock ends with its process."""
+    """Two writers of one file would garble it; the lock ends with its process."""
     with part.open("ab") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -92,9 +110,7 @@ def _locked(wanted: Asset, part: Path) -> Iterator[None]:
         except (BlockingIOError, FileNotFoundError):
             mine = False  # or finished, and renamed, since we opened it
         if not mine:
-            raise UserError(
-                f"asset {wanted.name}: another process is downloading {part}; wait for it"
-            )
+            raise UserError(f"asset {wanted.name}: another process is writing {part}; wait for it")
         try:
             yield
         finally:
@@ -108,15 +124,13 @@ def _from_source(file: File, source: str, part: Path, target: Path) -> None:
     whole = _unpacked(part) if _packed(file, source) else part
     checksum = file.checksum or (("sha256", told) if told else None)
     if checksum and not (found := _digest(whole, checksum[0])).startswith(checksum[1]):
-        _discard(part)
+        discard(part)
         if whole != part:
             whole.unlink()
         raise _SourceError(f"gave a file with {checksum[0]} {found} instead of {checksum[1]}")
-    with whole.open("rb") as handle:
-        os.fsync(handle.fileno())
-    whole.replace(target)
+    finish(whole, target)
     if whole != part:
-        _discard(part)
+        discard(part)
     _note_of_part(part).unlink(missing_ok=True)
     if told and not file.checksum:
         log.info("%s has the sha256 that the hub gives for it", target)
@@ -140,12 +154,12 @@ def _unpacked(part: Path) -> Path:
             shutil.copyfileobj(packed, handle, CHUNK)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         whole.unlink()
-        _discard(part)
+        discard(part)
         raise _SourceError(f"gave a broken gzip file ({error})") from error
     return whole
 
 
-def _discard(part: Path) -> None:
+def discard(part: Path) -> None:
     """Empty the part, which keeps its lock; whoever holds that removes it."""
     _truncate(part)
     _note_of_part(part).unlink(missing_ok=True)

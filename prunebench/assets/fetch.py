@@ -1,13 +1,14 @@
 """Fetching an asset: what is not there yet is downloaded, recorded or converted."""
 
+import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
-from prunebench.artefacts import sha256, write_atomically
+from prunebench.artefacts import sha256
 from prunebench.assets import store
-from prunebench.assets.download import download
-from prunebench.assets.registry import Asset, File, asset
+from prunebench.assets.download import discard, download, finish, part_of
+from prunebench.assets.registry import Asset, asset
 from prunebench.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def _record_unpublished(wanted: Asset, mirror: Path | None) -> None:
     for file in wanted.files:
         path = store.root_of(wanted, file, mirror) / file.path
         if store.expectation(wanted, file, path, mirror) is None:
-            store.note(store.cache_folder() / file.path, sha256(path))
+            _note(wanted, store.cache_folder() / file.path, sha256(path))
             new.append(str(path))
     if new:
         log.warning(
@@ -58,13 +59,27 @@ def _record_unpublished(wanted: Asset, mirror: Path | None) -> None:
         )
 
 
+def _note(wanted: Asset, path: Path, value: str) -> None:
+    with _named(wanted):
+        store.note(path, value)
+
+
+@contextlib.contextmanager
+def _named(wanted: Asset) -> Iterator[None]:
+    """Errors begin with the asset's name, and say where to write where it cannot be done."""
+    try:
+        yield
+    except UserError as error:
+        unwritable = isinstance(error.__cause__, OSError)
+        more = "; PRUNEBENCH_CACHE can name another folder" if unwritable else ""
+        raise UserError(f"asset {wanted.name}: {error}{more}") from error
+
+
 # ---- data sets
 
 
 def _convert(wanted: Asset, mirror: Path | None) -> None:
     """Make a data set of the first original that is there, or that can be downloaded."""
-    from prunebench.assets.convert import convert
-
     choices = [(asset(name), conversion) for name, conversion in wanted.made_from.items()]
     here = [choice for choice in choices if store.present(choice[0], mirror)]
     open_ = [choice for choice in choices if choice[0].downloadable]
@@ -79,24 +94,26 @@ def _convert(wanted: Asset, mirror: Path | None) -> None:
     (made,) = wanted.files
     target = store.cache_folder() / made.path
     log.info("converting %s to %s", ", ".join(map(str, files)), target)
-    write_atomically(
-        target, lambda part: _converted(wanted, made, files, conversion, convert, part)
-    )
+    with part_of(wanted, target) as part:
+        try:
+            _converted(wanted, conversion, files, part)
+            finish(part, target)
+        except BaseException:
+            discard(part)
+            raise
     if made.checksum is None:
-        store.note(target, sha256(target))
+        _note(wanted, target, sha256(target))
 
 
-def _converted(
-    wanted: Asset,
-    made: File,
-    files: Sequence[Path],
-    conversion: str,
-    convert: Callable,
-    part: Path,
-) -> None:
-    convert(conversion, files, part)
-    if made.sha256 and sha256(part) != made.sha256:
-        raise UserError(
-            f"asset {wanted.name}: converting {files[0]} gave sha256 {sha256(part)} instead of "
-            f"{made.sha256}; this is a bug or broken memory, nothing was kept"
-        )
+def _converted(wanted: Asset, conversion: str, files: list[Path], part: Path) -> None:
+    """Make `part` of the originals; it is held to the data set's hash where one is known."""
+    from prunebench.assets.convert import convert
+
+    (made,) = wanted.files
+    with _named(wanted):
+        convert(conversion, files, part)
+        if made.sha256 and (found := sha256(part)) != made.sha256:
+            raise UserError(
+                f"converting {files[0]} gave sha256 {found} instead of {made.sha256}; this is a "
+                "bug or broken memory, nothing was kept"
+            )

@@ -46,7 +46,6 @@ class Asset:
 
     Attributes:
         home: the page of its authors.
-        needed_by: what of the suite needs it.
         by_hand: why it has to be placed by hand and how it is had; "" if it can be downloaded.
         packaged: whether it ships with the package.
         made_from: originals a data set can be made of -> name of the conversion.
@@ -60,7 +59,6 @@ class Asset:
     description: str
     licence: str
     home: str
-    needed_by: str
     files: tuple[File, ...]
     by_hand: str = ""
     packaged: bool = False

@@ -143,8 +143,7 @@ def _fetching(name: str) -> str:
 def by_hand(wanted: Asset, mirror: Path | None = None) -> str:
     """What the asset is, and how a person gets it and where it goes."""
     lines = [
-        f"It is needed by {wanted.needed_by}: {wanted.description}; licence: {wanted.licence}; "
-        f"home: {wanted.home}."
+        f"{wanted.name} is {wanted.description}; licence: {wanted.licence}; home: {wanted.home}."
     ]
     if wanted.made_from:
         lines += [_originals(wanted)]

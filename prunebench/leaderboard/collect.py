@@ -536,6 +536,7 @@ def caption(sources: list[Source], cells: pd.DataFrame) -> dict[str, str]:
         "Reference": _counts(sources, "reference_samples") + " images",
         "Sampling": "; ".join(_sampling(cells)),
         "Not available": "; ".join(_unavailable(sources)),
+        "Not gated": "; ".join(_ungated(sources)),
     }
     return {label: value for label, value in text.items() if value}
 
@@ -553,6 +554,19 @@ def _unavailable(sources: list[Source]) -> list[str]:
         for name, reason in source.metrics.get("quality", {}).get("unavailable", {}).items()
     }
     return sorted(found)
+
+
+def _ungated(sources: list[Source]) -> list[str]:
+    """Models as released whose dense FID was held against none."""
+    models = {
+        source.metrics["cell"]["model"]: source.metrics.get("settings", {}).get("model", {})
+        for source in sources
+    }
+    return [
+        f"{name}: ranked without a published FID to reach first"
+        for name, settings in sorted(models.items())
+        if "weights" in settings and not {"training", "reference"} & set(settings)
+    ]
 
 
 def hardware(sources: list[Source]) -> list[str]:

@@ -73,6 +73,7 @@ class Prompts:
         self._rows = rows.Rows(folder, STEM)
         trained, asked = self._rows.index["counts"].tolist()
         self._start, self._count = (1, trained) if training else (1 + trained, asked)
+        self._empty: dict[torch.device, dict[str, Tensor]] = {}  # the empty prompt
 
     def __len__(self) -> int:
         return self._count
@@ -82,4 +83,7 @@ class Prompts:
         return {name: torch.stack([row[name] for row in found]) for name in found[0]}
 
     def nothing(self, asked: Condition, model: nn.Module) -> Condition:
-        return each(lambda like, row: row.to(like).expand_as(like), asked, self._rows[0])
+        device = next(iter(asked.values())).device
+        if device not in self._empty:  # guidance asks at every step, also while that is timed
+            self._empty[device] = each(lambda value: value.to(device), self._rows[0])
+        return each(lambda like, row: row.to(like).expand_as(like), asked, self._empty[device])

@@ -3,6 +3,7 @@
 
 rule score:
     input:
+        prompts,
         extractor=LAYOUT.extractor,
         select=artefact("select"),
         cost=artefact("cost"),
