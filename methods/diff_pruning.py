@@ -13,6 +13,7 @@ scores a channel in two ways:
 Deviations: docs/methods/diff_pruning.md.
 """
 
+from collections import ChainMap
 from dataclasses import replace
 
 import torch
@@ -89,8 +90,8 @@ def absolute_score(model):
 
 def mixed_score(model, scale=1):
     """Path "a": a function from a width to its scores, [size]; `scale` multiplies the gradients."""
-    squares = {n: (scale * term) ** 2 for n, term in taylor_terms(matrices(model)).items()}
-    values = squares | {n: (scale * t).abs() for n, t in taylor_terms(group_norms(model)).items()}
+    squares = taylor_terms(matrices(model), lambda term: (scale * term) ** 2)
+    values = ChainMap(squares, taylor_terms(group_norms(model), lambda term: (scale * term).abs()))
 
     def score(unit):
         often = unit.members[0].index.shape[1]

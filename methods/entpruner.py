@@ -17,6 +17,7 @@ from functools import partial
 
 import torch
 
+from prunebench.copies import shell
 from prunebench.pruning.proxies import ntk_condition, vote, zico
 from prunebench.pruning.units import parameter_count
 
@@ -143,8 +144,8 @@ def log_sigmas(context, model, batches):
 
 
 def without(context, model, names):
-    """A copy of the model without these layers."""
-    smaller = copy.deepcopy(model)
+    """The model without these layers; shares its weights."""
+    smaller = shell(model)
     for name in names:
         context.family.remove_layer(smaller, name)
     return smaller

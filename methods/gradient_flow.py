@@ -82,7 +82,9 @@ def select(
         uniform: give every width the target as its own share instead of the model.
     """
     check(rounds, r, process=process, schedule=schedule, dt=dt, score=score)
-    network, units = copy.deepcopy(context.model), context.widths()
+    trains = any(spread(context, share, rounds))
+    network = copy.deepcopy(context.model) if trains else context.model
+    units = context.widths()
     groups = [readers(unit, network) for unit in units]
     losses = gated(context, threshold, timesteps, batch, micro_batch)
     times = len(losses) // -(-batch // micro_batch)
@@ -153,13 +155,17 @@ def hessian_gradient(losses, weights):
     derivative = partial(torch.autograd.grad, inputs=leaves, materialize_grads=True)
     with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivative
         for loss in losses:
-            parts = derivative(loss(weights))
-            gradient = [g + part for g, part in zip(gradient, parts, strict=True)]
+            add(gradient, derivative(loss(weights)))
         for loss in losses:
             parts = derivative(loss(weights), create_graph=True)
             inner = sum((g * part).sum() for g, part in zip(gradient, parts, strict=True))
-            product = [p + part for p, part in zip(product, derivative(inner), strict=True)]
+            add(product, derivative(inner))
     return dict(zip(weights, product, strict=True))
+
+
+def add(sums, parts):
+    for total, part in zip(sums, parts, strict=True):
+        total.add_(part)
 
 
 def slopes(losses, network, groups, absolute, masks):
@@ -169,7 +175,9 @@ def slopes(losses, network, groups, absolute, masks):
     """
     factors = gains(network, groups, masks)
     raw = {name: weight.detach() for name, weight in network.named_parameters()}
-    effective = {name: (w * factors.get(name, 1)).requires_grad_() for name, w in raw.items()}
+    effective = {n: w * factors[n] if n in factors else w.detach() for n, w in raw.items()}
+    for weight in effective.values():
+        weight.requires_grad_()
     products = hessian_gradient(losses, effective)
     terms = {name: raw[name] * products[name] for name in factors}
     if absolute:

@@ -3,6 +3,7 @@
 Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021.
 """
 
+from prunebench.pruning.scores import Values
 from prunebench.pruning.targets import plan_n_of_m
 
 TITLE = "Magnitude, 2:4"
@@ -21,4 +22,4 @@ BIBTEX = """@article{mishra2021accelerating,
 
 
 def select(context):
-    return plan_n_of_m({n: w.detach().abs() for n, w in context.weights().items()}, 2, 4)
+    return plan_n_of_m(Values(context.weights(), lambda weight: weight.detach().abs()), 2, 4)

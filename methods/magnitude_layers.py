@@ -1,5 +1,7 @@
 """Removes the layers whose weights are smallest on average."""
 
+from prunebench.pruning.scores import precise
+
 TITLE = "Magnitude, layers"
 KIND = "layers"
 CONTROL = True
@@ -7,8 +9,9 @@ CONTROL = True
 
 def select(context):
     def magnitude(layer):
-        weights = [p.detach().abs() for p in context.model.get_submodule(layer.name).parameters()]
-        return float(sum(w.sum() for w in weights) / sum(w.numel() for w in weights))
+        weights = [*context.model.get_submodule(layer.name).parameters()]
+        total = sum(precise(w).abs().sum() for w in weights)
+        return float(total / sum(w.numel() for w in weights))
 
     scores = {layer.name: magnitude(layer) for layer in context.layers()}
     order = sorted(context.layers(), key=lambda layer: scores[layer.name])

@@ -1,5 +1,7 @@
 """Zeroes the smallest weights of the whole network, wherever they are."""
 
+from prunebench.pruning.scores import Values
+
 TITLE = "Magnitude, unstructured"
 KIND = "weights"
 CONTROL = True
@@ -14,4 +16,4 @@ BIBTEX = """@inproceedings{han2015learning,
 
 
 def select(context):
-    return context.plan_weights({n: w.detach().abs() for n, w in context.weights().items()})
+    return context.plan_weights(Values(context.weights(), lambda weight: weight.detach().abs()))

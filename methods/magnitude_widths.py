@@ -4,7 +4,7 @@ Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, in the form of D
 magnitude baseline: the sum of w^2 per slice, averaged over the layers of a group.
 """
 
-from prunebench.pruning.scores import matrices, per_channel
+from prunebench.pruning.scores import Values, matrices, per_channel, precise
 
 TITLE = "Magnitude, widths"
 KIND = "widths"
@@ -21,7 +21,7 @@ BIBTEX = """@inproceedings{li2017pruning,
 
 
 def select(context, uniform=False):
-    squares = {name: weight.detach() ** 2 for name, weight in matrices(context.model).items()}
+    squares = Values(matrices(context.model), lambda weight: precise(weight) ** 2)
     scores = {
         unit.name: per_channel(unit, squares, lambda slices: slices.sum(1))
         for unit in context.widths()

@@ -51,14 +51,15 @@ def select(context, n=2, m=4, decay=2e-4, kd=0.0, progressive=False, share=1.0):
         progressive: climb 31:32, 15:16, 7:8, 3:4, n:m in equal shares instead of n:m throughout.
     """
     dense = {name: weight.detach().abs() for name, weight in context.weights().items()}
-    magnitude = plan_n_of_m(dense, n, m)
+    magnitude, names = plan_n_of_m(dense, n, m), list(dense)
+    dense = {name: dense[name] for name in names if name not in magnitude.masks}
     model = sparsify(copy.deepcopy(context.model), magnitude.masks)
     loss = objective(context, kd)
     for pattern, images in stages(context, (n, m), progressive, share):
         set_pattern(model, *pattern)
         context.train(model, images, loss=loss, adjust=lambda net: decay_pruned(net, decay))
     trained = bake(model, magnitude.masks)
-    plan = plan_n_of_m({**dense, **trained}, n, m)
+    plan = plan_n_of_m({name: trained.get(name, dense.get(name)) for name in names}, n, m)
     return dataclasses.replace(plan, notes=report(plan, magnitude)), model
 
 

@@ -532,8 +532,24 @@ def _check_model(file: Path, name: str, model: Mapping, content: Mapping) -> Non
         )
     if "classes" in model.get("weights", {}) and "training" not in model:
         raise UserError(f"{where}.weights.classes: other classes must be learnt; add 'training'")
+    _check_precision(where, name, model, content)
     if "training" in model and model["training"]["images"] < model["training"]["batch"]:
         raise UserError(f"{where}.training.images: less than one batch")
+
+
+def _check_precision(where: str, name: str, model: Mapping, content: Mapping) -> None:
+    """Weights in half precision can be pruned and sampled; small updates of them would be lost."""
+    if model.get("weights", {}).get("dtype", "float32") == "float32":
+        return
+    recoveries = [r for division in content["divisions"].values() for r in division["recoveries"]]
+    oracle = content.get("oracle", {"models": []})
+    if name in oracle["models"]:
+        recoveries += oracle["recoveries"]
+    if "training" in model or set(recoveries) != {"none"}:
+        raise UserError(
+            f"{where}.weights.dtype: weights in half precision can't be trained; leave it out, or "
+            "take only recoveries 'none' and no 'training'"
+        )
 
 
 def take_published(where: str, model: dict) -> None:

@@ -1,8 +1,6 @@
 """What a method is given, and the checks on what it returns."""
 
-import copy
 import hashlib
-import itertools
 import json
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,11 +10,13 @@ from types import MappingProxyType, ModuleType
 import torch
 from torch import Generator, Tensor, nn
 
+from prunebench.copies import rebuilt, shell
 from prunebench.errors import CellError, UserError, machine_fault
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.units import Layer, Width
 from prunebench.training import loop
+from prunebench.training.activations import checkpoint_activations
 from prunebench.training.budget import BudgetMeter
 from prunebench.training.checkpoints import Checkpoints
 from prunebench.training.loop import Adjust, Batch, Data, Loss
@@ -27,7 +27,8 @@ class Context:
 
     Attributes:
         model: a private copy of the dense model in evaluation mode; call it as (x, t, y). What
-            passes through it, forward or backward, is metered, also through copies of it.
+            passes through it, forward or backward, is metered, also through copies of it. Large
+            ones leave memory for few copies: `without` and `prunebench.copies` share tensors.
         data: the training images and the objective.
         sparsity: fraction of the model's parameters to remove (or, for steps, of the steps).
         seed: the cell's seed. All randomness comes from `generator()`.
@@ -50,10 +51,11 @@ class Context:
         settings: loop.Settings,
         train_images: int = 0,
         checkpoints: Checkpoints | None = None,
+        device: torch.device | None = None,  # of `model`; the dense one stays where it is
     ):
-        self.model = meter.watch(copy.deepcopy(dense).eval())
+        self.model = meter.watch(rebuilt(dense, lambda t: t.to(device, copy=True)).eval())
         if settings.activation_checkpointing:
-            loop.checkpoint_activations(self.model)
+            checkpoint_activations(self.model)
         self._dense = dense
         self.family, self.config, self.data = family, dict(config), data
         self.sparsity, self.seed = sparsity, seed
@@ -110,11 +112,10 @@ class Context:
     @contextmanager
     def without(self, *layers: str) -> Iterator[nn.Module]:
         """The model with layers bypassed; shares all weights with `model`."""
-        tensors = itertools.chain(self.model.parameters(), self.model.buffers())
-        shell = copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
+        smaller = shell(self.model)
         for name in layers:
-            self.family.remove_layer(shell, name)
-        yield shell
+            self.family.remove_layer(smaller, name)
+        yield smaller
 
     # What to return.
     def plan_layers(self, order: Sequence[Layer], **notes: object) -> Plan:
@@ -178,7 +179,8 @@ class Context:
 
     def teacher(self) -> nn.Module:
         """The dense model, frozen; what passes through it is metered as a teacher's."""
-        model = unmetered(self._dense).requires_grad_(False)
+        device = next(self.model.parameters()).device
+        model = rebuilt(self._dense, lambda t: t.to(device)).requires_grad_(False)
         return self._meter.watch(model, "teacher")
 
     def fresh(self, plan: Plan) -> nn.Module:
@@ -186,7 +188,8 @@ class Context:
         self.made_fresh = True
         with torch.random.fork_rng():
             torch.manual_seed(self.generator().initial_seed())
-            model = self.family.build(self.config).to(next(self.model.parameters()).device)
+            model = self.family.build(self.config)
+        model = nn.Module.to(model, next(self.model.parameters()))
         return self._meter.watch(surgery.apply(model, plan, self.family))
 
 
@@ -202,28 +205,29 @@ Select = Callable[..., Plan | tuple[Plan, nn.Module]]
 def select(
     context: Context, function: Select, kind: str, parameters: Mapping
 ) -> tuple[Plan, nn.Module]:
-    """Run a method and check what it returns.
+    """Run a method and check what it returns. The context's model is gone afterwards.
 
     Returns:
         The plan and the pruned model: the method's own where it trained one, else the dense model
-        with the plan applied.
+        with the plan applied, whose untouched tensors it shares.
 
     Raises:
         CellError: the plan is of another kind than the method states, names units that do not
             exist, or misses the target by more than one unit.
     """
-    dense = unmetered(context.model)
     layers = [unit for g in ("block", "branch") for unit in context.layers(g)]
     widths = context.widths() if kind == "widths" else []
     plan, own = _parts(_call(function, context, parameters))
     check_kind(plan, kind)
     check_record(plan)
-    pruned = surgery.apply(copy.deepcopy(dense), plan, context.family)
+    del context.model  # its weights and gradients make room
+    dense = context._dense
+    pruned = surgery.apply(rebuilt(dense), plan, context.family, widths)
     unit = targets.tolerance(dense, layers, widths, plan)
     maskable = {n: dense.get_parameter(n).shape for n in context.family.weights(dense)}
     check_target(dense, pruned, plan, context.sparsity, unit, widths, maskable)
     if own is None:
-        return plan, pruned
+        return plan, pruned.eval()
     own = unmetered(own)
     check_shapes(own, pruned)
     check_masks(own, plan)
@@ -239,13 +243,13 @@ def averaged(context: Context, plan: Plan) -> dict[str, Tensor]:
     progress = context.progress
     if not progress.average or progress.done >= progress.total:
         return {}
-    model = unmetered(context.model)
-    names = {name for name, _ in model.named_parameters()}
-    with torch.no_grad():
-        for name in names & progress.average.keys():
-            model.get_parameter(name).copy_(progress.average[name])
+    model = rebuilt(context._dense)
+    cut = dict(progress.average)  # by layers that went before the training
+    for name, parameter in model.named_parameters():
+        if name in cut and cut[name].shape == parameter.shape:
+            parameter.data = cut.pop(name).to(parameter.device)
     pruned = surgery.apply(model, plan, context.family)
-    return {name: parameter.detach() for name, parameter in pruned.named_parameters()}
+    return {name: cut.get(name, value.detach()) for name, value in pruned.named_parameters()}
 
 
 def _call(function: Select, context: Context, parameters: Mapping) -> object:
@@ -268,10 +272,13 @@ def _parts(result: object) -> tuple[Plan, nn.Module | None]:
 
 
 def unmetered(model: nn.Module) -> nn.Module:
-    """A copy that no meter watches; it keeps its activations, so that it can be traced."""
-    model = copy.deepcopy(model)
+    """A copy over the same memory that no meter watches.
+
+    It keeps its activations, so that it can be traced.
+    """
+    model = rebuilt(model)
     model._forward_hooks.clear()
-    loop.checkpoint_activations(model, False)
+    checkpoint_activations(model, False)
     return model
 
 
@@ -350,7 +357,8 @@ def check_trained(context: Context, own: nn.Module, pruned: nn.Module) -> None:
     if context.trained_images or context.made_fresh:
         return
     ours, theirs = own.state_dict(), pruned.state_dict()
-    if not all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items()):
+    pairs = ((tensor, theirs[name]) for name, tensor in ours.items())
+    if not all(torch.equal(one.to(other.device), other) for one, other in pairs):
         raise CellError(
             "the returned model was trained, but not by context.train: its budget is unknown"
         )

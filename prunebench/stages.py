@@ -264,7 +264,8 @@ def _begun(track: Track, model: str) -> tuple[nn.Module, dict | None]:
     place = assets.locate(weights["asset"]) if "asset" in weights else Path(weights["file"])
     file, classes = official.denoiser_of(place), weights.get("classes")
     released = {**config, "classes": classes} if classes else config
-    network = official.load(settings["family"], released, file, weights["layout"])
+    dtype = getattr(torch, weights.get("dtype", "float32"))
+    network = official.load(settings["family"], released, file, weights["layout"], dtype)
     log.info("%s: %d parameters from %s", model, cost.count_parameters(network), file)
     if classes:
         network = official.with_classes(network, settings["family"], config)
@@ -305,7 +306,7 @@ def select(track: Track, cell: Cell, paths: Paths) -> None:
     inputs = (paths.trained, method.file)
     checkpoints = checkpoints_of(track, paths.select, "select", cell.model, cell, inputs)
     context = selection.Context(
-        network.to(parallel.device()),
+        network,
         models.family(settings["family"]),
         settings["config"],
         training_data(track, paths.layout, cell.model),
@@ -316,6 +317,7 @@ def select(track: Track, cell: Cell, paths: Paths) -> None:
         settings=loop.Settings(**settings["recovery"]),
         train_images=track.budget(cell) if method.trains else 0,
         checkpoints=checkpoints,
+        device=parallel.device(),
     )
     with meter.clock(), _unedited(method.file):
         plan, pruned = selection.select(

@@ -791,6 +791,11 @@ def test_a_track_may_name_a_published_configuration(tmp_path):
             r"models.dit.weights.classes: other classes must be learnt; add 'training'",
         ),
         (
+            {"weights": {"file": "a", "layout": "dit", "dtype": "float16"}},
+            r"models.dit.weights.dtype: weights in half precision can't be trained; leave it out",
+        ),
+        ({"weights": {"file": "a", "dtype": "int8"}}, r"weights.dtype: 'int8' is not one of"),
+        (
             {"family": "uvit", "config": "uvit_m_4_imagenet64", "weights": {"file": "a"},
              "sampling": {"sampler": "ddim", "steps": 4, "guidance": 2.0}},
             r"dit.sampling.guidance: the model has no class for 'no class'",

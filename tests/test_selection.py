@@ -6,11 +6,15 @@ import pytest
 import tiny
 import torch
 
-from prunebench import selection
+from prunebench import methods, models, selection
+from prunebench.diffusion.objectives import objective
 from prunebench.errors import CellError
+from prunebench.evaluation import cost
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.targets import plan_layers
+from prunebench.training import loop
+from prunebench.training.budget import BudgetMeter
 
 # The context.
 
@@ -410,3 +414,70 @@ def test_the_average_of_an_unfinished_training_fits_the_plan(core, kind):
     assert any(not torch.equal(average[n], p) for n, p in pruned.named_parameters())
     context.train(model, 32)
     assert selection.averaged(context, plan) == {}
+
+
+# Memory, of models whose weights are nearly all of it.
+
+TEXTS = {"context": (2, 16), "pooled": (24,), "sizes": (6,)}
+LARGE = {
+    "flux": ("flux", {
+        "in_channels": 8, "num_layers": 2, "num_single_layers": 2, "attention_head_dim": 16,
+        "num_attention_heads": 8, "joint_attention_dim": 16, "pooled_projection_dim": 24,
+        "axes_dims_rope": [4, 6, 6],
+    }),
+    "sdxl": ("conditional_unet", {
+        "sample_size": 2, "in_channels": 2, "out_channels": 2, "layers_per_block": 1,
+        "block_out_channels": [64, 128], "norm_num_groups": 4, "attention_head_dim": [4, 8],
+        "transformer_layers_per_block": [1, 2], "cross_attention_dim": 16,
+        "addition_embed_type": "text_time", "addition_time_embed_dim": 4,
+        "projection_class_embeddings_input_dim": 48, "use_linear_projection": True,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+    }),
+}  # fmt: skip
+# Copies of the parameters: the dense model, the method's, and what else it needs.
+COPIES = {
+    "magnitude_layers": (2, {}),
+    "laptop_diff": (2, {"draws": 2, "batch": 1}),
+    "magnitude_widths": (2, {}),
+    "taylor": (3, {"timesteps": 2, "batch": 1}),  # gradients
+    "diff_pruning": (3, {"timesteps": 2, "batch": 1, "path": "a", "threshold": 0.0}),
+    "magnitude_2_4": (2.25, {}),  # masks of a byte
+}
+
+
+class _Texts:
+    def of(self, labels):
+        generator = torch.Generator().manual_seed(int(labels.sum()))
+        return {k: torch.randn(len(labels), *s, generator=generator) for k, s in TEXTS.items()}
+
+
+def _copies(name: str, method: str, **settings) -> float:
+    """Peak of what is allocated while a method selects, in copies of the model's parameters."""
+    family, configuration = LARGE[name]
+    goal = objective({"name": "flow"} if family == "flux" else {"name": "noise"})
+    dense = models.family(family).build(configuration)
+    images = torch.zeros(4, 2, 2, 2, dtype=torch.uint8)
+    data = loop.Data(images, torch.arange(4), goal, conditions=_Texts())
+    found, (_, parameters) = tiny.found_methods()[method], COPIES[method]
+    options = {"sparsity": 0.5 if method.endswith("2_4") else 0.2, "seed": 0, "method": method}
+    function = methods.load(found)
+
+    def run():
+        context = selection.Context(
+            dense, models.family(family), configuration, data, **options, meter=BudgetMeter(),
+            settings=tiny.settings(activation_checkpointing=True),
+        )  # fmt: skip
+        return selection.select(context, function, found.kind, parameters)
+
+    run()  # what is made once, such as lazy imports' tensors
+    return 1 + cost._cpu_peak(run) / sum(p.nbytes for p in dense.parameters())
+
+
+@pytest.mark.parametrize("method", COPIES)
+@pytest.mark.parametrize("large", LARGE)
+def test_selection_holds_two_copies_and_gradients(large, method):
+    expected, _ = COPIES[method]
+    found = _copies(large, method)
+    print(large, method, round(found, 2))
+    assert found < expected + 0.4

@@ -9,10 +9,12 @@ import tiny
 import torch
 from contract import counting
 from torch import nn
+from torch.func import functional_call
 
 from prunebench.errors import CellError, UserError
 from prunebench.pruning import surgery
 from prunebench.training import loop
+from prunebench.training.activations import checkpoint_activations
 from prunebench.training.budget import KEYS, BudgetMeter, unspent
 
 
@@ -290,7 +292,7 @@ def _gradients(name: str, checkpointed: bool) -> tuple[dict, int]:
     family = tiny.INSTANCES[name].module
     family.remove_layer(model, family.layers(model, "block")[1].name)
     if checkpointed:
-        loop.checkpoint_activations(model)
+        checkpoint_activations(model)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             module.register_forward_hook(lambda *_: calls.append(1))
@@ -299,14 +301,29 @@ def _gradients(name: str, checkpointed: bool) -> tuple[dict, int]:
     return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}, len(calls)
 
 
-@pytest.mark.parametrize("name_", ["unet_attention", "ldm", "flux"])
+@pytest.mark.parametrize("name_", ["dit", "uvit", "unet_attention", "ldm", "flux"])
 def test_checkpointed_activations_are_computed_again_and_change_no_gradient(name_):
     kept, once = _gradients(name_, False)
     again, twice = _gradients(name_, True)
     assert twice > 1.3 * once  # attention of plain UNets is kept
     assert kept.keys() == again.keys()
     for name, gradient in kept.items():
-        torch.testing.assert_close(again[name], gradient, msg=name)
+        assert torch.equal(again[name], gradient), name
+
+
+@pytest.mark.parametrize("name_", ["dit", "uvit", "ldm", "flux"])
+def test_what_is_computed_again_has_the_weights_it_was_called_with(name_):
+    """The weights of `functional_call` are gone when the backward pass runs the blocks again."""
+    found = []
+    for checkpointed in (False, True):
+        model = tiny.dense(name_)
+        checkpoint_activations(model, checkpointed)
+        weights = {n: (1.5 * p.detach()).requires_grad_() for n, p in model.named_parameters()}
+        output = functional_call(model, weights, tiny.inputs(name_))
+        loss = output.square().mean()
+        found.append(torch.autograd.grad(loss, [*weights.values()], allow_unused=True))
+    pairs = [(a, b) for a, b in zip(*found, strict=True) if a is not None]
+    assert len(pairs) > 10 and all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_checkpointing_is_a_setting_of_training_and_selection():
@@ -318,5 +335,5 @@ def test_checkpointing_is_a_setting_of_training_and_selection():
     context = tiny.context("unet", settings=tiny.settings(**settings))
     assert context.model.is_gradient_checkpointing
     assert context.widths()  # they are traced
-    with pytest.raises(UserError, match="activation_checkpointing: DiT has none"):
-        _train("dit", tiny.dense("dit"), settings=settings)
+    with pytest.raises(UserError, match="activation_checkpointing: Linear has none"):
+        checkpoint_activations(nn.Linear(1, 1))

@@ -6,7 +6,6 @@ forced), for matrices only and only at certain multiples of rows and columns. Ev
 dense, and so does every convolution. The dense model it is timed against has the same precision.
 """
 
-import copy
 from collections.abc import Iterable
 
 import torch
@@ -18,25 +17,28 @@ from torch.sparse import (
     to_sparse_semi_structured,
 )
 
-from prunebench.diffusion.conditions import Condition, each
+from prunebench.copies import rebuilt
+from prunebench.diffusion.conditions import Condition
+from prunebench.diffusion.precision import HALF, in_precision
 from prunebench.pruning.plan import Plan
 
 PATTERN, DTYPE = "2:4", torch.float16
 
 
 class Half(nn.Module):
-    """A copy of a denoiser in half precision that takes and returns single precision."""
+    """A copy of a denoiser in half precision that takes and returns single precision.
+
+    What is in this precision already is shared.
+    """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype = DTYPE):
         super().__init__()
         self.dtype = dtype
-        # Not model.to(): diffusers' own warns of modules to keep in single precision, if none too.
-        self.model = nn.Module.to(copy.deepcopy(model), dtype)
+        self.model = rebuilt(model, lambda v: v.to(dtype) if v.is_floating_point() else v)
         self.null_class = getattr(model, "null_class", None)
 
     def forward(self, x: Tensor, t: Tensor, y: Condition) -> Tensor:
-        y = each(lambda v: v.to(self.dtype) if v.is_floating_point() else v, y)
-        return self.model(x.to(self.dtype), t, y).to(x.dtype)
+        return in_precision(self.model, self.dtype, x, t, y)
 
 
 def contestants(
@@ -45,12 +47,18 @@ def contestants(
     """The pruned and the dense model as they are timed, and the report on kernels.
 
     Only a 2:4 plan has a report. Where one of its layers has a kernel, both models are copies in
-    half precision; else both are returned as they are.
+    half precision (their own, where they are in one); else both are returned as they are.
     """
     if plan.pattern != PATTERN:
         return pruned, dense, None
     fast, report = accelerate(pruned, plan)
-    return fast, Half(dense) if report["accelerated"] else dense, report
+    return fast, Half(dense, _half_of(dense)) if report["accelerated"] else dense, report
+
+
+def _half_of(model: nn.Module) -> torch.dtype:
+    """The half precision to time a model in: its own, which takes no copy, or DTYPE."""
+    own = next(model.parameters()).dtype
+    return own if own in HALF else DTYPE
 
 
 def accelerate(model: nn.Module, plan: Plan) -> tuple[nn.Module, dict]:
@@ -65,9 +73,10 @@ def accelerate(model: nn.Module, plan: Plan) -> tuple[nn.Module, dict]:
     """
     fit, report = _survey(model, plan)
     if fit:
-        model = Half(model)
+        model = Half(model, _half_of(model))
         compress(model.model, fit)
-    return model, {**report, "precision": _name(DTYPE if fit else torch.float32)}
+    precision = next(model.parameters()).dtype
+    return model, {**report, "precision": _name(precision)}
 
 
 def accelerate_in_place(model: nn.Module, plan: Plan) -> dict:

@@ -13,6 +13,7 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
+from prunebench.diffusion.precision import takes_single
 from prunebench.models import unet
 from prunebench.official import Layout
 from prunebench.pruning.units import Layer, Width, inner_width, parameter_count
@@ -34,6 +35,7 @@ class ConditionalUNet(UNet2DConditionModel):
 
     null_class: int | None = None
 
+    @takes_single
     def forward(self, x: Tensor, t: Tensor, y: Tensor | Mapping[str, Tensor]) -> Tensor:
         added = None
         if self.null_class is not None:

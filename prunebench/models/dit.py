@@ -12,8 +12,10 @@ from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
+from prunebench.diffusion.precision import takes_single
 from prunebench.official import Layout
 from prunebench.pruning.units import Layer, Width, inner_width, parameter_count
+from prunebench.training.activations import run
 
 BRANCHES = ("attn", "mlp")
 
@@ -104,6 +106,8 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """Predicts noise or velocity from (x [N, C, H, W], t [N], y [N]); output [N, C', H, W]."""
 
+    gradient_checkpointing = False
+
     def __init__(
         self,
         resolution: int,
@@ -143,12 +147,13 @@ class DiT(nn.Module):
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
 
+    @takes_single
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         side = x.shape[-1] // self.patch
         tokens = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
-            tokens = block(tokens, c)
+            tokens = run(self, block, tokens, c)
         patches = self.final_layer(tokens, c).unflatten(-1, (self.patch, self.patch, -1))
         patches = patches.unflatten(1, (side, side))  # [N, h, w, p, q, C]
         return torch.einsum("nhwpqc->nchpwq", patches).reshape(

@@ -30,6 +30,7 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
+from prunebench.diffusion.precision import takes_single
 from prunebench.errors import UserError
 from prunebench.models.conditional_unet import neurons
 from prunebench.models.dit import keep_rows
@@ -65,6 +66,7 @@ class Flux(FluxTransformer2DModel):
     null_class: int | None = None
     guidance_scale: float | None = None
 
+    @takes_single
     def forward(self, x: Tensor, t: Tensor, y: Tensor | Mapping[str, Tensor]) -> Tensor:
         if self.null_class is not None:
             y = {"context": self.class_context(y).unsqueeze(1), "pooled": self.class_pooled(y)}

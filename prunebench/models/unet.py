@@ -13,6 +13,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
+from prunebench.diffusion.precision import takes_single
 from prunebench.official import Layout
 from prunebench.pruning.units import Layer, Member, Width, inner_width, parameter_count
 
@@ -22,6 +23,7 @@ class UNet(UNet2DModel):
 
     null_class: int | None = None
 
+    @takes_single
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         labels = None if self.null_class is None else y
         return super().forward(x, t, class_labels=labels).sample

@@ -17,9 +17,11 @@ from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
+from prunebench.diffusion.precision import takes_single
 from prunebench.models import dit
 from prunebench.official import Layout
 from prunebench.pruning.units import Layer, Width, parameter_count
+from prunebench.training.activations import run
 
 NORMS = {"attn": "norm1", "mlp": "norm2"}  # of each residual branch, in the order they run
 
@@ -67,6 +69,8 @@ class UViT(nn.Module):
         mlp_time_embed: an MLP on the time token (no published size has it).
         conv: a 3x3 convolution on the output image (every published size but Huge).
     """
+
+    gradient_checkpointing = False
 
     def __init__(
         self,
@@ -122,14 +126,15 @@ class UViT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    @takes_single
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         tokens, skips = self.embed(x, t, y), []
         for block in self.in_blocks:
-            tokens = block(tokens)
+            tokens = run(self, block, tokens)
             skips.append(tokens)
-        tokens = self.mid_block(tokens)
+        tokens = run(self, self.mid_block, tokens)
         for block in self.out_blocks:
-            tokens = block(tokens, skips.pop())
+            tokens = run(self, block, tokens, skips.pop())
         return self.final_layer(self.image(self.decoder_pred(self.norm(tokens)), x.shape))
 
     def embed(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

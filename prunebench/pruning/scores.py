@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from prunebench.errors import CellError
+from prunebench.diffusion.precision import HALF
+from prunebench.errors import CellError, short_of_memory
 from prunebench.pruning.units import Width
 
 if TYPE_CHECKING:
     from prunebench.selection import Context
+    from prunebench.training.loop import Batch
+
+log = logging.getLogger(__name__)
 
 STOPS = ("before", "after")
 
@@ -65,13 +70,44 @@ def per_channel(
     return score / score.mean().clamp_min(torch.finfo(score.dtype).tiny)
 
 
-def taylor_terms(weights: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """w * gradient of every weight that has one: the first-order Taylor term of setting it to 0."""
-    return {
-        name: weight.detach() * weight.grad
-        for name, weight in weights.items()
-        if weight.grad is not None
-    }
+class Values(Mapping):
+    """What `function` makes of weights, made anew at every reading.
+
+    So the values of one width are alive at a time; all of them would be another copy of the model.
+    """
+
+    def __init__(
+        self, weights: Mapping[str, nn.Parameter], function: Callable[[nn.Parameter], Tensor]
+    ):
+        self.weights, self.function = weights, function
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.function(self.weights[name])
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.weights
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+
+def precise(weight: Tensor) -> Tensor:
+    """A weight's values, detached; those in half precision in single."""
+    return weight.detach().float() if weight.dtype in HALF else weight.detach()
+
+
+def taylor_terms(
+    weights: Mapping[str, nn.Parameter], function: Callable[[Tensor], Tensor] = lambda term: term
+) -> Values:
+    """`function` of w * gradient of every weight that has a gradient.
+
+    That is the first-order Taylor term of setting it to 0.
+    """
+    scored = {name: weight for name, weight in weights.items() if weight.grad is not None}
+    return Values(scored, lambda weight: function(precise(weight) * weight.grad))
 
 
 def accumulate_gradients(
@@ -81,7 +117,8 @@ def accumulate_gradients(
 
     Diff-Pruning's accumulation (Fang et al. 2023, `ddpm_exp/prune.py`): one batch of images and one
     noise for all times, no averaging. It ends at the first time whose loss is below `threshold`
-    times the largest loss so far.
+    times the largest loss so far. Where memory is short, the batch goes through in parts, as in
+    training. Sums are in single precision where weights are in half.
 
     Args:
         timesteps: number of evenly spaced times, from clean to noisy.
@@ -97,17 +134,60 @@ def accumulate_gradients(
     """
     if not 0 <= threshold <= 1 or stop not in STOPS:
         raise CellError(f"threshold {threshold} must be in [0, 1] and stop '{stop}' one of {STOPS}")
+    for parameter in context.model.parameters():
+        if parameter.dtype in HALF:
+            parameter.grad_dtype = torch.float32
     (calibration,) = context.draws(batch, batch)
-    context.model.zero_grad()
+    size = batch
+    while True:
+        context.model.zero_grad()
+        try:
+            times = context.data.objective.grid(timesteps)
+            return _accumulated(context, calibration, times, threshold, stop, batch, size)
+        except RuntimeError as error:
+            if not short_of_memory(error) or size == 1:
+                raise
+        # From the start, because some gradients of the pass that failed are in the sums.
+        torch.cuda.empty_cache()
+        size = -(-size // 2)
+        log.warning("memory is short: %d images at once from now on", size)
+
+
+def _accumulated(
+    context: Context,
+    calibration: Batch,
+    times: Tensor,
+    threshold: float,
+    stop: str,
+    batch: int,
+    size: int,
+) -> int:
+    """As `accumulate_gradients`, with at most `size` images of the batch at once."""
     highest, used = 0.0, 0
-    for t in context.data.objective.grid(timesteps):
-        loss = context.loss(context.model, context.at_time(calibration, t))
-        highest = max(highest, loss.item())
-        ends = loss.item() < threshold * highest
+    for t in times:
+        parts = _parts(context.at_time(calibration, t), batch, size)
+        # The gate asks for the loss of all parts before the first one's gradients are added.
+        with torch.set_grad_enabled(len(parts) == 1):
+            losses = [context.loss(context.model, part) * share for part, share in parts]
+        value = sum(loss.item() for loss in losses)
+        highest = max(highest, value)
+        ends = value < threshold * highest
         if ends and stop == "before":
             break
-        loss.backward()
+        if len(parts) == 1:
+            losses[0].backward()
+        else:
+            for part, share in parts:
+                (context.loss(context.model, part) * share).backward()
         used += 1
         if ends:
             break
     return used
+
+
+def _parts(batch: Batch, count: int, size: int) -> list[tuple[Batch, float]]:
+    """A batch of `count` images in parts of at most `size`, each with its share of them."""
+    if count <= size:
+        return [(batch, 1.0)]
+    rows = (range(start, min(start + size, count)) for start in range(0, count, size))
+    return [(batch.rows(part), len(part) / count) for part in rows]

@@ -27,7 +27,7 @@ PLAN, WEIGHTS, MASKS = "plan.json", "model.safetensors", "masks.safetensors"
 def apply(
     model: nn.Module, plan: Plan, family: ModuleType, widths: Sequence[Width] | None = None
 ) -> nn.Module:
-    """Carry out `plan` on a dense `model`, in place.
+    """Carry out `plan` on a dense `model`, in place; tensors that change are replaced.
 
     Args:
         widths: the model's, where they are known; a family may have to trace it to find them.
@@ -44,8 +44,8 @@ def apply(
     for name in plan.layers:
         family.remove_layer(model, name)
     for name, mask in plan.masks.items():
-        weight = model.get_parameter(name).data
-        weight.mul_(mask.to(weight.device))
+        weight = model.get_parameter(name).detach()
+        _set_parameter(model, name, weight * mask.to(weight.device))
     family.refresh(model)
     return model
 

@@ -8,11 +8,13 @@ import math
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from prunebench.errors import CellError
 from prunebench.pruning.plan import Plan
+from prunebench.pruning.scores import precise
 from prunebench.pruning.units import Layer, Width, parameter_count
 
 UNIFORM = "uniform"  # a plan's pattern where every width loses the same share of its channels
@@ -137,18 +139,31 @@ class Sizes:
 def plan_weights(
     model: nn.Module, scores: Mapping[str, Tensor], sparsity: float, **notes: object
 ) -> Plan:
-    """Mask the globally lowest weights until `sparsity` of all parameters are zero."""
+    """Mask the globally lowest weights until `sparsity` of all parameters are zero.
+
+    Of equal scores the first go first.
+    """
     count = round(sparsity * parameter_count(model))
-    flat = torch.cat([score.flatten().cpu() for score in scores.values()])
+    shapes = {name: score.shape for name, score in scores.items()}
+    flat = torch.cat([precise(score).flatten().cpu() for score in scores.values()])
     if count > len(flat):
         raise CellError(
             f"sparsity {sparsity} needs {count} zeros but only {len(flat)} weights can be masked"
         )
-    stays = torch.ones(len(flat), dtype=torch.bool)
-    stays[flat.argsort(stable=True)[:count]] = False
-    parts = stays.split([score.numel() for score in scores.values()])
-    masks = {n: part.view_as(score) for (n, score), part in zip(scores.items(), parts, strict=True)}
+    parts = _above(flat, count).split([shape.numel() for shape in shapes.values()])
+    masks = {n: part.view(shape) for (n, shape), part in zip(shapes.items(), parts, strict=True)}
     return Plan(masks=masks, pattern="unstructured", notes=notes)
+
+
+def _above(scores: Tensor, count: int) -> Tensor:
+    """False for the `count` lowest, bool [n]; sorting FLUX's would take 200 GB for the indices."""
+    if not count:
+        return torch.ones(len(scores), dtype=torch.bool)
+    threshold = np.partition(scores.numpy(), count - 1)[count - 1].item()
+    stays = scores >= threshold
+    equal = (scores == threshold).nonzero().flatten()
+    stays[equal[: count - int((~stays).sum())]] = False
+    return stays
 
 
 def plan_n_of_m(scores: Mapping[str, Tensor], n: int, m: int, **notes: object) -> Plan:
@@ -156,12 +171,13 @@ def plan_n_of_m(scores: Mapping[str, Tensor], n: int, m: int, **notes: object) -
 
     Weights whose input dimension is not a multiple of m have no such pattern and stay dense.
     """
-    fitting = {name: score for name, score in scores.items() if score.shape[1] % m == 0}
-    return Plan(
-        masks={name: n_of_m_mask(score.cpu(), n, m) for name, score in fitting.items()},
-        pattern=f"{n}:{m}",
-        notes={**notes, "stay_dense": sorted(set(scores) - set(fitting))},
-    )
+    masks = {
+        name: n_of_m_mask(score.cpu(), n, m)
+        for name, score in scores.items()
+        if score.shape[1] % m == 0
+    }
+    notes = {**notes, "stay_dense": sorted(set(scores) - set(masks))}
+    return Plan(masks=masks, pattern=f"{n}:{m}", notes=notes)
 
 
 def n_of_m_mask(score: Tensor, n: int, m: int) -> Tensor:

@@ -20,6 +20,7 @@ from prunebench.diffusion.objectives import Objective
 from prunebench.diffusion.sampling import flip_some, to_float
 from prunebench.errors import CellError, UserError, short_of_memory
 from prunebench.training import parallel
+from prunebench.training.activations import checkpoint_activations
 from prunebench.training.budget import BudgetMeter
 from prunebench.training.checkpoints import Checkpoints
 
@@ -180,23 +181,6 @@ def train(
             part.step_done()
     run.close(progress, steps)
     return run.losses
-
-
-def checkpoint_activations(model: nn.Module, wanted: bool = True) -> None:
-    """Keep only the inputs of blocks for the backward pass, which runs the blocks again.
-
-    Gradients are the same; calls without gradients are not touched.
-
-    Raises:
-        UserError: the family's class cannot, only diffusers' can.
-    """
-    if wanted and not getattr(model, "_supports_gradient_checkpointing", False):
-        raise UserError(f"activation_checkpointing: {type(model).__name__} has none; leave it out")
-    for module in model.modules():
-        if hasattr(module, "gradient_checkpointing"):
-            module.gradient_checkpointing = False
-    if wanted:
-        model.enable_gradient_checkpointing()
 
 
 @contextmanager

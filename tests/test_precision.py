@@ -1,0 +1,117 @@
+"""Weights in half precision: what networks take and return, and what is scored with them."""
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from prunebench import artefacts, config, stages
+from prunebench.pruning import scores, surgery
+
+IMAGES = stages.IMAGES
+
+
+def _half(name: str) -> nn.Module:
+    return nn.Module.to(tiny.dense(name), torch.bfloat16)
+
+
+@pytest.mark.parametrize("name_", tiny.SHAPES)
+def test_networks_take_and_return_single_precision(name_):
+    whole, (x, t, y) = tiny.dense(name_), tiny.inputs(name_)
+    if name_ == "flux":  # as released, it rounds its time and guidance
+        t = (t.bfloat16() * 1000).float() / 1000
+        whole.guidance_scale = (torch.tensor(3.5).bfloat16() * 1000).item() / 1000
+    with torch.no_grad():
+        found, expected = tiny.output(_half(name_), name_), whole(x, t, y)
+    assert found.dtype == torch.float32 and not torch.equal(found, expected)
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max()
+    x, t, y = tiny.inputs(name_)
+    with torch.no_grad():
+        assert _half(name_)(x.bfloat16(), t, y).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name_", ["dit", "unet", "flux"])
+def test_scores_are_sums_in_single_precision(name_):
+    context = tiny.context(name_, _half(name_))
+    used = scores.accumulate_gradients(context, 40, 2)
+    context, summed = tiny.context(name_, _half(name_)), context.model
+    single = {name: 0.0 for name, _ in summed.named_parameters()}
+    (batch,) = context.draws(2, 2)
+    for t in context.data.objective.grid(40):
+        context.model.zero_grad()
+        context.loss(context.model, context.at_time(batch, t)).backward()
+        for name, parameter in context.model.named_parameters():
+            if parameter.grad is not None:
+                assert parameter.grad.dtype == torch.bfloat16
+                single[name] = single[name] + parameter.grad.float()
+    assert used == 40
+    matrices = scores.matrices(summed)
+    for name, parameter in summed.named_parameters():
+        if parameter.grad is not None:
+            assert parameter.grad.dtype == torch.float32
+            same = parameter.grad, single[name]  # but for norms, which compute in single precision
+            assert name in matrices or torch.allclose(*same, rtol=0.02, atol=1e-3), name
+            assert name not in matrices or torch.equal(*same), name
+    terms = scores.taylor_terms(matrices)
+    assert terms and {term.dtype for term in terms.values()} == {torch.float32}
+
+
+def test_short_memory_halves_what_is_scored_at_once(monkeypatch):
+    context, short = tiny.context("dit"), tiny.context("dit")
+    seen, own = [], short.loss
+
+    def loss(model, batch):
+        seen.append(len(batch.x0))
+        if len(batch.x0) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(model, batch)
+
+    monkeypatch.setattr(short, "loss", loss)
+    for threshold in (0.0, 0.9):
+        used = [scores.accumulate_gradients(c, 5, 8, threshold) for c in (context, short)]
+        assert used[0] == used[1]
+        for one, other in zip(context.model.parameters(), short.model.parameters(), strict=True):
+            if one.grad is not None:
+                torch.testing.assert_close(one.grad, other.grad)
+    assert seen[:6] == [8, 4, 2, 2, 2, 2]
+
+
+def _track(tmp_path: Path, **weights) -> config.Track:
+    content = yaml.safe_load((tiny.ROOT / "config" / "smoke.yaml").read_text())
+    model = content["models"]["dit"]
+    file = tmp_path / "model.safetensors"
+    if not file.exists():
+        network = tiny.models.family("dit").build(model["config"])
+        save_file({n: v + 0.02 * torch.randn_like(v) if "pos" not in n else v
+                   for n, v in network.state_dict().items()}, file)  # fmt: skip
+    del model["training"], content["oracle"]
+    model["weights"] = {"file": str(file), "layout": "suite", **weights}
+    content |= {"models": {"dit": model}, "divisions": {
+        "matched": {"compares": "selections", "recoveries": ["none"]}}}  # fmt: skip
+    content["methods"]["folders"] = [str(tiny.ROOT / "methods")]
+    place = tmp_path / "track.yaml"
+    place.write_text(yaml.safe_dump(content))
+    return config.load(str(place))
+
+
+@pytest.mark.parametrize("method", ["magnitude_2_4", "taylor"])
+def test_a_track_prunes_and_samples_weights_in_half_precision(tmp_path, method):
+    track, layout = _track(tmp_path, dtype="bfloat16"), config.Layout("track", tmp_path / "runs")
+    assert track.fingerprint("dense", "dit") != _track(tmp_path).fingerprint("dense", "dit")
+    stages.dense(track, layout, "dit")
+    assert artefacts.read_record(layout.trained("dit"))["weights"]["dtype"] == "bfloat16"
+    sparsity = 0.5 if method == "magnitude_2_4" else 0.25
+    cell = track.cell("dit", method, sparsity, "none", 0)
+    paths = config.Paths(track, cell, tmp_path / "runs")
+    stages.select(track, cell, paths)
+    for record in (layout.trained("dit"), paths.select):
+        state = load_file(Path(record).parent / surgery.WEIGHTS)
+        assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
+    stages.measure(track, cell, paths)
+    stages.sample(track, cell, paths)
+    drawn = artefacts.read_tensors(Path(paths.sample).parent / IMAGES)["images"]
+    assert drawn.dtype == torch.uint8 and len(drawn.unique()) > 20
