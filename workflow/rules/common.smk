@@ -69,8 +69,10 @@ RUN_LOCK = forget_killed_run() if workflow.is_main_process else None
 def cancel_leftover_jobs():
     """A killed run's Slurm jobs go on without it; ours would do the same work beside them."""
     if not activity.only_run(RUN_LOCK):
-        logger.warning("Another run of this folder is alive, or its file system has no locks: "
-            "no left-over jobs are looked for.")
+        logger.warning(
+            "Another run of this folder is alive, or its file system has no locks: "
+            "no left-over jobs are looked for."
+        )
         return
     try:
         found, left = leftovers.cancel(workflow.executor_settings.jobname_prefix, Path.cwd())
