@@ -8,6 +8,7 @@ import contextlib
 import ctypes
 import logging
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from prunebench import __version__, config, gpus
@@ -130,9 +131,9 @@ def _prepare() -> None:
 def _extractor(arguments: argparse.Namespace) -> None:
     track = config.load(arguments.track)
     _prepare()
-    from prunebench import stages
+    from prunebench import judging
 
-    stages.extractor(track, config.Layout(track.name, arguments.runs))
+    judging.extractor(track, config.Layout(track.name, arguments.runs))
 
 
 def _encode(arguments: argparse.Namespace) -> None:
@@ -171,18 +172,27 @@ def _cell_stage(arguments: argparse.Namespace) -> None:
     _prepare()
     from prunebench import stages
 
-    functions = {
+    paths = config.Paths(track, cell, arguments.runs)
+    stage, record = _function(arguments.stage), getattr(paths, CELL_STAGES[arguments.stage][0])
+    if "index" in options:
+        stage, record = stages.shard, paths.shards[options["index"]][0]
+    stages.guarded(stage, track, cell, paths, record, arguments.log, **options)
+
+
+def _function(name: str) -> Callable:
+    """What runs a stage of CELL_STAGES."""
+    if name == "score":
+        from prunebench import judging
+
+        return judging.score
+    from prunebench import stages
+
+    return {
         "select": stages.select,
         "recover": stages.recover,
         "sample": stages.sample,
         "cost": stages.measure,
-        "score": stages.score,
-    }
-    paths = config.Paths(track, cell, arguments.runs)
-    stage, record = functions[arguments.stage], getattr(paths, CELL_STAGES[arguments.stage][0])
-    if "index" in options:
-        stage, record = stages.shard, paths.shards[options["index"]][0]
-    stages.guarded(stage, track, cell, paths, record, arguments.log, **options)
+    }[name]
 
 
 def _sampling_options(track: config.Track, arguments: argparse.Namespace) -> dict:

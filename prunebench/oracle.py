@@ -18,6 +18,7 @@ from prunebench import artefacts, models, stages
 from prunebench.config import Cell, Layout, Track
 from prunebench.errors import CellError, UserError, machine_fault
 from prunebench.evaluation import features, quality
+from prunebench.judging import FEATURES
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.targets import plan_layers
@@ -108,7 +109,7 @@ def _fid(
     judge = artefacts.read_record(layout.extractor)["extractor"]
     eye = features.load_extractor(judge["name"], Path(judge["weights"]))
     generated = eye.extract(images, track.content["evaluation"]["batch"])["features"]
-    reference = artefacts.read_tensors(Path(layout.extractor).parent / stages.FEATURES)
+    reference = artefacts.read_tensors(Path(layout.extractor).parent / FEATURES)
     return quality.frechet_distance(
         *quality.statistics(generated), *quality.reference_statistics(reference)
     )

@@ -13,29 +13,18 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from prunebench import artefacts, assets, methods, models, official, recovery, selection
 from prunebench.config import Cell, Layout, Paths, Track, as_dict
-from prunebench.diffusion.autoencoder import Autoencoder
 from prunebench.diffusion.conditions import CLASSES, Condition, Conditions
 from prunebench.diffusion.objectives import objective
 from prunebench.diffusion.sampling import Sampler, shard_range
 from prunebench.errors import CellError, UserError, machine_fault
-from prunebench.evaluation import (
-    classifier,
-    consistency,
-    cost,
-    features,
-    latency,
-    quality,
-    semi_structured,
-    variants,
-)
-from prunebench.evaluation.clip import clip_score
-from prunebench.evaluation.grid import write_grid
+from prunebench.evaluation import cost, latency, semi_structured, variants
 from prunebench.provenance import PACKAGE, code_hash, provenance
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
@@ -43,10 +32,12 @@ from prunebench.training import latents, loop, parallel, prompts
 from prunebench.training.budget import BudgetMeter, unspent
 from prunebench.training.checkpoints import SECONDS, Checkpoints
 
+if TYPE_CHECKING:
+    from prunebench.diffusion.autoencoder import Autoencoder
+
 log = logging.getLogger(__name__)
 
-IMAGES, FEATURES, CLASSIFIER = "images.safetensors", "reference.safetensors", "model.safetensors"
-CLIP = "model.safetensors"  # of evaluation.clip
+IMAGES = "images.safetensors"
 AVERAGE = "average.safetensors"  # of a training that selection began
 
 
@@ -88,7 +79,9 @@ def _place(entry: Mapping) -> Path:
     return assets.locate(entry["asset"]) if "asset" in entry else Path(entry["folder"])
 
 
-def autoencoder(track: Track, name: str) -> Autoencoder:
+def autoencoder(track: Track, name: str) -> "Autoencoder":
+    from prunebench.diffusion.autoencoder import Autoencoder  # slow to import
+
     entry = track.autoencoder(name)
     shift = entry.get("shift", 0.0)
     return Autoencoder(_place(entry), entry["scale"], entry["batch"], parallel.device(), shift)
@@ -132,46 +125,6 @@ def encode_prompts(track: Track, layout: Layout, name: str) -> None:
     index = prompts.encode(Path(record).parent, *told, coder, identity)
     report = {"place": str(coder.place), "sha256": weights, "prompts": sum(map(len, told)) + 1}
     finish(record, track, start, [index], text_encoder=report)
-
-
-def extractor(track: Track, layout: Layout) -> None:
-    """Train the domain classifier, or take a published extractor; features of the reference set."""
-    start, images = time.perf_counter(), dataset(track)
-    _check_sizes(track, images)
-    settings = track.content["extractor"]
-    folder = Path(layout.extractor).parent
-    report = {"name": settings["name"]}
-    if "training" in settings:
-        model = classifier.train_classifier(
-            images.train_images, images.train_labels, **settings["training"], log=log.info
-        )
-        report["accuracy"] = classifier.accuracy(
-            model, images.reference_images, images.reference_labels
-        )
-        log.info("accuracy on the reference set: %.4f", report["accuracy"])
-        weights = folder / CLASSIFIER
-        artefacts.write_tensors(weights, model.state_dict())
-    else:
-        weights = assets.locate(settings["asset"])
-    judge = features.load_extractor(settings["name"], weights)
-    found = judge.extract(images.reference_images, track.content["evaluation"]["batch"])
-    compared = {name: found[name] for name in ("features", "spatial")}  # no logits: see `quality`
-    if images.statistics:
-        compared |= dict(zip(("mu", "sigma"), images.statistics, strict=True))
-    artefacts.write_tensors(folder / FEATURES, compared)
-    report |= {"weights": str(weights), "sha256": artefacts.sha256(weights)}
-    payload = [folder / FEATURES, *([weights] if weights.parent == folder else [])]
-    finish(layout.extractor, track, start, payload, extractor=report)
-
-
-def _check_sizes(track: Track, images: assets.Dataset) -> None:
-    """A judge sees images of other sizes differently: samples must have the references'."""
-    own = assets.data_set(track.content["dataset"]["name"]).shape[1]
-    side = track.content["sampling"].get("size", own)
-    if (seen := images.reference_images[:1].shape[-1]) != side:
-        raise UserError(
-            f"sampling.size: samples would have {side} pixels a side, the references have {seen}"
-        )
 
 
 def dense(track: Track, layout: Layout, model: str) -> None:
@@ -357,7 +310,7 @@ def _unedited(file: Path) -> Iterator[None]:
 def recover(track: Track, cell: Cell, paths: Paths) -> None:
     """Train the pruned model on what selection has left of the cell's budget."""
     start, settings = time.perf_counter(), track.model(cell.model)
-    chosen = _upstream(paths.select)
+    chosen = upstream(paths.select)
     pruned, plan = surgery.load(Path(paths.select).parent)
     artefacts.read_record(paths.trained)
     whole, _ = surgery.load(Path(paths.trained).parent)
@@ -448,7 +401,7 @@ def _teaching(
 def sample(track: Track, cell: Cell, paths: Paths, batch: int | None = None) -> None:
     """Draw the cell's images, or gather what its shards drew: the same file, byte by byte."""
     start = time.perf_counter()
-    checkpoint = _upstream(paths.checkpoint)
+    checkpoint = upstream(paths.checkpoint)
     if paths.shards:
         drawn, report, seconds = _gathered(paths, _origin(track, cell, paths, checkpoint))
         start -= seconds  # wall_s is the compute, as if one job had drawn all
@@ -464,7 +417,7 @@ def sample(track: Track, cell: Cell, paths: Paths, batch: int | None = None) -> 
 def shard(track: Track, cell: Cell, paths: Paths, index: int, batch: int | None = None) -> None:
     """Draw one shard of the cell's images, which `sample` gathers."""
     start, settings = time.perf_counter(), track.content["sampling"]
-    origin = _origin(track, cell, paths, _upstream(paths.checkpoint))
+    origin = _origin(track, cell, paths, upstream(paths.checkpoint))
     indices = shard_range(index, track.shards, settings["count"], settings["lanes"])
     drawn, report = _drawn(track, cell, paths, indices, batch)
     record, images = paths.shards[index]
@@ -489,7 +442,7 @@ def _drawn(
 
 def _gathered(paths: Paths, origin: dict) -> tuple[dict[str, Tensor], dict, float]:
     """As `_drawn`, out of the shards' files, and the seconds that drawing them took."""
-    records = [_upstream(record) for record, _ in paths.shards]
+    records = [upstream(record) for record, _ in paths.shards]
     drawn_from = zip(paths.shards, records, strict=True)
     stale = [file for (file, _), record in drawn_from if record["origin"] != origin]
     for file in stale:
@@ -524,7 +477,7 @@ def _forget_other_shards(paths: Paths) -> None:
 def measure(track: Track, cell: Cell, paths: Paths) -> None:
     """Measure MACs, memory and latency of the pruned architecture beside the dense one."""
     start = time.perf_counter()
-    chosen = _upstream(paths.select)
+    chosen = upstream(paths.select)
     pruned, plan = surgery.load(Path(paths.select).parent)
     artefacts.read_record(paths.trained)
     whole, _ = surgery.load(Path(paths.trained).parent)
@@ -566,91 +519,6 @@ def measure(track: Track, cell: Cell, paths: Paths) -> None:
     finish(paths.cost, track, start, [], latency=report, size=size)
 
 
-def score(track: Track, cell: Cell, paths: Paths) -> None:
-    """Compare the cell's images with the reference and with dense's; gather everything known."""
-    start = time.perf_counter()
-    names = ["select", "cost", "sample", *(["recover"] if cell.recovery != "none" else [])]
-    records = {name: _upstream(getattr(paths, name)) for name in names}
-    _upstream(paths.dense_sample)
-    drawn = artefacts.read_tensors(Path(paths.sample).parent / IMAGES)
-    judge = _upstream(paths.extractor)["extractor"]
-    healed = records.get("recover", {"budget": unspent(), "size": {}})
-    grid = Path(paths.metrics).parent / "grid.png"
-    write_grid(grid, drawn["images"], drawn["labels"])
-    content = {
-        "schema": 1,
-        "cell": as_dict(cell),
-        "failure": None,
-        "labels": _labels(track, cell),
-        **_judged(track, cell, paths, judge, drawn),
-        "size": {**records["cost"]["size"], **healed["size"]},
-        "latency": records["cost"]["latency"],
-        "budget": {"selection": records["select"]["budget"], "recovery": healed["budget"]},
-        "trained": {
-            "selection": records["select"]["trained_images"],
-            "recovery": healed["budget"]["student_backward"],
-        },
-        "training": {
-            stage: record["training"] for stage, record in records.items() if "training" in record
-        },
-        "sampling": records["sample"]["sampling"],
-        "extractor": {k: v for k, v in judge.items() if k != "weights"},
-        **_told(track, cell, paths),
-        "settings": _settings(track, cell),
-        "plan": artefacts.read_json(Path(paths.select).parent / surgery.PLAN)["plan"],
-        "stages": _history(records),
-    }
-    finish(paths.metrics, track, start, [grid], **content)
-
-
-def _told(track: Track, cell: Cell, paths: Paths) -> dict:
-    """The text encoder that read the prompts, where there is one."""
-    name = track.model(cell.model).get("text_encoder")
-    if name is None:
-        return {}
-    report = artefacts.read_record(paths.layout.prompts(name))["text_encoder"]
-    return {"text_encoder": {k: v for k, v in report.items() if k != "place"}}
-
-
-def _judged(track: Track, cell: Cell, paths: Paths, judge: dict, drawn: dict[str, Tensor]) -> dict:
-    """Quality against the reference set, and consistency with the dense model's images."""
-    settings, weights = track.content["evaluation"], Path(judge["weights"])
-    eye = features.load_extractor(judge["name"], weights)
-    generated = eye.extract(drawn["images"], settings["batch"])
-    reference = artefacts.read_tensors(Path(paths.extractor).parent / FEATURES)
-    undisturbed = artefacts.read_tensors(Path(paths.dense_sample).parent / IMAGES)
-    distance = _distance(settings["lpips"], weights)
-    found = quality.quality(generated, reference, drawn["labels"])
-    if "text_encoder" in track.model(cell.model):
-        found = _with_clip_score(track, drawn, found)
-    return {
-        "quality": found,
-        "consistency": consistency.consistency(drawn["images"], undisturbed["images"], distance),
-    }
-
-
-def _with_clip_score(track: Track, drawn: dict[str, Tensor], found: dict) -> dict:
-    """`found` with the CLIP score of the images and their prompts, or the reason for none."""
-    settings, value, why, clip = track.content["evaluation"], None, {}, None
-    if "clip" in settings:
-        texts = dataset(track).reference_captions
-        asked = [texts[label] for label in drawn["labels"].tolist()]
-        place, device = assets.locate(settings["clip"]), parallel.device()
-        value = clip_score(place, drawn["images"], asked, settings["batch"], device)
-        clip = {"name": settings["clip"], "sha256": artefacts.sha256(place / CLIP)}
-    else:
-        why = {"clip_score": "the track names no CLIP (evaluation.clip)"}
-    unavailable = {**found["unavailable"], **why}
-    return {**found, "clip_score": value, "clip": clip, "unavailable": unavailable}
-
-
-def _distance(name: str, judge: Path) -> consistency.Distance | None:
-    if name == "none":
-        return None
-    weights = judge if name == "domain" else assets.locate(f"lpips-{name}")
-    return consistency.perceptual_distance(name, weights)
-
-
 def guarded(
     stage: Callable,
     track: Track,
@@ -680,13 +548,13 @@ def guarded(
     if parallel.rank():
         return False  # the first process writes
     content = {"schema": 1, "status": "failed", "cell": as_dict(cell), "failure": failure}
-    content |= {"labels": _labels(track, cell), "provenance": provenance(dict(track.content))}
+    content |= {"labels": labels(track, cell), "provenance": provenance(dict(track.content))}
     artefacts.write_record(Path(record), content)
     Checkpoints(artefacts.training_folder(record)).discard()
     return False
 
 
-def _upstream(record: str) -> dict:
+def upstream(record: str) -> dict:
     """A verified input record; a failed one fails this stage with the same failure."""
     content = artefacts.read_record(record)
     if content["status"] == "failed":
@@ -756,7 +624,7 @@ def _per_image(timing: dict, images: int) -> dict:
     return {k: v if k == "ratio" else v / images for k, v in timing.items()}
 
 
-def _labels(track: Track, cell: Cell) -> dict:
+def labels(track: Track, cell: Cell) -> dict:
     method, settings = track.method(cell.method), track.model(cell.model)
     names = ("kind", "control", "reconstruction", "title", "paper", "bibtex", "notes")
     return {
@@ -768,15 +636,6 @@ def _labels(track: Track, cell: Cell) -> dict:
     }
 
 
-def _settings(track: Track, cell: Cell) -> dict:
-    """What of the track made this cell, so that its record alone says how."""
-    return {
-        "parameters": {**track.method(cell.method).parameters, **track.parameters(cell)},
-        "method_sha256": artefacts.sha256(track.method(cell.method).file),
-        **shared_settings(track, cell.model),
-    }
-
-
 def shared_settings(track: Track, model: str) -> dict:
     """What of the track made every cell of a model."""
     common = ("dataset", "extractor", "budgets", "sampling", "latency", "evaluation")
@@ -785,16 +644,3 @@ def shared_settings(track: Track, model: str) -> dict:
     if reader := track.model(model).get("text_encoder"):
         own["text_encoder"] = track.text_encoder(reader)
     return {"model": track.model(model), **own, **{name: track.content[name] for name in common}}
-
-
-def _history(records: dict[str, dict]) -> dict:
-    """When, where, with which code and how long each stage ran that a score rests on."""
-    return {
-        stage: {
-            "wall_s": record["wall_s"],
-            "date": record["provenance"]["date"],
-            "code": record["provenance"]["code"],
-            "machine": {name: record["provenance"][name] for name in ("cpu", "cores", "gpu")},
-        }
-        for stage, record in records.items()
-    }

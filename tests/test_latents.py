@@ -13,7 +13,7 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prunebench import artefacts, config, stages
+from prunebench import artefacts, config, judging, stages
 from prunebench.diffusion import autoencoder
 from prunebench.diffusion.autoencoder import WEIGHTS, Autoencoder
 from prunebench.errors import CellError, UserError
@@ -288,7 +288,7 @@ def test_a_latent_track_runs_through_all_stages(track, tmp_path):
     layout = config.Layout(track.name, tmp_path)
     with pytest.raises(UserError, match=r"latents\.json does not exist"):
         stages.dense(track, layout, "dit")
-    stages.extractor(track, layout)
+    judging.extractor(track, layout)
     stages.encode(track, layout, "tiny")
     record = artefacts.read_record(layout.latents("tiny"))
     assert record["autoencoder"]["images"] == 60 and list(record["files"]) == [rows.INDEX]
@@ -302,7 +302,7 @@ def test_a_latent_track_runs_through_all_stages(track, tmp_path):
         if one.recovery != "none":
             stages.recover(track, one, paths)
         stages.sample(track, one, paths)
-    stages.score(track, cell, paths)
+    judging.score(track, cell, paths)
     metrics = artefacts.read_record(paths.metrics)
     assert metrics["status"] == "ok" and metrics["quality"]["samples"] == 34
     assert metrics["settings"]["autoencoder"]["scale"] == SCALE

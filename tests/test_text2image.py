@@ -18,7 +18,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from prunebench import artefacts, assets, config, models, stages
+from prunebench import artefacts, assets, config, judging, models, stages
 from prunebench.assets import convert, registry, store
 from prunebench.diffusion.text_encoder import TextEncoder
 from prunebench.errors import UserError
@@ -339,7 +339,7 @@ def _run(track: config.Track, runs: Path, cell: config.Cell) -> config.Paths:
 
 def test_text_to_image_runs_through_all_stages(track, mirror, tmp_path, monkeypatch):
     runs, layout = tmp_path / "runs", config.Layout(track.name, tmp_path / "runs")
-    stages.extractor(track, layout)
+    judging.extractor(track, layout)
     stages.encode(track, layout, "tiny")
     stages.encode_prompts(track, layout, "tiny")
     record = artefacts.read_record(layout.prompts("tiny"))
@@ -365,7 +365,7 @@ def test_text_to_image_runs_through_all_stages(track, mirror, tmp_path, monkeypa
             assert origin["prompts"] == record["files"]
         stages.sample(split, cell, where, batch)
         tiny.assert_same(_drawn(where), drawn)
-    stages.score(track, cell, paths)
+    judging.score(track, cell, paths)
     metrics = artefacts.read_record(paths.metrics)
     told = metrics["text_encoder"]
     assert told == {k: v for k, v in record["text_encoder"].items() if k != "place"}
@@ -398,7 +398,7 @@ def test_prompts_decide_what_is_drawn_and_a_clip_scores_it(
         stages.assets, "locate", lambda name: clip if "clip" in name else store.locate(name)
     )
     drawn = {"images": images, "labels": torch.arange(4)}
-    found = stages._with_clip_score(track, drawn, {"unavailable": {}})
+    found = judging._with_clip_score(track, drawn, {"unavailable": {}})
     texts = stages.dataset(track).reference_captions[:4]
     assert found["clip_score"] == pytest.approx(_by_hand(clip, images, texts), abs=1e-5)
     assert found["clip_score"] == clip_score(clip, images, texts, 500)
@@ -416,7 +416,7 @@ def test_samples_must_have_the_size_of_the_references(
     del track.content["sampling"]["size"]
     words = "sampling.size: samples would have 16 pixels a side, the references have 8"
     with pytest.raises(UserError, match=words):
-        stages.extractor(track, config.Layout(track.name, tmp_path / "runs"))
+        judging.extractor(track, config.Layout(track.name, tmp_path / "runs"))
 
 
 @torch.no_grad()

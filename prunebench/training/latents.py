@@ -9,14 +9,17 @@ image less than rounding it to 8 bits does.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Generator, Tensor
 
-from prunebench.diffusion.autoencoder import Autoencoder
 from prunebench.errors import UserError
 from prunebench.training import rows
 from prunebench.training.loop import Data
+
+if TYPE_CHECKING:  # slow to import
+    from prunebench.diffusion.autoencoder import Autoencoder
 
 PART = 4096  # images of one file: 268 MB of ImageNet-256's latents with flips
 STEM = "moments"
@@ -26,7 +29,7 @@ def encode(
     folder: Path,
     images: Sequence,
     labels: Tensor,
-    autoencoder: Autoencoder,
+    autoencoder: "Autoencoder",
     flip: bool,
     identity: dict,
     part: int = PART,
@@ -55,7 +58,7 @@ def encode(
     return rows.write(folder, STEM, len(images), part, encoded, identity, labels=labels)
 
 
-def _moments(images: Sequence, chosen: range, autoencoder: Autoencoder, flip: bool) -> Tensor:
+def _moments(images: Sequence, chosen: range, autoencoder: "Autoencoder", flip: bool) -> Tensor:
     """Moments of some images, float16 [n, views, 2, C, h, w]."""
     found = []
     for start in range(chosen.start, chosen.stop, autoencoder.batch):

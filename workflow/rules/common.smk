@@ -123,7 +123,8 @@ def config_of(record):
 
 
 # What the short stage commands import; once for the whole run instead of once per command.
-PRELOAD = ["prunebench.stages"]
+FAMILIES = sorted({model["family"] for model in TRACK.content["models"].values()})
+PRELOAD = ["prunebench.judging", *(f"prunebench.models.{family}" for family in FAMILIES)]
 
 
 def prepare_machine():
