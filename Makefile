@@ -12,7 +12,7 @@ leaderboard: environment
 	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores all
 
 test: environment
-	PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 2 --dist loadfile
+	PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 lint: environment
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

@@ -1,9 +1,16 @@
-"""One thread per test process: two xdist workers on two cores, and results not depending on it."""
+"""One thread per test process: there are more of these than cores, and results don't depend on it."""
 
 import pytest
 import torch
 
 torch.set_num_threads(1)
+
+
+LONGEST = ("test_slurm", "test_workflow")  # minutes of waiting each, beside which others compute
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 def pytest_generate_tests(metafunc):
