@@ -1,4 +1,4 @@
-"""One thread per test process: there are more of these than cores, and results don't depend on it."""
+"""One thread per test process: they are more than the cores, and results do not depend on it."""
 
 import pytest
 import torch
