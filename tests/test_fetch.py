@@ -528,7 +528,7 @@ def half(conversion, files, part):
     part.write_bytes(b"half")
     time.sleep(60)
 convert.convert = half
-words = dict(description="d", licence="l", home="h", needed_by="n")
+words = dict(description="d", licence="l", home="h")
 raw, made = assets.File("raw.npz", (), sys.argv[1]), assets.File("datasets/made.npz")
 assets.ASSETS["raw"] = assets.Asset(name="raw", kind="original", files=(raw,), **words)
 assets.ASSETS["made"] = assets.Asset(
