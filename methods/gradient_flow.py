@@ -21,10 +21,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunebench.errors import CellError
 from prunebench.pruning import surgery, targets
-from prunebench.pruning.scores import slices
+from prunebench.pruning.scores import in_parts, slices
 from prunebench.pruning.soft_masks import full, gains, hard, masked, readers
 from prunebench.selection import unmetered
-from prunebench.training.loop import checkpoint_activations
+from prunebench.training.activations import checkpoint_activations
 
 TITLE = "Gradient-flow pruning (reconstruction)"
 KIND = "widths"
@@ -124,23 +124,22 @@ def gated(context, threshold, timesteps, batch, micro_batch=128):
     # Blocks would be computed again after functional_call, with the model's own weights.
     checkpoint_activations(context.model, False)
     (calibration,) = context.draws(batch, batch)
-    starts = range(0, batch, micro_batch)
-    parts = [calibration.rows(range(s, min(s + micro_batch, batch))) for s in starts]
+    parts = in_parts(calibration, batch, micro_batch)
     highest, losses = 0.0, []
 
-    def loss_at(t, part, weights):
+    def loss_at(t, part, share, weights):
         def model(*inputs):
             return functional_call(context.model, weights, inputs)
 
-        return context.loss(model, context.at_time(part, t)) * (len(part.x0) / batch)
+        return context.loss(model, context.at_time(part, t)) * share
 
     for t in context.data.objective.grid(timesteps):
         with torch.no_grad():
-            value = sum(loss_at(t, part, {}).item() for part in parts)
+            value = sum(loss_at(t, *part, {}).item() for part in parts)
         highest = max(highest, value)
         if value < threshold * highest:
             break
-        losses += [partial(loss_at, t, part) for part in parts]
+        losses += [partial(loss_at, t, *part) for part in parts]
     return losses
 
 

@@ -148,17 +148,16 @@ class Track:
         return self.content["models"][name]
 
     def autoencoder(self, name: str) -> Mapping:
-        entries = self.content.get("autoencoders", {})
-        if name not in entries:
-            known = ", ".join(entries) or "none"
-            raise UserError(f"unknown autoencoder '{name}' in track {self.name}; known: {known}")
-        return entries[name]
+        return self._coder("autoencoder", name)
 
     def text_encoder(self, name: str) -> Mapping:
-        entries = self.content.get("text_encoders", {})
+        return self._coder("text_encoder", name)
+
+    def _coder(self, kind: str, name: str) -> Mapping:
+        entries, word = self.content.get(f"{kind}s", {}), kind.replace("_", " ")
         if name not in entries:
             known = ", ".join(entries) or "none"
-            raise UserError(f"unknown text encoder '{name}' in track {self.name}; known: {known}")
+            raise UserError(f"unknown {word} '{name}' in track {self.name}; known: {known}")
         return entries[name]
 
     def method(self, name: str) -> methods.Method:
@@ -356,6 +355,11 @@ class Layout:
 
     def prompts(self, text_encoder: str) -> str:
         return f"{self.root}/prompts/{text_encoder}/prompts.json"
+
+    def encoded(self, model: Mapping) -> tuple[str, ...]:
+        """The latents and prompts that a model of these settings trains on, of those it has."""
+        records = {"autoencoder": self.latents, "text_encoder": self.prompts}
+        return tuple(record(model[kind]) for kind, record in records.items() if kind in model)
 
     def selection(
         self, stage: str, model: str, method: str, sparsity: object, seed: object, kind: str

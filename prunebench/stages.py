@@ -68,13 +68,6 @@ def conditions(track: Track, layout: Layout, model: str, training: bool) -> Cond
     return prompts.Prompts(Path(record).parent, training)
 
 
-def _encoded(track: Track, layout: Layout, model: str) -> tuple[str, ...]:
-    """Records of the latents and prompts that a model trains on; none for images of classes."""
-    settings = track.model(model)
-    records = {"autoencoder": layout.latents, "text_encoder": layout.prompts}
-    return tuple(record(settings[kind]) for kind, record in records.items() if kind in settings)
-
-
 def _place(entry: Mapping) -> Path:
     return assets.locate(entry["asset"]) if "asset" in entry else Path(entry["folder"])
 
@@ -91,12 +84,7 @@ def encode(track: Track, layout: Layout, name: str) -> None:
     """Encode the training set once; an interrupted start goes on with the part it was at."""
     start, images, coder = time.perf_counter(), dataset(track), autoencoder(track, name)
     record, weights = layout.latents(name), coder.sha256()
-    identity = {
-        "code": code_hash(PACKAGE),
-        "torch": torch.__version__,
-        "track": track.fingerprint("encode", autoencoder=name),
-        "weights": weights,
-    }
+    identity = _encoding(track, weights, autoencoder=name)
     index = latents.encode(
         Path(record).parent, images.train_images, images.train_labels, coder, images.flip, identity
     )
@@ -115,16 +103,21 @@ def encode_prompts(track: Track, layout: Layout, name: str) -> None:
     tokens = entry.get("tokens", FLUX_TOKENS)
     coder = TextEncoder(_place(entry), entry["batch"], side, tokens, parallel.device())
     record, weights = layout.prompts(name), coder.sha256()
-    identity = {
-        "code": code_hash(PACKAGE),
-        "torch": torch.__version__,
-        "track": track.fingerprint("encode", text_encoder=name),
-        "weights": weights,
-    }
+    identity = _encoding(track, weights, text_encoder=name)
     told = images.train_captions, images.reference_captions
     index = prompts.encode(Path(record).parent, *told, coder, identity)
     report = {"place": str(coder.place), "sha256": weights, "prompts": sum(map(len, told)) + 1}
     finish(record, track, start, [index], text_encoder=report)
+
+
+def _encoding(track: Track, weights: object, **coder: str) -> dict:
+    """What encoded data depend on; `coder` is the `autoencoder` or the `text_encoder`."""
+    return {
+        "code": code_hash(PACKAGE),
+        "torch": torch.__version__,
+        "track": track.fingerprint("encode", **coder),
+        "weights": weights,
+    }
 
 
 def dense(track: Track, layout: Layout, model: str) -> None:
@@ -141,7 +134,7 @@ def dense(track: Track, layout: Layout, model: str) -> None:
     options = dict(settings["training"])
     images = options.pop("images")
     progress = loop.Progress(images // options["batch"])
-    inputs = _encoded(track, layout, model) + ((Path(source["file"]),) if source else ())
+    inputs = layout.encoded(track.model(model)) + ((Path(source["file"]),) if source else ())
     checkpoints = checkpoints_of(track, record, "dense", model, inputs=inputs)
     try:
         with meter.clock():

@@ -296,12 +296,7 @@ def test_a_latent_track_runs_through_all_stages(track, tmp_path):
     dense = track.cell("dit", "dense", 0.0, "none", 0)
     cell = track.cell("dit", "random_layers", 0.25, "finetune-low", 0)
     for one in (dense, cell):
-        paths = config.Paths(track, one, tmp_path)
-        stages.select(track, one, paths)
-        stages.measure(track, one, paths)
-        if one.recovery != "none":
-            stages.recover(track, one, paths)
-        stages.sample(track, one, paths)
+        paths = tiny.run_stages(track, tmp_path, one)
     judging.score(track, cell, paths)
     metrics = artefacts.read_record(paths.metrics)
     assert metrics["status"] == "ok" and metrics["quality"]["samples"] == 34

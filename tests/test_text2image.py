@@ -327,16 +327,6 @@ def _drawn(paths: config.Paths) -> dict[str, torch.Tensor]:
     return artefacts.read_tensors(Path(paths.sample).parent / stages.IMAGES)
 
 
-def _run(track: config.Track, runs: Path, cell: config.Cell) -> config.Paths:
-    paths = config.Paths(track, cell, runs)
-    stages.select(track, cell, paths)
-    stages.measure(track, cell, paths)
-    if cell.recovery != "none":
-        stages.recover(track, cell, paths)
-    stages.sample(track, cell, paths)
-    return paths
-
-
 def test_text_to_image_runs_through_all_stages(track, mirror, tmp_path, monkeypatch):
     runs, layout = tmp_path / "runs", config.Layout(track.name, tmp_path / "runs")
     judging.extractor(track, layout)
@@ -348,9 +338,9 @@ def test_text_to_image_runs_through_all_stages(track, mirror, tmp_path, monkeypa
     # Nothing after this holds a text encoder.
     monkeypatch.setattr(TextEncoder, "__init__", None)
     stages.dense(track, layout, "tiny")
-    _run(track, runs, track.cell("tiny", "dense", 0.0, "none", 0))
+    tiny.run_stages(track, runs, track.cell("tiny", "dense", 0.0, "none", 0))
     cell = track.cell("tiny", "random_layers", 0.25, "finetune-low", 0)
-    paths = _run(track, runs, cell)
+    paths = tiny.run_stages(track, runs, cell)
     drawn = _drawn(paths)
     assert drawn["images"].shape == (24, 3, SEEN, SEEN) and drawn["images"].dtype == torch.uint8
     assert drawn["labels"].tolist() == [i % ASKED for i in range(24)]

@@ -285,3 +285,16 @@ def plan(name: str, kind: str, sparsity: float = 0.25) -> Plan:
         "steps": lambda: Plan(steps=0.5),
     }
     return plans[kind]()
+
+
+def run_stages(track: config.Track, runs: Path, cell: config.Cell) -> config.Paths:
+    """Everything of a cell between the dense model and its score."""
+    from prunebench import stages  # slow to import
+
+    paths = config.Paths(track, cell, runs)
+    stages.select(track, cell, paths)
+    stages.measure(track, cell, paths)
+    if cell.recovery != "none":
+        stages.recover(track, cell, paths)
+    stages.sample(track, cell, paths)
+    return paths

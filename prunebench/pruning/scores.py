@@ -165,7 +165,7 @@ def _accumulated(
     """As `accumulate_gradients`, with at most `size` images of the batch at once."""
     highest, used = 0.0, 0
     for t in times:
-        parts = _parts(context.at_time(calibration, t), batch, size)
+        parts = in_parts(context.at_time(calibration, t), batch, size)
         # The gate asks for the loss of all parts before the first one's gradients are added.
         with torch.set_grad_enabled(len(parts) == 1):
             losses = [context.loss(context.model, part) * share for part, share in parts]
@@ -185,7 +185,7 @@ def _accumulated(
     return used
 
 
-def _parts(batch: Batch, count: int, size: int) -> list[tuple[Batch, float]]:
+def in_parts(batch: Batch, count: int, size: int) -> list[tuple[Batch, float]]:
     """A batch of `count` images in parts of at most `size`, each with its share of them."""
     if count <= size:
         return [(batch, 1.0)]

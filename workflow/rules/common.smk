@@ -229,8 +229,7 @@ def checkpoint_file(wildcards):
 
 def latents(wildcards):
     """Records of the latents and prompts that a model trains on; none for images of classes."""
-    name = TRACK.model(wildcards.model).get("autoencoder")
-    return [*([LAYOUT.latents(name)] if name else []), *prompts(wildcards)]
+    return LAYOUT.encoded(TRACK.model(wildcards.model))
 
 
 def prompts(wildcards):
