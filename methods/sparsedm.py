@@ -54,7 +54,7 @@ def select(context, n=2, m=4, decay=2e-4, kd=0.0, progressive=False, share=1.0):
     magnitude, names = plan_n_of_m(dense, n, m), list(dense)
     dense = {name: dense[name] for name in names if name not in magnitude.masks}
     model = sparsify(copy.deepcopy(context.model), magnitude.masks)
-    loss = objective(context, kd)
+    loss = context.distilled(kd)
     for pattern, images in stages(context, (n, m), progressive, share):
         set_pattern(model, *pattern)
         context.train(model, images, loss=loss, adjust=lambda net: decay_pruned(net, decay))
@@ -116,22 +116,6 @@ def stages(context, last, progressive, share):
     ends = [steps * index // count for index in range(count + 1)]
     images = [(end - start) * batch for start, end in itertools.pairwise(ends)]
     return list(zip(patterns, images, strict=True))
-
-
-def objective(context, weight):
-    """The model's own loss, plus `weight` times the mean squared error to the dense output."""
-    if not weight:
-        return context.loss
-    teacher = context.teacher()
-
-    def loss(model, batch):
-        prediction = context.predict(model, batch)
-        with torch.no_grad():
-            goal = context.predict(teacher, batch)
-        own = nn.functional.mse_loss(prediction, batch.target)
-        return own + weight * nn.functional.mse_loss(prediction, goal)
-
-    return loss
 
 
 def bake(model, names):

@@ -15,10 +15,12 @@ from prunebench.errors import CellError, UserError, machine_fault
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.units import Layer, Width
+from prunebench.recovery import Teaching
 from prunebench.training import loop
 from prunebench.training.activations import checkpoint_activations
 from prunebench.training.budget import BudgetMeter
 from prunebench.training.checkpoints import Checkpoints
+from prunebench.training.distillation import distilled
 from prunebench.training.loop import Adjust, Batch, Data, Loss
 
 
@@ -106,8 +108,8 @@ class Context:
         return loop.predict(model, batch)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The loss the model was trained with."""
-        return loop.own_loss(model, batch)
+        """Mean squared error to the target: what scores are made of, and all but DiT's training."""
+        return loop.simple_loss(model, batch)
 
     @contextmanager
     def without(self, *layers: str) -> Iterator[nn.Module]:
@@ -176,6 +178,10 @@ class Context:
             meter=self._meter,
             checkpoints=self._checkpoints,
         )
+
+    def distilled(self, weight: float) -> Loss:
+        """The training loss, plus `weight` times the mean squared error to the dense prediction."""
+        return distilled(Teaching(self.teacher(), {}), weight=weight) if weight else loop.own_loss
 
     def teacher(self) -> nn.Module:
         """The dense model, frozen; what passes through it is metered as a teacher's."""

@@ -147,7 +147,7 @@ def test_a_block_that_does_nothing_goes_first_and_is_not_missed(granularity):
 
 def _batch(x):
     x = torch.tensor(x)
-    return Batch(x, torch.zeros(len(x)), *[x] * 5)
+    return Batch(x, torch.zeros(len(x)), *[x] * 5, objective=None)
 
 
 def _linear(*weights):

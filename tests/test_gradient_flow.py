@@ -1,5 +1,6 @@
 """Gradient-flow pruning against the numbered invariants of its fact sheet (section 6)."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import pytest
@@ -41,8 +42,14 @@ def _in_double(name: str):
 
     def double(*arguments):
         batch = draw(*arguments)
-        as_double = {k: v.double() if v.is_floating_point() else v for k, v in vars(batch).items()}
-        return type(batch)(**as_double)
+        return dataclasses.replace(
+            batch,
+            **{
+                k: v.double()
+                for k, v in vars(batch).items()
+                if getattr(v, "dtype", 0) == torch.float32
+            },
+        )
 
     object.__setattr__(context.data, "draw", double)
     return context

@@ -267,7 +267,7 @@ def _batch(name: str) -> loop.Batch:
 
 
 def _distilled(name: str, model: nn.Module, weight: float) -> torch.Tensor:
-    return SPARSEDM.objective(_context(name), weight)(model, _batch(name))
+    return _context(name).distilled(weight)(model, _batch(name))
 
 
 def test_only_distillation_asks_the_teacher():

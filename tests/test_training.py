@@ -35,15 +35,22 @@ def test_the_loss_falls(core, muon):
 
 
 def test_the_loss_is_the_objectives(name):
-    """own_loss is the mean squared error to the target, without DiT's learned variance."""
+    """The mean squared error to the target; in training, DiT's has a term for its variance."""
     data, model = tiny.data(name), tiny.dense(name)
     batch = data.draw(4, torch.Generator().manual_seed(0), torch.device("cpu"))
     noised, target = data.objective.noised(batch.x0, batch.noise, batch.t)
     assert torch.equal(batch.noised, noised) and torch.equal(batch.target, target)
     with torch.no_grad():
         output = model(noised, data.objective.model_time(batch.t), batch.y)
-        expected = (output[:, : tiny.INSTANCES[name].channels] - target).square().mean()
-        assert loop.own_loss(model, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+        simple = (output[:, : tiny.INSTANCES[name].channels] - target).square().mean().item()
+        assert loop.simple_loss(model, batch).item() == pytest.approx(simple, rel=1e-5)
+        more = (
+            data.objective.variance_loss(output, batch.x0, noised, batch.t).item()
+            if (output.shape != target.shape)
+            else 0
+        )
+        assert loop.own_loss(model, batch).item() == pytest.approx(simple + more, rel=1e-5)
+        assert (more > 0) == (name == "dit_sigma")
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])

@@ -1,16 +1,18 @@
 """What a model is trained to predict. An objective knows its times, its noising and its target."""
 
+import functools
 from typing import Protocol
 
 import torch
 from diffusers import DDPMScheduler
 from torch import Generator, Tensor
 
+from prunebench.diffusion.variance import VarianceBound
 from prunebench.errors import UserError
 
 
 class Objective(Protocol):
-    """Times run from clean to noisy; every method sees models through these four functions."""
+    """Times run from clean to noisy; every method sees models through these functions."""
 
     def sample_times(self, count: int, generator: Generator) -> Tensor:
         """`count` training times, [count]."""
@@ -23,6 +25,9 @@ class Objective(Protocol):
 
     def model_time(self, t: Tensor) -> Tensor:
         """The time as the network takes it."""
+
+    def variance_loss(self, output: Tensor, x0: Tensor, noised: Tensor, t: Tensor) -> Tensor:
+        """The loss of what a network puts out beside its prediction: output [N, 2C, H, W] -> []."""
 
 
 class NoisePrediction:
@@ -56,6 +61,14 @@ class NoisePrediction:
     def model_time(self, t: Tensor) -> Tensor:
         return t
 
+    @functools.cached_property
+    def bound(self) -> VarianceBound:
+        return VarianceBound(self.scheduler.alphas_cumprod)
+
+    def variance_loss(self, output: Tensor, x0: Tensor, noised: Tensor, t: Tensor) -> Tensor:
+        prediction, fraction = output.chunk(2, 1)
+        return self.bound.loss(prediction, fraction, x0, noised, t)
+
 
 class FlowMatching:
     """Linear interpolant (SiT, Ma et al. 2024): x_t = (1 - t) x0 + t noise, velocity noise - x0.
@@ -83,6 +96,10 @@ class FlowMatching:
 
     def model_time(self, t: Tensor) -> Tensor:
         return t * self.time_scale
+
+    def variance_loss(self, output: Tensor, x0: Tensor, noised: Tensor, t: Tensor) -> Tensor:
+        """None: SiT inherits DiT's further channels and never uses them."""
+        return output.new_zeros(())
 
 
 OBJECTIVES = {"noise": NoisePrediction, "flow": FlowMatching}

@@ -8,15 +8,15 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from prunebench.recovery import Teaching
-from prunebench.training.loop import Batch, Loss, predict
+from prunebench.training.loop import Batch, Loss, loss_of, outputs, predict
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # (teacher's feature, student's feature) -> []
 
 
-def distilled(teaching: Teaching, distance: Distance | None = None) -> Loss:
-    """Task loss + output loss + sum over feature points of `distance`, every weight 1.
+def distilled(teaching: Teaching, distance: Distance | None = None, weight: float = 1.0) -> Loss:
+    """Task loss + weight * output loss + sum over feature points of `distance`.
 
-    The structure and the weights are BK-SDM's (Kim et al., ECCV 2024; sheet section 4). Without a
+    The structure and weights of 1 are BK-SDM's (Kim et al., ECCV 2024; sheet section 4). Without a
     `distance` no features are compared.
     """
     points = teaching.kept if distance else {}
@@ -25,8 +25,8 @@ def distilled(teaching: Teaching, distance: Distance | None = None) -> Loss:
         with torch.no_grad(), captured(teaching.teacher, points) as taught:
             lesson = predict(teaching.teacher, batch)
         with captured(model, points) as learnt:
-            prediction = predict(model, batch)
-        value = mse_loss(prediction, batch.target) + mse_loss(prediction, lesson)
+            output, prediction = outputs(model, batch)
+        value = loss_of(output, batch) + weight * mse_loss(prediction, lesson)
         for name, kept in points.items():
             value = value + distance(surviving(taught[name], kept), learnt[name])
         return value

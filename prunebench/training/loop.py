@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Generator, Tensor, nn
@@ -45,7 +45,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch of noised training images, everything [N, ...] and on the model's device.
+    """One batch of noised training images, every tensor [N, ...] and on the model's device.
 
     `y` is what the network takes: classes, or a mapping of encoded text.
     """
@@ -56,11 +56,13 @@ class Batch:
     noise: Tensor
     noised: Tensor
     target: Tensor
-    network_time: Tensor = field(repr=False)
+    network_time: Tensor
+    objective: Objective
 
     def rows(self, chosen: range) -> "Batch":
-        rows = slice(chosen.start, chosen.stop)
-        return Batch(**{name: each(lambda v: v[rows], value) for name, value in vars(self).items()})
+        rows, tensors = slice(chosen.start, chosen.stop), {**vars(self)}
+        del tensors["objective"]
+        return replace(self, **{n: each(lambda v: v[rows], value) for n, value in tensors.items()})
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,8 @@ class Data:
 
     def noised(self, x0: Tensor, y: Condition, t: Tensor, noise: Tensor) -> Batch:
         noised, target = self.objective.noised(x0, noise, t)
-        return Batch(x0, y, t, noise, noised, target, self.objective.model_time(t))
+        network_time = self.objective.model_time(t)
+        return Batch(x0, y, t, noise, noised, target, network_time, self.objective)
 
     def draw(self, count: int, generator: Generator, device: torch.device) -> Batch:
         """`count` random images with random times and noise."""
@@ -118,14 +121,34 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 Adjust = Callable[[nn.Module], None]
 
 
+def outputs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """All that the model puts out for a batch, and of that its prediction of the target."""
+    output = model(batch.noised, batch.network_time, batch.y)
+    return output, output[:, : batch.target.shape[1]]
+
+
 def predict(model: nn.Module, batch: Batch) -> Tensor:
     """The prediction of the batch's target, without further outputs such as DiT's variance."""
-    return model(batch.noised, batch.network_time, batch.y)[:, : batch.target.shape[1]]
+    return outputs(model, batch)[1]
+
+
+def simple_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Mean squared error to the objective's target."""
+    return nn.functional.mse_loss(predict(model, batch), batch.target)
+
+
+def loss_of(output: Tensor, batch: Batch) -> Tensor:
+    """The training loss of a model's whole output: DiT's has a term for its variance."""
+    prediction = output[:, : batch.target.shape[1]]
+    loss = nn.functional.mse_loss(prediction, batch.target)
+    if output.shape == prediction.shape:
+        return loss
+    return loss + batch.objective.variance_loss(output, batch.x0, batch.noised, batch.t)
 
 
 def own_loss(model: nn.Module, batch: Batch) -> Tensor:
-    """The loss the model was trained with: mean squared error to the objective's target."""
-    return nn.functional.mse_loss(predict(model, batch), batch.target)
+    """The loss the model was trained with."""
+    return loss_of(outputs(model, batch)[0], batch)
 
 
 def train(
@@ -383,7 +406,7 @@ def _drop_some(
         return batch
     chosen = torch.rand(len(batch.x0), generator=generator) < settings.class_dropout
     y = dropped(conditions, batch.y, model, chosen.to(batch.x0.device))
-    return Batch(**{**vars(batch), "y": y})
+    return replace(batch, y=y)
 
 
 @torch.no_grad()
