@@ -80,28 +80,12 @@ class TextEncoder:
         kind = (read_json(folder / "config.json").get("architectures") or ["?"])[0]
         if kind not in ENCODERS:
             raise UserError(f"{folder}: text encoder '{kind}'; known: {', '.join(ENCODERS)}")
-        try:
-            module, report = ENCODERS[kind].from_pretrained(
-                folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
-            )
-        except (OSError, RuntimeError, ValueError) as error:
-            raise UserError(f"{folder}: no text encoder can be read from it: {error}") from error
-        if report["missing_keys"]:
-            raise UserError(f"{folder}: the key '{min(report['missing_keys'])}' is missing")
-        return module.eval().requires_grad_(False).to(self.device)
+        return pretrained(ENCODERS[kind], folder, "text encoder").to(self.device)
 
     @functools.cached_property
     def tokenizers(self) -> dict[str, object]:
         names = [name for name in self._folders() if name.startswith("tokenizer")]
-        try:
-            return {
-                name: transformers.AutoTokenizer.from_pretrained(
-                    self.place / name, local_files_only=True
-                )
-                for name in names
-            }
-        except (OSError, ValueError) as error:
-            raise UserError(f"{self.place}: no tokenizer can be read: {error}") from error
+        return {name: tokenizer_of(self.place / name) for name in names}
 
     def run(self, number: str, prompts: Sequence[str], tokens: int | None = None) -> object:
         """What an encoder ("" or "_2") returns for its tokens of prompts, cut or filled up."""
@@ -115,6 +99,27 @@ class TextEncoder:
         ).input_ids
         encoder = self.encoders[f"text_encoder{number}"]
         return encoder(ids.to(self.device), output_hidden_states=True)
+
+
+def pretrained(kind: type, folder: Path, what: str) -> nn.Module:
+    """A model of transformers, frozen and in single precision; a missing key is a UserError."""
+    try:
+        module, report = kind.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
+        )
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{folder}: no {what} can be read from it: {error}") from error
+    if report["missing_keys"]:
+        raise UserError(f"{folder}: the key '{min(report['missing_keys'])}' is missing")
+    return module.eval().requires_grad_(False)
+
+
+def tokenizer_of(folder: Path) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer whose files lie in a folder; UserError where there is none."""
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder}: no tokenizer can be read from it: {error}") from error
 
 
 def _stable_diffusion(coder: TextEncoder, prompts: Sequence[str]) -> dict[str, Tensor]:

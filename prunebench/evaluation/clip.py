@@ -13,7 +13,6 @@ from torch.nn.functional import cosine_similarity
 from torchvision.transforms.functional import InterpolationMode, normalize, resize
 
 from prunebench.artefacts import read_json
-from prunebench.errors import UserError
 
 
 @torch.no_grad()
@@ -32,18 +31,12 @@ def clip_score(
     Raises:
         UserError: the folder holds no CLIP that can be read.
     """
-    import transformers  # seconds, and few tracks need it
+    from transformers import CLIPModel  # seconds, and few tracks need it
 
-    try:
-        model, report = transformers.CLIPModel.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True, dtype=torch.float32
-        )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise UserError(f"{folder}: no CLIP can be read from it: {error}") from error
-    if report["missing_keys"]:
-        raise UserError(f"{folder}: the key '{min(report['missing_keys'])}' is missing")
-    model, scaling = model.eval().to(device), read_json(folder / "preprocessor_config.json")
+    from prunebench.diffusion.text_encoder import pretrained, tokenizer_of
+
+    model, tokenizer = pretrained(CLIPModel, folder, "CLIP").to(device), tokenizer_of(folder)
+    scaling = read_json(folder / "preprocessor_config.json")
     side, found = model.config.vision_config.image_size, []
     for start in range(0, len(images), batch):
         shown = resize(images[start : start + batch], [side, side], InterpolationMode.BICUBIC)
