@@ -395,8 +395,11 @@ def test_prompts_decide_what_is_drawn_and_a_clip_scores_it(
     assert not found["unavailable"]
     sha256 = artefacts.sha256(clip / "model.safetensors")
     assert found["clip"] == {"name": "clip_vit_b16", "sha256": sha256}
-    with pytest.raises(UserError, match="no CLIP can be read"):
+    with pytest.raises(UserError, match=r"preprocessor_config\.json does not exist"):
         clip_score(tmp_path, images, texts, 4)
+    (clip / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="no CLIP can be read"):
+        clip_score(clip, images, texts, 4)
 
 
 def test_samples_must_have_the_size_of_the_references(

@@ -35,8 +35,8 @@ def clip_score(
 
     from prunebench.diffusion.text_encoder import pretrained, tokenizer_of
 
-    model, tokenizer = pretrained(CLIPModel, folder, "CLIP").to(device), tokenizer_of(folder)
     scaling = read_json(folder / "preprocessor_config.json")
+    model, tokenizer = pretrained(CLIPModel, folder, "CLIP").to(device), tokenizer_of(folder)
     side, found = model.config.vision_config.image_size, []
     for start in range(0, len(images), batch):
         shown = resize(images[start : start + batch], [side, side], InterpolationMode.BICUBIC)
