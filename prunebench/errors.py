@@ -21,6 +21,8 @@ def short_of_memory(error: BaseException) -> bool:
     import torch
 
     words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
+    # What cuDNN and cuBLAS say when there is no room for their workspaces.
+    words += ("unable to find an engine", "valid cuDNN algorithm", "CUBLAS_STATUS_NOT_INITIALIZED")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )

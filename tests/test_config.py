@@ -496,6 +496,16 @@ def test_cells_do_not_share_records():
     [
         ("models.sit.sampling.sampler", "ddim", "does not sample objective 'flow'"),
         ("models.dit.sampling.steps", 1, "change steps or fewer_steps"),
+        (
+            "models.dit.sampling",
+            {"sampler": "ddpm", "steps": 750},
+            "'leading' with 750 steps never visits the noisiest 250 of 1000 times",
+        ),
+        (
+            "models.dit.sampling",
+            {"sampler": "ddim", "steps": 600, "options": {"timestep_spacing": "leading"}},
+            "'leading' with 600 steps never visits the noisiest 400 ",
+        ),
         ("models.dit.recovery.images", 100, "budgets say how long"),
         ("models.dit.training.images", 1, "less than one batch"),
         ("budgets.low", 1, "budgets.low: less than one batch"),

@@ -241,10 +241,13 @@ def cropped(content: bytes) -> np.ndarray:
 
 def test_lsun_is_kept_as_published_and_decoded_when_read(church, tmp_path, monkeypatch):
     files, expected = church
+    left = tmp_path / "one.npz.unpacked" / "data.mdb"  # by a conversion that was killed
+    left.parent.mkdir()
+    left.write_bytes(bytes(9))
     arrays = twice("lsun", files, tmp_path)
     train, held_out = expected.values()
     assert arrays["train_labels"].tolist() == [0] * 7 and arrays["reference_labels"].shape == (2,)
-    assert not list(tmp_path.glob("unpacked-*"))
+    assert not list(tmp_path.glob("*.unpacked"))
     monkeypatch.setattr(datasets, "locate", lambda name, mirror: tmp_path / "one.npz")
     data = datasets.load_dataset("lsun_church256", limit_train=6)
     assert (data.train_images[0:9].numpy() == np.stack(train[:6])).all()

@@ -207,6 +207,7 @@ def test_drawing_needs_no_data_set(runs, monkeypatch):
         (torch.OutOfMemoryError("CUDA out of memory"), True),
         (MemoryError(), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), True),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
         (RuntimeError("[enforce fail at alloc_cpu.cpp] can't allocate memory: 9 bytes"), True),
         (torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered"), True),
         (torch.AcceleratorError("CUDA error: device-side assert triggered"), False),

@@ -100,6 +100,14 @@ def test_an_average_of_zero_leaves_the_last_weights():
     assert not torch.equal(expected, trail[-1])
 
 
+def test_a_learned_variance_that_is_no_number_fails_the_cell():
+    model = tiny.dense("dit_sigma")
+    with torch.no_grad():
+        model.final_layer.linear.bias.fill_(math.nan)
+    with pytest.raises(CellError, match="the training loss is nan at step 0 of 8"):
+        _train("dit_sigma", model)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_loss_that_is_no_number_fails_the_cell(value):
     calls = []
@@ -284,6 +292,21 @@ def test_an_unfinished_training_has_its_plain_weights():
                progress=progress)  # fmt: skip
     name, weight = next(iter(model.named_parameters()))
     assert progress.done == 4 and not torch.equal(weight, progress.average[name])
+
+
+def test_a_parameter_that_is_cut_between_parts_starts_its_average_anew():
+    model, data, progress = tiny.dense("dit"), tiny.data("dit"), loop.Progress(4)
+    options = {"seed": 0, "muon_names": [], "progress": progress}
+    loop.train(model, data, tiny.settings(ema=0.9), images=16, **options)
+    tiny.INSTANCES["dit"].module.remove_layer(model, "blocks.1.attn")
+    rows = model.blocks[1].adaLN_modulation[1].weight
+    kept, other = rows.detach().clone(), progress.average["blocks.0.mlp.fc1.weight"].clone()
+    loop.train(model, data, tiny.settings(ema=0.9, learning_rate=0.0), images=8, **options)
+    torch.testing.assert_close(progress.average["blocks.1.adaLN_modulation.1.weight"], kept)
+    now = model.blocks[0].mlp.fc1.weight.detach()
+    expected = 0.9 * other + 0.1 * now
+    torch.testing.assert_close(progress.average["blocks.0.mlp.fc1.weight"], expected)
+    assert not torch.equal(other, now)
 
 
 def test_names_of_parametrized_weights_are_plain():

@@ -306,3 +306,10 @@ def test_records_of_jobs_whose_end_no_run_has_seen(tmp_path):
     assert status == 0, output[-2000:]
     assert run()[2] == kept
     assert len(list((tmp_path / ".snakemake/metadata").iterdir())) > 1
+
+    forget()
+    learn_at("2.0e-2")
+    (tmp_path / "runs/smoke/assets.json").unlink()  # one that has gone since is passed over
+    status, output, found = run("runs/smoke/dit/magnitude_layers/0.25/selection/seed0/select.json")
+    assert status == 1 and found == kept
+    assert "1 records, such as runs/smoke/dit/trained/dense.json, were made with other" in output

@@ -10,9 +10,9 @@ import os
 import shutil
 import struct
 import tarfile
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -295,6 +295,18 @@ def _values(path: Path) -> Iterator[memoryview]:
         raise ValueError(f"{path.name} is no sound LMDB: {error}") from error
 
 
+@contextmanager
+def _folder_beside(target: Path) -> Iterator[Path]:
+    """An empty folder for the time of a block; one that a killed conversion left goes first."""
+    folder = target.with_name(f"{target.name}.unpacked")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _unpacked(archive: Path, folder: Path) -> Path:
     """The data.mdb of a zip archive, unpacked: an LMDB is mapped and so must be a file."""
     with zipfile.ZipFile(archive) as source:
@@ -457,7 +469,7 @@ CONVERSIONS: dict[str, Callable[[Sequence[Path]], Mapping[str, np.ndarray | Stac
         *(coco, gcc_folder, lsun),
     )
 }
-UNPACKED = ("lsun",)  # their archives are unpacked beside the target while it is written
+UNPACKED = {"lsun"}  # their archives are unpacked beside the target while it is written
 
 
 def convert(name: str, files: Sequence[Path], target: Path) -> None:
@@ -468,9 +480,9 @@ def convert(name: str, files: Sequence[Path], target: Path) -> None:
     """
     read = ", ".join(map(str, files))
     try:
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix="unpacked-") as folder:
-            if name in UNPACKED:
-                files = [_unpacked(file, Path(folder)) for file in files]
-            write_npz(target, CONVERSIONS[name](files))
+        if name not in UNPACKED:
+            return write_npz(target, CONVERSIONS[name](files))
+        with _folder_beside(target) as folder:
+            write_npz(target, CONVERSIONS[name]([_unpacked(file, folder) for file in files]))
     except (KeyError, ValueError, AttributeError, tarfile.TarError, zipfile.BadZipFile) as error:
         raise UserError(f"{read}: not the layout that '{name}' reads ({error})") from error

@@ -102,6 +102,8 @@ def adopt_unseen_records():
     for job in workflow.dag.jobs:
         if workflow.dag.needrun(job) or not workflow.dag.reason(job).no_metadata:
             continue
+        if not Path(job.output[0]).exists():  # a shard that was gathered, or was deleted
+            continue
         if "keep" in config or config_of(job.output[0]) in (own, None):
             workflow.async_run(workflow.persistence.finished(job))
         else:
