@@ -26,6 +26,7 @@ wildcard_constraints:
 
 
 onstart:
+    plan_at_events_only()
     if workflow.local_exec:
         prepare_machine()
     elif workflow.executor_plugin.name == "slurm":

@@ -89,6 +89,16 @@ def cancel_leftover_jobs():
         os.execv(sys.executable, sys.orig_argv)  # some may have finished since the jobs were listed
 
 
+def plan_at_events_only():
+    """Drop Snakemake's limit of 100 jobs per second, and with it steps that nothing calls for.
+
+    In 9.27 every step of the scheduler sets a timer for another one as long as jobs are ready. So
+    steps multiply until its process is always busy (snakemake issue 2967), beside measurements of
+    latency or on a login node.
+    """
+    workflow.scheduler.job_rate_limiter = None
+
+
 UNSEEN = Path(".snakemake/prunebench.unseen")
 
 

@@ -14,9 +14,8 @@ rule score:
         LAYOUT.cell("metrics", "{model}", "{method}", "{sparsity}", "{recovery}", "{seed}"),
     log:
         LAYOUT.log("score", "{model}", "{method}", "{sparsity}", "{recovery}", "seed{seed}"),
-    # Cells are finished one after the other, the furthest first: results come early and Snakemake's
-    # queue of ready jobs stays short. It walks that at every step, at milliseconds a job, which also
-    # disturb measurements of latency that have just begun.
+    # Cells are finished one after the other, the furthest first: results come early and
+    # Snakemake's queue of ready jobs, which it walks at every step, stays short.
     priority: 60
     conda:
         "../../envs/prunebench.yaml"
