@@ -71,6 +71,18 @@ def test_a_second_call_has_nothing_to_do(project):
     assert project.records() == before
 
 
+def test_snakemake_plans_only_when_something_has_happened(project):
+    """Its rate limiter's timers would add a step for every step a second ago."""
+    cells = sorted((project.folder / "runs/smoke/unet").glob("*/*/none/seed*/metrics.json"))[:12]
+    for record in cells:
+        record.unlink()
+    targets = [str(record.relative_to(project.folder)) for record in cells]
+    command = ("snakemake", "--verbose", "--cores", "1", *targets, "--config", "track=smoke")
+    status, output = project.run(*command)
+    assert status == 0, output[-3000:]
+    assert 0 < output.count("Ready jobs: ") <= len(cells)
+
+
 def test_quality_is_identical_when_computed_again(project):
     cell = project.folder / "runs/smoke/sit/random_widths/0.25/finetune-low/seed1"
     before = json.loads((cell / "metrics.json").read_text())
