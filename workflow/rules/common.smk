@@ -90,13 +90,15 @@ def cancel_leftover_jobs():
 
 
 def plan_at_events_only():
-    """Drop Snakemake's limit of 100 jobs per second, and with it steps that nothing calls for.
+    """Drop Snakemake's default limit, 100 jobs a second, and with it steps that nothing calls for.
 
     In 9.27 every step of the scheduler sets a timer for another one as long as jobs are ready. So
     steps multiply until its process is always busy (snakemake issue 2967), beside measurements of
-    latency or on a login node.
+    latency or on a login node. A limit that somebody set is kept.
     """
-    workflow.scheduler.job_rate_limiter = None
+    limiter = workflow.scheduler.job_rate_limiter
+    if limiter and (limiter.max_jobs, limiter.timespan) == (100, 1):
+        workflow.scheduler.job_rate_limiter = None
 
 
 UNSEEN = Path(".snakemake/prunebench.unseen")
