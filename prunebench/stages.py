@@ -134,7 +134,7 @@ def dense(track: Track, layout: Layout, model: str) -> None:
     options = dict(settings["training"])
     images = options.pop("images")
     progress = loop.Progress(images // options["batch"])
-    inputs = layout.encoded(track.model(model)) + ((Path(source["file"]),) if source else ())
+    inputs = layout.encoded(settings) + ((Path(source["file"]),) if source else ())
     checkpoints = checkpoints_of(track, record, "dense", model, inputs=inputs)
     try:
         with meter.clock():

@@ -42,14 +42,8 @@ def _in_double(name: str):
 
     def double(*arguments):
         batch = draw(*arguments)
-        return dataclasses.replace(
-            batch,
-            **{
-                k: v.double()
-                for k, v in vars(batch).items()
-                if getattr(v, "dtype", 0) == torch.float32
-            },
-        )
+        floats = {k: v for k, v in vars(batch).items() if getattr(v, "dtype", 0) == torch.float32}
+        return dataclasses.replace(batch, **{k: v.double() for k, v in floats.items()})
 
     object.__setattr__(context.data, "draw", double)
     return context

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from prunebench.recovery import Teaching
-from prunebench.training.loop import Batch, Loss, loss_of, outputs, predict
+from prunebench.training.loop import Batch, Loss, loss_of, outputs, predict, prediction_of
 
 Distance = Callable[[Tensor, Tensor], Tensor]  # (teacher's feature, student's feature) -> []
 
@@ -25,8 +25,8 @@ def distilled(teaching: Teaching, distance: Distance | None = None, weight: floa
         with torch.no_grad(), captured(teaching.teacher, points) as taught:
             lesson = predict(teaching.teacher, batch)
         with captured(model, points) as learnt:
-            output, prediction = outputs(model, batch)
-        value = loss_of(output, batch) + weight * mse_loss(prediction, lesson)
+            output = outputs(model, batch)
+        value = loss_of(output, batch) + weight * mse_loss(prediction_of(output, batch), lesson)
         for name, kept in points.items():
             value = value + distance(surviving(taught[name], kept), learnt[name])
         return value

@@ -60,8 +60,8 @@ class Batch:
     objective: Objective
 
     def rows(self, chosen: range) -> "Batch":
-        rows, tensors = slice(chosen.start, chosen.stop), {**vars(self)}
-        del tensors["objective"]
+        rows = slice(chosen.start, chosen.stop)
+        tensors = {name: value for name, value in vars(self).items() if name != "objective"}
         return replace(self, **{n: each(lambda v: v[rows], value) for n, value in tensors.items()})
 
 
@@ -121,15 +121,19 @@ Loss = Callable[[nn.Module, Batch], Tensor]
 Adjust = Callable[[nn.Module], None]
 
 
-def outputs(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """All that the model puts out for a batch, and of that its prediction of the target."""
-    output = model(batch.noised, batch.network_time, batch.y)
-    return output, output[:, : batch.target.shape[1]]
+def outputs(model: nn.Module, batch: Batch) -> Tensor:
+    """All that the model puts out for a batch."""
+    return model(batch.noised, batch.network_time, batch.y)
+
+
+def prediction_of(output: Tensor, batch: Batch) -> Tensor:
+    """The prediction of the batch's target, without further outputs such as DiT's variance."""
+    return output[:, : batch.target.shape[1]]
 
 
 def predict(model: nn.Module, batch: Batch) -> Tensor:
-    """The prediction of the batch's target, without further outputs such as DiT's variance."""
-    return outputs(model, batch)[1]
+    """The model's prediction of the batch's target."""
+    return prediction_of(outputs(model, batch), batch)
 
 
 def simple_loss(model: nn.Module, batch: Batch) -> Tensor:
@@ -139,7 +143,7 @@ def simple_loss(model: nn.Module, batch: Batch) -> Tensor:
 
 def loss_of(output: Tensor, batch: Batch) -> Tensor:
     """The training loss of a model's whole output: DiT's has a term for its variance."""
-    prediction = output[:, : batch.target.shape[1]]
+    prediction = prediction_of(output, batch)
     loss = nn.functional.mse_loss(prediction, batch.target)
     if output.shape == prediction.shape:
         return loss
@@ -148,7 +152,7 @@ def loss_of(output: Tensor, batch: Batch) -> Tensor:
 
 def own_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The loss the model was trained with."""
-    return loss_of(outputs(model, batch)[0], batch)
+    return loss_of(outputs(model, batch), batch)
 
 
 def train(
