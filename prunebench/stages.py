@@ -126,13 +126,13 @@ def dense(track: Track, layout: Layout, model: str) -> None:
     if "training" not in settings:
         return _adopt(track, layout, model)
     family, data = models.family(settings["family"]), training_data(track, layout, model)
-    torch.manual_seed(0)
+    options = dict(settings["training"])
+    images, seed = options.pop("images"), options.pop("seed", 0)
+    torch.manual_seed(seed)
     network, source = _begun(track, model)
     network = network.to(parallel.device())
     _check_sparsities(track, model, network)
     meter, record = BudgetMeter(), layout.trained(model)
-    options = dict(settings["training"])
-    images = options.pop("images")
     progress = loop.Progress(images // options["batch"])
     inputs = layout.encoded(settings) + ((Path(source["file"]),) if source else ())
     checkpoints = checkpoints_of(track, record, "dense", model, inputs=inputs)
@@ -143,7 +143,7 @@ def dense(track: Track, layout: Layout, model: str) -> None:
                 data,
                 loop.Settings(**options),
                 images=images,
-                seed=0,
+                seed=seed,
                 muon_names=family.weights(network),
                 progress=progress,
                 meter=meter,

@@ -150,7 +150,8 @@ class DiT(nn.Module):
     @takes_single
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         side = x.shape[-1] // self.patch
-        tokens = self.x_embedder(x) + self.pos_embed
+        # timm's patches are strided; every block would work on them as they lie, and more slowly.
+        tokens = (self.x_embedder(x) + self.pos_embed).contiguous()
         c = self.t_embedder(t) + self.y_embedder(y)
         for block in self.blocks:
             tokens = run(self, block, tokens, c)

@@ -23,6 +23,7 @@ from prunebench.training import parallel
 from prunebench.training.activations import checkpoint_activations
 from prunebench.training.budget import BudgetMeter
 from prunebench.training.checkpoints import Checkpoints
+from prunebench.training.muon import Muon
 
 log = logging.getLogger(__name__)
 
@@ -388,9 +389,9 @@ def _optimizers(
     matrices = [p for name, p in named.items() if name in chosen and p.dim() == 2]
     others = [p for name, p in named.items() if name not in chosen or p.dim() != 2]
     decay = {"weight_decay": settings.weight_decay}
-    optimizers = [torch.optim.AdamW(others, lr=settings.learning_rate, **decay)]
+    optimizers = [torch.optim.AdamW(others, lr=settings.learning_rate, fused=True, **decay)]
     if matrices:
-        optimizers.append(torch.optim.Muon(matrices, lr=settings.muon_learning_rate, **decay))
+        optimizers.append(Muon(matrices, lr=settings.muon_learning_rate, **decay))
     return optimizers
 
 
