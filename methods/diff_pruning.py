@@ -19,7 +19,7 @@ from dataclasses import replace
 import torch
 
 from prunebench.errors import CellError
-from prunebench.pruning.scores import (
+from prunebench.selection.scores import (
     accumulate_gradients,
     group_norms,
     matrices,

@@ -17,9 +17,9 @@ from functools import partial
 
 import torch
 
-from prunebench.copies import shell
-from prunebench.pruning.proxies import ntk_condition, vote, zico
-from prunebench.pruning.units import parameter_count
+from prunebench.models.copies import shell
+from prunebench.models.units import parameter_count
+from prunebench.selection.proxies import ntk_condition, vote, zico
 
 TITLE = "EntPruner"
 KIND = "layers"

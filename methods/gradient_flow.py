@@ -20,11 +20,11 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from prunebench.errors import CellError
+from prunebench.models.activations import checkpoint_activations
 from prunebench.pruning import surgery, targets
-from prunebench.pruning.scores import in_parts, slices
-from prunebench.pruning.soft_masks import full, gains, hard, masked, readers
-from prunebench.selection import unmetered
-from prunebench.training.activations import checkpoint_activations
+from prunebench.selection.context import unmetered
+from prunebench.selection.scores import in_parts, slices
+from prunebench.selection.soft_masks import full, gains, hard, masked, readers
 
 TITLE = "Gradient-flow pruning (reconstruction)"
 KIND = "widths"

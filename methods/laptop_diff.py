@@ -18,8 +18,8 @@ import torch
 from scipy.optimize import LinearConstraint, milp
 
 from prunebench.errors import CellError
+from prunebench.models.units import parameter_count
 from prunebench.pruning.plan import Plan
-from prunebench.pruning.units import parameter_count
 
 TITLE = "LAPTOP-Diff"
 KIND = "layers"

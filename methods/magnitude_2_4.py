@@ -3,8 +3,8 @@
 Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021.
 """
 
-from prunebench.pruning.scores import Values
 from prunebench.pruning.targets import plan_n_of_m
+from prunebench.selection.scores import Values
 
 TITLE = "Magnitude, 2:4"
 KIND = "weights"

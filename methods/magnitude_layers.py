@@ -1,6 +1,6 @@
 """Removes the layers whose weights are smallest on average."""
 
-from prunebench.pruning.scores import precise
+from prunebench.models.precision import precise
 
 TITLE = "Magnitude, layers"
 KIND = "layers"

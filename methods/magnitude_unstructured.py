@@ -1,6 +1,6 @@
 """Zeroes the smallest weights of the whole network, wherever they are."""
 
-from prunebench.pruning.scores import Values
+from prunebench.selection.scores import Values
 
 TITLE = "Magnitude, unstructured"
 KIND = "weights"

@@ -4,7 +4,8 @@ Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017, in the form of D
 magnitude baseline: the sum of w^2 per slice, averaged over the layers of a group.
 """
 
-from prunebench.pruning.scores import Values, matrices, per_channel, precise
+from prunebench.models.precision import precise
+from prunebench.selection.scores import Values, matrices, per_channel
 
 TITLE = "Magnitude, widths"
 KIND = "widths"

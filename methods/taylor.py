@@ -9,7 +9,7 @@ Two code paths of Diff-Pruning disagree on what its row "Taylor" is; this one di
 Diff-Pruning in the score as well as in the gate (docs/methods/taylor.md).
 """
 
-from prunebench.pruning.scores import accumulate_gradients, matrices, per_channel, taylor_terms
+from prunebench.selection.scores import accumulate_gradients, matrices, per_channel, taylor_terms
 
 TITLE = "Taylor, widths"
 KIND = "widths"

@@ -6,7 +6,7 @@ of the embedded track, even the argument parser's imports would cost a minute.
 
 import sys
 
-from prunebench import warm
+from prunebench.runtime import warm
 
 
 def console() -> int:

@@ -11,9 +11,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from prunebench import __version__, config, gpus
+from prunebench import __version__, tracks
 from prunebench.errors import UserError
-from prunebench.offline import forbid_network
+from prunebench.runtime import gpus
+from prunebench.runtime.offline import forbid_network
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
@@ -33,7 +34,7 @@ def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     try:
         if arguments.gpus is not None:
-            gpus.prepare(arguments.gpus, argv, arguments.stage in config.SEVERAL_GPUS)
+            gpus.prepare(arguments.gpus, argv, arguments.stage in tracks.stages.SEVERAL_GPUS)
         arguments.run(arguments)
         return 0
     except UserError as error:
@@ -50,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
     def command(name: str, run, help_: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help_, description=help_)
         sub.add_argument("--track", default="embedded", help="a track of config/, or a YAML file")
-        sub.add_argument("--runs", type=Path, default=config.RUNS, help="folder of the artefacts")
+        sub.add_argument("--runs", type=Path, default=tracks.RUNS, help="folder of the artefacts")
         sub.add_argument("--gpus", type=int, help="how many the workflow gave the command")
         sub.set_defaults(run=run, stage=name)
         return sub
@@ -114,7 +115,7 @@ def _prepare() -> None:
     forbid_network()
     import torch
 
-    from prunebench.provenance import PACKAGE, code_hash
+    from prunebench.records.provenance import PACKAGE, code_hash
     from prunebench.training import parallel
 
     code_hash(PACKAGE)  # remembered: the code may be edited while the stage runs
@@ -129,20 +130,20 @@ def _prepare() -> None:
 
 
 def _extractor(arguments: argparse.Namespace) -> None:
-    track = config.load(arguments.track)
+    track = tracks.load(arguments.track)
     _prepare()
-    from prunebench import judging
+    from prunebench.stages import score as judging
 
-    judging.extractor(track, config.Layout(track.name, arguments.runs))
+    judging.extractor(track, tracks.Layout(track.name, arguments.runs))
 
 
 def _encode(arguments: argparse.Namespace) -> None:
-    track = config.load(arguments.track)
-    layout = config.Layout(track.name, arguments.runs)
+    track = tracks.load(arguments.track)
+    layout = tracks.Layout(track.name, arguments.runs)
     find = track.text_encoder if arguments.text_encoder else track.autoencoder
     find(arguments.text_encoder or arguments.autoencoder)
     _prepare()
-    from prunebench import stages
+    from prunebench.stages import common as stages
 
     if arguments.text_encoder:
         stages.encode_prompts(track, layout, arguments.text_encoder)
@@ -151,16 +152,16 @@ def _encode(arguments: argparse.Namespace) -> None:
 
 
 def _dense(arguments: argparse.Namespace) -> None:
-    track = config.load(arguments.track)
+    track = tracks.load(arguments.track)
     track.model(arguments.model)
     _prepare()
-    from prunebench import stages
+    from prunebench.stages import common as stages
 
-    stages.dense(track, config.Layout(track.name, arguments.runs), arguments.model)
+    stages.dense(track, tracks.Layout(track.name, arguments.runs), arguments.model)
 
 
 def _cell_stage(arguments: argparse.Namespace) -> None:
-    track = config.load(arguments.track)
+    track = tracks.load(arguments.track)
     cell = track.cell(
         arguments.model,
         arguments.method,
@@ -170,9 +171,9 @@ def _cell_stage(arguments: argparse.Namespace) -> None:
     )
     options = _sampling_options(track, arguments) if arguments.stage == "sample" else {}
     _prepare()
-    from prunebench import stages
+    from prunebench.stages import common as stages
 
-    paths = config.Paths(track, cell, arguments.runs)
+    paths = tracks.Paths(track, cell, arguments.runs)
     stage, record = _function(arguments.stage), getattr(paths, CELL_STAGES[arguments.stage][0])
     if "index" in options:
         stage, record = stages.shard, paths.shards[options["index"]][0]
@@ -182,10 +183,10 @@ def _cell_stage(arguments: argparse.Namespace) -> None:
 def _function(name: str) -> Callable:
     """What runs a stage of CELL_STAGES."""
     if name == "score":
-        from prunebench import judging
+        from prunebench.stages import score as judging
 
         return judging.score
-    from prunebench import stages
+    from prunebench.stages import common as stages
 
     return {
         "select": stages.select,
@@ -195,7 +196,7 @@ def _function(name: str) -> Callable:
     }[name]
 
 
-def _sampling_options(track: config.Track, arguments: argparse.Namespace) -> dict:
+def _sampling_options(track: tracks.Track, arguments: argparse.Namespace) -> dict:
     if arguments.shard is not None:
         track.shard(arguments.shard)
         return {"index": arguments.shard, "batch": arguments.batch}
@@ -208,34 +209,34 @@ def _sampling_options(track: config.Track, arguments: argparse.Namespace) -> dic
 
 
 def _oracle(arguments: argparse.Namespace) -> None:
-    track = config.load(arguments.track)
+    track = tracks.load(arguments.track)
     track.mask(arguments.model, arguments.recovery, arguments.mask)
     _prepare()
-    from prunebench import oracle
+    from prunebench.stages import oracle
 
-    layout = config.Layout(track.name, arguments.runs)
+    layout = tracks.Layout(track.name, arguments.runs)
     oracle.evaluate(track, layout, arguments.model, arguments.recovery, arguments.seed,
                     arguments.mask)  # fmt: skip
 
 
 def _efficiency(arguments: argparse.Namespace) -> None:
-    from prunebench.efficiency import track as efficiency
+    from prunebench.tracks import efficiency
 
     track = efficiency.load(arguments.track)
     track.plan(arguments.model, arguments.plan)
     _prepare()
-    from prunebench.efficiency import stage
+    from prunebench.stages import efficiency as stage
 
     stage.measure(track, arguments.model, arguments.plan, arguments.runs)
 
 
 def _leaderboard(arguments: argparse.Namespace) -> None:
-    track = config.load_any(arguments.track)
+    track = tracks.load_any(arguments.track)
     division = arguments.division or track.default_division
     files = [Path(record) for record in track.records(division, arguments.runs)]
     if arguments.partial:
         files = [file for file in files if file.exists()]
-    layout = config.Layout(track.name, arguments.runs)
+    layout = tracks.Layout(track.name, arguments.runs)
     out = arguments.out or Path(layout.results(division, track.default_division))
     {"benchmark": _benchmark_board, "efficiency": _efficiency_board}[track.kind](
         track, division, files, out, layout
@@ -243,7 +244,7 @@ def _leaderboard(arguments: argparse.Namespace) -> None:
 
 
 def _benchmark_board(
-    track: config.Track, division: str, files: list[Path], out: Path, layout: config.Layout
+    track: tracks.Track, division: str, files: list[Path], out: Path, layout: tracks.Layout
 ) -> None:
     from prunebench import leaderboard
 
@@ -252,7 +253,7 @@ def _benchmark_board(
     leaderboard.build(
         files,
         out,
-        expected_cells=[config.as_dict(cell) for cell in track.cells(division)],
+        expected_cells=[tracks.as_dict(cell) for cell in track.cells(division)],
         title=f"{track.content['title']}: {division}",
         compares=track.divisions[division]["compares"],
         oracle_files=[file for file in masks if file.exists()],
@@ -268,7 +269,7 @@ def _efficiency_board(track, division: str, files: list[Path], out: Path, layout
 def _progress(arguments: argparse.Namespace) -> None:
     from prunebench import progress
 
-    track = config.load(arguments.track)
+    track = tracks.load(arguments.track)
     if arguments.watch is not None:
         progress.watch(track, arguments.division, arguments.runs, arguments.watch)
     else:
@@ -276,16 +277,16 @@ def _progress(arguments: argparse.Namespace) -> None:
 
 
 def _methods(arguments: argparse.Namespace) -> None:
-    for method in config.load(arguments.track).methods.values():
+    for method in tracks.load(arguments.track).methods.values():
         sys.stdout.write(f"{method.name:24} {method.kind:8} {method.idea}\n")
 
 
 def _assets(arguments: argparse.Namespace) -> None:
-    from prunebench.assets import commands
+    from prunebench.stages import assets as commands
 
     names = [
         *arguments.names,
-        *(config.load_any(arguments.track).assets() if arguments.track else ()),
+        *(tracks.load_any(arguments.track).assets() if arguments.track else ()),
     ]
     if arguments.action == "fetch":
         if not (names or arguments.track):

@@ -20,9 +20,9 @@ from pathlib import Path
 
 import numpy as np
 
-from prunebench.artefacts import sha256, write_atomically
 from prunebench.assets import ASSETS, DATA
 from prunebench.assets.convert import write_npz
+from prunebench.records.artefacts import sha256, write_atomically
 
 ORIGINALS = {Path(file.path).name: file.sha256 for file in ASSETS["fashion_mnist"].files}
 TRAIN_IMAGES = 20_000  # the first ones: as many as keep the file below 5 MiB

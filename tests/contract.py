@@ -15,11 +15,13 @@ import tiny
 import torch
 from torch import nn
 
-from prunebench import config, methods, selection
+from prunebench import tracks
 from prunebench.errors import UserError
+from prunebench.models.units import Width
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
-from prunebench.pruning.units import Width
+from prunebench.selection import checks as selection
+from prunebench.tracks import methods
 from prunebench.training import loop
 from prunebench.training.budget import BudgetMeter
 
@@ -56,7 +58,7 @@ def select(
 
 
 def _parameters(method: methods.Method) -> dict:
-    cell = config.Cell("smoke", "dit", method.name, 0.25, "none", 0)
+    cell = tracks.Cell("smoke", "dit", method.name, 0.25, "none", 0)
     try:
         return tiny.smoke().parameters(cell)
     except UserError:  # a method of a test, unknown to the track

@@ -1,4 +1,4 @@
-"""The authors' networks, written anew after their published code, to test prunebench.official.
+"""The authors' networks, written anew after their published code, to test models/official.py.
 
 Layouts are names and shapes of state dicts; networks are functions of a state dict, in plain tensor
 operations and the releases' own conventions (sizes, orders, normalisation constants).

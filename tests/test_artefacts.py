@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from prunebench import artefacts
 from prunebench.errors import UserError
+from prunebench.records import artefacts
 
 
 def test_json_round_trip(tmp_path):

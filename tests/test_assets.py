@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from prunebench import assets, cli, config, models
+from prunebench import assets, cli, models, tracks
 from prunebench.assets import convert, registry, store
 from prunebench.errors import UserError
 
@@ -368,7 +368,7 @@ def test_a_track_names_its_assets(capsys, tmp_path):
         "models": {"a": {"weights": {"asset": "dit_xl_2_256"}}, "b": {"weights": {"file": "x"}}},
     }
     names = ["cifar10", "inception", "lpips-vgg", "dit_xl_2_256"]
-    assert config.Track("t", content, {}).assets() == names
+    assert tracks.Track("t", content, {}).assets() == names
     assert cli.main(["assets", "fetch"]) == 2
     assert "name assets, or a track" in capsys.readouterr().err
 

@@ -17,9 +17,11 @@ import torch
 import yaml
 from torch import nn
 
-from prunebench import artefacts, methods, selection
-from prunebench.artefacts import training_folder
 from prunebench.errors import UserError
+from prunebench.records import artefacts
+from prunebench.records.artefacts import training_folder
+from prunebench.selection import checks as selection
+from prunebench.tracks import methods
 from prunebench.training import loop, parallel
 from prunebench.training.budget import BudgetMeter
 from prunebench.training.checkpoints import STOPPED, Checkpoints, Part

@@ -15,9 +15,9 @@ from torch import nn
 from prunebench.evaluation.cost import count_macs
 from prunebench.models import conditional_unet as family
 from prunebench.models.unet import Shortcut
+from prunebench.models.units import Width, parameter_count
 from prunebench.pruning import surgery
 from prunebench.pruning.targets import most
-from prunebench.pruning.units import Width, parameter_count
 
 # The keys of the public configurations that differ from diffusers' defaults.
 SD15 = {"sample_size": 64, "cross_attention_dim": 768}

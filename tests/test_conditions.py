@@ -5,10 +5,10 @@ import tiny
 import torch
 from torch import nn
 
-from prunebench.diffusion.conditions import CLASSES, dropped
 from prunebench.diffusion.objectives import NoisePrediction
 from prunebench.diffusion.sampling import Sampler, shrunk
 from prunebench.evaluation.semi_structured import Half
+from prunebench.models.conditions import CLASSES, dropped
 from prunebench.training import loop
 
 

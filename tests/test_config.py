@@ -9,7 +9,7 @@ import tiny
 import yaml
 from accelerate import init_empty_weights
 
-from prunebench import config, models
+from prunebench import models, tracks
 from prunebench.diffusion.objectives import objective
 from prunebench.diffusion.sampling import scheduler
 from prunebench.errors import UserError
@@ -32,7 +32,7 @@ def at_the_root(monkeypatch):
 def edited(tmp_path):
     """Loads the smoke track with changes: {"a.b": value}, ... deletes."""
 
-    def load(changes: dict, methods: dict | None = None) -> config.Track:
+    def load(changes: dict, methods: dict | None = None) -> tracks.Track:
         # Through JSON, because entries that YAML anchors share would change together.
         content = json.loads(json.dumps(yaml.safe_load(SMOKE.read_text())))
         for dotted, value in changes.items():
@@ -49,42 +49,42 @@ def edited(tmp_path):
             content["methods"]["folders"] = ["methods", str(tmp_path / "more")]
         file = tmp_path / "mine.yaml"
         file.write_text(yaml.safe_dump(content, sort_keys=False))
-        return config.load(str(file))
+        return tracks.load(str(file))
 
     return load
 
 
 @pytest.mark.parametrize("track", TRACKS)
 def test_committed_tracks_load(track):
-    loaded = config.load(track)
+    loaded = tracks.load(track)
     assert loaded.name == track and loaded.cells()
     assert {"dense", "random_layers", "scratch", "fewer_steps"} <= set(loaded.methods)
-    assert config.load(f"config/{track}.yaml").content == loaded.content
+    assert tracks.load(f"config/{track}.yaml").content == loaded.content
 
 
 def test_a_track_may_rest_on_another(tmp_path):
     (tmp_path / "whole.yaml").write_text(SMOKE.read_text())
     mine = tmp_path / "mine.yaml"
     mine.write_text("base: whole\nseeds: [7]\nmodels: {dit: {config: {depth: 6}}}\n")
-    ours, whole = config.load(str(mine)), config.load(str(SMOKE))
+    ours, whole = tracks.load(str(mine)), tracks.load(str(SMOKE))
     assert ours.name == "mine" and ours.content["seeds"] == [7]
     assert ours.model("dit")["config"] == {**whole.model("dit")["config"], "depth": 6}
     assert ours.model("unet") == whole.model("unet")
     mine.write_text("base: none\n")
     with pytest.raises(UserError, match=r"base: .*none\.yaml does not exist"):
-        config.load(str(mine))
+        tracks.load(str(mine))
 
 
 @pytest.mark.parametrize("track", TRACKS)
 def test_committed_tracks_fit_the_code(track):
     """What the schema leaves open (architectures, objectives, solvers) is understood."""
-    for settings in config.load(track).content["models"].values():
+    for settings in tracks.load(track).content["models"].values():
         with init_empty_weights():
             model = models.family(settings["family"]).build(settings["config"])
         assert models.family(settings["family"]).layers(model, "block")
         goal = objective(settings["objective"])
         training = settings.get("training", settings["recovery"])
-        Settings(**{k: v for k, v in training.items() if k != "images"})
+        Settings(**{k: v for k, v in training.items() if k not in ("images", "seed")})
         Settings(**settings["recovery"])
         sampling = settings["sampling"]
         scheduler(sampling["sampler"], goal, sampling["steps"], sampling.get("options", {}))
@@ -92,18 +92,18 @@ def test_committed_tracks_fit_the_code(track):
 
 def test_unknown_tracks_list_the_known_ones():
     with pytest.raises(UserError, match=r"'embeded'.*known tracks: .*embedded.*smoke"):
-        config.load("embeded")
+        tracks.load("embeded")
     with pytest.raises(UserError, match=r"nowhere/x\.yaml does not exist"):
-        config.load("nowhere/x.yaml")
+        tracks.load("nowhere/x.yaml")
 
 
 def test_broken_yaml(tmp_path):
     (tmp_path / "x.yaml").write_text("a: [1, 2")
     with pytest.raises(UserError, match=r"x\.yaml is not valid YAML: "):
-        config.load(str(tmp_path / "x.yaml"))
+        tracks.load(str(tmp_path / "x.yaml"))
     (tmp_path / "x.yaml").write_text("")
     with pytest.raises(UserError, match=r"x\.yaml: the file: None is not of type 'object'"):
-        config.load(str(tmp_path / "x.yaml"))
+        tracks.load(str(tmp_path / "x.yaml"))
 
 
 REFUSED = {
@@ -223,8 +223,8 @@ def test_a_broken_method_stops_before_anything_runs(edited):
 # Cells.
 
 
-def _count(track: config.Track, **fields) -> int:
-    cells = [config.as_dict(cell) for cell in track.cells()]
+def _count(track: tracks.Track, **fields) -> int:
+    cells = [tracks.as_dict(cell) for cell in track.cells()]
     return sum(all(cell[k] == v for k, v in fields.items()) for cell in cells)
 
 
@@ -251,7 +251,7 @@ def test_the_cells_of_a_track(edited):
 
 
 def test_cells_of_the_smoke_track_are_the_product():
-    track = config.load("smoke")
+    track = tracks.load("smoke")
     seeds, models = len(track.content["seeds"]), track.content["models"]
     expected = 0
     for model, method in itertools.product(models.values(), track.methods.values()):
@@ -271,9 +271,9 @@ def test_methods_stay_out_of_families_they_do_not_claim(edited):
 
 
 def test_a_cell_given_by_hand():
-    track = config.load("smoke")
+    track = tracks.load("smoke")
     cell = track.cell("dit", "random_layers", 0.4, "finetune-high", 17)
-    assert cell == config.Cell("smoke", "dit", "random_layers", 0.4, "finetune-high", 17)
+    assert cell == tracks.Cell("smoke", "dit", "random_layers", 0.4, "finetune-high", 17)
     assert track.budget(cell) == 128
     assert track.budget(track.cell("dit", "dense", 0.0, "none", 0)) == 0
     for arguments, message in (
@@ -302,9 +302,9 @@ def test_an_unconditional_model_without_guidance_is_fine(edited):
 # What recomputes.
 
 
-def _fingerprints(track: config.Track) -> dict:
+def _fingerprints(track: tracks.Track) -> dict:
     places = itertools.product(
-        config.DEPENDS, ("dit", "unet"), ("magnitude_layers", "dense", "mine")
+        tracks.stages.DEPENDS, ("dit", "unet"), ("magnitude_layers", "dense", "mine")
     )
     return {place: track.fingerprint(*place) for place in places}
 
@@ -353,7 +353,7 @@ def test_fingerprints_do_not_depend_on_order(edited):
     turned = copy.deepcopy(dict(track.content))
     turned["models"] = dict(reversed(turned["models"].items()))
     turned["models"]["dit"] = dict(reversed(turned["models"]["dit"].items()))
-    other = config.Track(track.name, dict(reversed(turned.items())), track.methods)
+    other = tracks.Track(track.name, dict(reversed(turned.items())), track.methods)
     assert _fingerprints(other) == _fingerprints(track)
 
 
@@ -363,16 +363,16 @@ def test_fingerprints_do_not_depend_on_order(edited):
 def test_one_selection_serves_all_recoveries_unless_it_trains(edited):
     track = edited({}, {"mine": METHOD.format("TRAINS = True")})
     one_shot = [
-        config.Paths(track, track.cell("dit", "magnitude_layers", 0.25, recovery, 0))
+        tracks.Paths(track, track.cell("dit", "magnitude_layers", 0.25, recovery, 0))
         for recovery in ("none", "finetune-low", "finetune-high")
     ]
     assert {paths.select for paths in one_shot} == {
         "runs/mine/dit/magnitude_layers/0.25/selection/seed0/select.json"
     }
     assert len({paths.cost for paths in one_shot}) == 1
-    trained = config.Paths(track, track.cell("dit", "mine", 0.25, "finetune-low", 0))
+    trained = tracks.Paths(track, track.cell("dit", "mine", 0.25, "finetune-low", 0))
     assert trained.select == "runs/mine/dit/mine/0.25/selection-finetune-low/seed0/select.json"
-    untrained = config.Paths(track, track.cell("dit", "mine", 0.25, "none", 0))
+    untrained = tracks.Paths(track, track.cell("dit", "mine", 0.25, "none", 0))
     assert untrained.select == "runs/mine/dit/mine/0.25/selection-none/seed0/select.json"
 
 
@@ -387,7 +387,7 @@ def test_a_recipe_runs_in_the_published_division_only(edited):
     assert (cell.sparsity, cell.recovery) == (0.4, "published-low")
     assert track.healing(cell) == "output_kd" and track.parameters(cell) == {"power": 2}
     assert track.budget(cell) == track.content["budgets"]["low"]
-    paths = config.Paths(track, cell)
+    paths = tracks.Paths(track, cell)
     assert paths.select == "runs/mine/dit/mine/0.4/selection-published-low/seed0/select.json"
     matched = [c for c in track.cells() if c.method == "mine"]
     assert {c.recovery for c in matched} == {"none", "finetune-low"}
@@ -412,7 +412,7 @@ def test_a_recipe_stands_whatever_the_track_sets_for_the_matched_division(edited
 
 
 def test_the_recovery_division_holds_its_methods_and_the_references():
-    track = config.load("smoke")
+    track = tracks.load("smoke")
     named = set(track.divisions["recovery"]["methods"])
     cells = track.cells("recovery")
     assert {c.method for c in cells} == named | {"dense", "fewer_steps"}
@@ -428,7 +428,7 @@ def test_controls_stay_where_selections_are_compared(edited):
 
 def test_an_unknown_division_lists_the_known_ones():
     with pytest.raises(UserError, match="unknown division 'all' in track smoke; known: matched, "):
-        config.load("smoke").cells("all")
+        tracks.load("smoke").cells("all")
 
 
 @pytest.mark.parametrize(
@@ -449,17 +449,17 @@ def test_a_recipe_that_makes_no_sense_is_refused(edited, recipe, message):
 
 
 def test_the_jobs_of_the_oracle():
-    track = config.load("smoke")
+    track = tracks.load("smoke")
     jobs = track.oracle()
     settings = track.content["oracle"]
     assert len(jobs) == len(set(jobs)) == len(settings["recoveries"]) * settings["masks"]
-    layout = config.Layout(track.name)
+    layout = tracks.Layout(track.name)
     assert layout.oracle(*jobs[0]) == "runs/smoke/oracle/dit/none/seed0/mask0.json"
 
 
 def test_shards_lie_beside_what_they_are_gathered_into(edited):
     track = edited({"sampling.shards": 2})
-    paths = config.Paths(track, track.cell("dit", "dense", 0.0, "none", 1))
+    paths = tracks.Paths(track, track.cell("dit", "dense", 0.0, "none", 1))
     folder = "runs/mine/dit/dense/0.0/none/seed1"
     assert paths.sample == f"{folder}/sample.json"
     assert paths.shards == [
@@ -467,13 +467,13 @@ def test_shards_lie_beside_what_they_are_gathered_into(edited):
         for index in (0, 1)
     ]
     track = edited({})
-    assert config.Paths(track, track.cell("dit", "dense", 0.0, "none", 1)).shards == []
+    assert tracks.Paths(track, track.cell("dit", "dense", 0.0, "none", 1)).shards == []
 
 
 def test_the_checkpoint_is_what_was_trained_last():
-    track = config.load("smoke")
-    healed = config.Paths(track, track.cell("dit", "dense", 0.0, "finetune-low", 1), runs="r")
-    bare = config.Paths(track, track.cell("dit", "dense", 0.0, "none", 1), runs="r")
+    track = tracks.load("smoke")
+    healed = tracks.Paths(track, track.cell("dit", "dense", 0.0, "finetune-low", 1), runs="r")
+    bare = tracks.Paths(track, track.cell("dit", "dense", 0.0, "none", 1), runs="r")
     assert (
         healed.checkpoint
         == healed.recover
@@ -485,9 +485,9 @@ def test_the_checkpoint_is_what_was_trained_last():
 
 
 def test_cells_do_not_share_records():
-    track = config.load("smoke")
+    track = tracks.load("smoke")
     cells = track.cells()
-    paths = [config.Paths(track, cell) for cell in cells]
+    paths = [tracks.Paths(track, cell) for cell in cells]
     assert len({p.metrics for p in paths}) == len({p.sample for p in paths}) == len(cells)
 
 
@@ -521,19 +521,19 @@ def test_settings_that_do_not_fit_together_are_refused(edited, dotted, value, me
 
 
 def test_needs_are_the_suites_then_the_tracks_then_the_rules(edited):
-    assert "needs" not in config.load("embedded").content
-    assert config.load("embedded").needs("dense") == config.NEEDS["dense"]
+    assert "needs" not in tracks.load("embedded").content
+    assert tracks.load("embedded").needs("dense") == tracks.stages.NEEDS["dense"]
     given = {"default": {"mem_mb": 9000, "gpu": 1}, "dense": {"gpu": 4, "cpus": 16}}
     track = edited({"needs": given})
-    runtime = config.NEEDS["dense"]["runtime"]
+    runtime = tracks.stages.NEEDS["dense"]["runtime"]
     assert track.needs("dense") == {"mem_mb": 9000, "runtime": runtime, "gpu": 4, "cpus": 16}
     assert track.needs("score")["gpu"] == 1
 
 
 def test_needs_recompute_nothing(edited):
     track = edited({"needs": {"default": {"mem_mb": 9000}}})
-    smoke = config.load("smoke")
-    for stage in config.DEPENDS:
+    smoke = tracks.load("smoke")
+    for stage in tracks.stages.DEPENDS:
         assert track.fingerprint(stage, "dit", "taylor") == smoke.fingerprint(
             stage, "dit", "taylor"
         )

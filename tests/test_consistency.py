@@ -4,10 +4,10 @@ import lpips
 import pytest
 import torch
 
-from prunebench.artefacts import write_tensors
 from prunebench.errors import UserError
 from prunebench.evaluation.classifier import DomainClassifier
 from prunebench.evaluation.consistency import consistency, perceptual_distance
+from prunebench.records.artefacts import write_tensors
 
 
 @pytest.fixture(scope="module")

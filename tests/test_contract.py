@@ -5,9 +5,10 @@ import pytest
 import tiny
 import yaml
 
-from prunebench import methods, models
+from prunebench import models
 from prunebench.errors import CellError
 from prunebench.pruning import surgery
+from prunebench.tracks import methods
 
 TEXT_TO_IMAGE = yaml.safe_load((tiny.ROOT / "config" / "text2image.yaml").read_text())
 CASES = [

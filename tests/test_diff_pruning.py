@@ -12,16 +12,18 @@ import torch
 import torch_pruning
 from torch import nn
 
-from prunebench import methods, selection
 from prunebench.diffusion.objectives import FlowMatching, NoisePrediction
 from prunebench.diffusion.sampling import Sampler
 from prunebench.errors import CellError
 from prunebench.evaluation.consistency import consistency
 from prunebench.evaluation.cost import count_macs
 from prunebench.models import unet
-from prunebench.pruning import scores, surgery, targets
+from prunebench.models.units import Member, Width, parameter_count
+from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
-from prunebench.pruning.units import Member, Width, parameter_count
+from prunebench.selection import checks as selection
+from prunebench.selection import scores
+from prunebench.tracks import methods
 
 BOTH = pytest.mark.parametrize("method", ["diff_pruning", "taylor"])
 SHORT = {"timesteps": 4, "batch": 4}

@@ -9,13 +9,14 @@ import tiny
 import torch
 import yaml
 
-from prunebench import cli, config, models
-from prunebench.efficiency import networks, stage
-from prunebench.efficiency import track as tracks
+from prunebench import cli, models, tracks
 from prunebench.errors import CellError, UserError
 from prunebench.evaluation import variants
 from prunebench.leaderboard import efficiency as table
 from prunebench.pruning.plan import Plan
+from prunebench.stages import efficiency as stage
+from prunebench.stages import networks
+from prunebench.tracks import efficiency
 
 COMMITTED = tiny.ROOT / "results" / "efficiency"
 DEPTH, WIDTH, TOKENS = 4, 32, 16
@@ -66,7 +67,7 @@ TRACK = {
 def load(tmp_path):
     """Loads the tiny track with changes: {"a.b": value}."""
 
-    def loaded(changes: dict | None = None) -> tracks.Track:
+    def loaded(changes: dict | None = None) -> efficiency.Track:
         content = json.loads(json.dumps(TRACK))
         for dotted, value in (changes or {}).items():
             *parents, last = dotted.split(".")
@@ -75,12 +76,12 @@ def load(tmp_path):
                 entry = entry[int(key)] if isinstance(entry, list) else entry[key]
             entry[last] = value
         (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-        return tracks.load(str(tmp_path / "tiny.yaml"))
+        return efficiency.load(str(tmp_path / "tiny.yaml"))
 
     return loaded
 
 
-def run(track: tracks.Track, folder: Path, *plans: str) -> list[dict]:
+def run(track: efficiency.Track, folder: Path, *plans: str) -> list[dict]:
     """Records of the named plans of the first model; of all without names."""
     model = next(iter(track.content["models"]))
     for plan in plans or [plan for _, plan in track.rows()]:
@@ -94,7 +95,7 @@ def run(track: tracks.Track, folder: Path, *plans: str) -> list[dict]:
 
 def test_the_committed_track_names_every_family_and_published_speedup(monkeypatch):
     monkeypatch.chdir(tiny.ROOT)
-    track = config.load_any("efficiency")
+    track = tracks.load_any("efficiency")
     assert {m["family"] for m in track.content["models"].values()} == set(models.family_names())
     assert [claim["speedup"] for claim in track.content["published"]] == [2.22, 1.96, 1.2, 1.95]
     kinds = {plan["kind"] for plan in track.content["plans"].values()}
@@ -206,7 +207,7 @@ def test_widths_leave_what_was_asked_for(load, tmp_path):
 
 def test_full_size_counts_are_the_published_ones(monkeypatch):
     monkeypatch.chdir(tiny.ROOT)
-    track = config.load_any("efficiency")
+    track = tracks.load_any("efficiency")
     for name in ("dit_xl_2_256", "sd15", "ddpm_cifar10", "uvit_s_2_cifar10"):
         settings = track.model(name)
         entry = models.published(settings["family"])[name]
@@ -369,7 +370,7 @@ def test_tables_are_escaped_and_the_same_for_the_same_records(load, tmp_path):
 
 def test_the_committed_tables_are_made_of_the_committed_records(tmp_path, monkeypatch):
     monkeypatch.chdir(tiny.ROOT)
-    track = config.load_any("efficiency")
+    track = tracks.load_any("efficiency")
     files = [COMMITTED / "raw" / model / f"{plan}.json" for model, plan in track.rows()]
     table.build(track, files, tmp_path)
     for kind in ("csv", "md", "tex", "html", "bib"):

@@ -10,11 +10,14 @@ from accelerate import init_empty_weights
 from torch import nn
 from torch.distributions import Normal
 
-from prunebench import methods, models, selection
-from prunebench.pruning import proxies, surgery
+from prunebench import models
+from prunebench.models.units import Layer, parameter_count
+from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.targets import plan_layers
-from prunebench.pruning.units import Layer, parameter_count
+from prunebench.selection import checks as selection
+from prunebench.selection import proxies
+from prunebench.tracks import methods
 from prunebench.training.budget import BudgetMeter
 from prunebench.training.loop import Batch
 

@@ -8,11 +8,11 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 from torch_fidelity.utils import create_feature_extractor
 
-from prunebench.artefacts import write_tensors
 from prunebench.errors import UserError
 from prunebench.evaluation.classifier import DomainClassifier, accuracy, train_classifier
 from prunebench.evaluation.features import DomainExtractor, load_extractor
 from prunebench.evaluation.quality import quality
+from prunebench.records.artefacts import write_tensors
 
 
 def random_images(count: int, channels: int = 1, size: int = 16) -> torch.Tensor:

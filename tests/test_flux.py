@@ -17,15 +17,15 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prunebench import models, official
+from prunebench import models
 from prunebench.diffusion.objectives import objective
 from prunebench.errors import UserError
 from prunebench.evaluation.cost import count_macs
-from prunebench.models import flux
+from prunebench.models import flux, official
+from prunebench.models.units import parameter_count
 from prunebench.pruning import surgery
 from prunebench.pruning.targets import Sizes, most
-from prunebench.pruning.units import parameter_count
-from prunebench.training.distillation import captured
+from prunebench.recovery.distillation import captured
 
 PUBLISHED = models.published("flux")
 DEV, SCHNELL = (PUBLISHED[f"flux_{name}"].config for name in ("dev", "schnell"))

@@ -8,13 +8,13 @@ import time
 
 import pytest
 
-from prunebench import gpus
+from prunebench.runtime import gpus
 
 # Claims like a command of the workflow, says what it got, and holds it until it is killed.
 COMMAND = """
 import logging, sys, time
 from pathlib import Path
-from prunebench import gpus
+from prunebench.runtime import gpus
 logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
 gpus.LOCKS, gpus.POLL_SECONDS = Path(sys.argv[1]), 0.05
 """

@@ -10,13 +10,14 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from prunebench import methods, selection
 from prunebench.errors import CellError
+from prunebench.models.units import Member, Width
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
-from prunebench.pruning.scores import accumulate_gradients
-from prunebench.pruning.soft_masks import full, gains, hard, masked, readers
-from prunebench.pruning.units import Member, Width
+from prunebench.selection import checks as selection
+from prunebench.selection.scores import accumulate_gradients
+from prunebench.selection.soft_masks import full, gains, hard, masked, readers
+from prunebench.tracks import methods
 
 FOUND = tiny.found_methods()["gradient_flow"]
 NAMESPACE = methods.load(FOUND).__globals__

@@ -13,13 +13,13 @@ import tiny
 import torch
 from torch import nn
 
-from prunebench import methods
 from prunebench.diffusion.objectives import objective
 from prunebench.errors import CellError
 from prunebench.models.dit import Bypass
+from prunebench.models.units import Layer, parameter_count
 from prunebench.pruning import surgery, targets
-from prunebench.pruning.units import Layer, parameter_count
-from prunebench.selection import Context
+from prunebench.selection.context import Context
+from prunebench.tracks import methods
 from prunebench.training import loop
 from prunebench.training.budget import BudgetMeter
 

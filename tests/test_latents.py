@@ -13,11 +13,14 @@ from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prunebench import artefacts, config, judging, stages
+from prunebench import tracks
 from prunebench.diffusion import autoencoder
 from prunebench.diffusion.autoencoder import WEIGHTS, Autoencoder
 from prunebench.errors import CellError, UserError
 from prunebench.models.unet import EARLY
+from prunebench.records import artefacts
+from prunebench.stages import common as stages
+from prunebench.stages import score as judging
 from prunebench.training import latents, rows
 
 SMOKE = tiny.smoke()
@@ -265,7 +268,7 @@ def test_memory_does_not_grow_with_the_latents(folder, tmp_path):
 
 
 @pytest.fixture
-def track(folder) -> config.Track:
+def track(folder) -> tracks.Track:
     """The smoke track's transformer on latents 2x8x8 of 60 images."""
     content = copy.deepcopy(dict(SMOKE.content))
     content["dataset"] |= {"limit_train": 60, "limit_reference": 60, "flip": True}
@@ -275,17 +278,17 @@ def track(folder) -> config.Track:
     model["training"] |= {"images": 32}
     content["models"] = {"dit": {**model, "autoencoder": "tiny"}}
     content["sampling"] |= {"count": 34, "lanes": 10, "batch": 20}
-    return config.Track("tiny", content, SMOKE.methods)
+    return tracks.Track("tiny", content, SMOKE.methods)
 
 
-def _with(track: config.Track, shards: int) -> config.Track:
+def _with(track: tracks.Track, shards: int) -> tracks.Track:
     content = copy.deepcopy(dict(track.content))
     content["sampling"]["shards"] = shards
-    return config.Track(track.name, content, track.methods)
+    return tracks.Track(track.name, content, track.methods)
 
 
 def test_a_latent_track_runs_through_all_stages(track, tmp_path):
-    layout = config.Layout(track.name, tmp_path)
+    layout = tracks.Layout(track.name, tmp_path)
     with pytest.raises(UserError, match=r"latents\.json does not exist"):
         stages.dense(track, layout, "dit")
     judging.extractor(track, layout)
@@ -306,7 +309,7 @@ def test_a_latent_track_runs_through_all_stages(track, tmp_path):
     assert len({image.numpy().tobytes() for image in drawn}) == 34
     for shards, batch in itertools.product((1, 2, 4), (1, 13)):
         split = _with(track, shards)
-        where = config.Paths(split, cell, tmp_path)
+        where = tracks.Paths(split, cell, tmp_path)
         if shards == 1:
             stages.sample(split, cell, where, batch)
         else:
@@ -318,7 +321,7 @@ def test_a_latent_track_runs_through_all_stages(track, tmp_path):
 
 
 def test_latent_training_data_are_latents(track, tmp_path):
-    layout = config.Layout(track.name, tmp_path)
+    layout = tracks.Layout(track.name, tmp_path)
     stages.encode(track, layout, "tiny")
     data = stages.training_data(track, layout, "dit")
     batch = data.draw(6, torch.Generator().manual_seed(0), torch.device("cpu"))
@@ -331,7 +334,7 @@ def test_latent_training_data_are_latents(track, tmp_path):
 
 
 def test_a_training_does_not_go_on_with_other_latents(track, tmp_path, monkeypatch):
-    layout, inputs = config.Layout(track.name, tmp_path), []
+    layout, inputs = tracks.Layout(track.name, tmp_path), []
 
     def begun(*_, checkpoints, **__):
         inputs.append(checkpoints.identity["inputs"])
@@ -352,13 +355,13 @@ def test_a_training_does_not_go_on_with_other_latents(track, tmp_path, monkeypat
 
 
 def test_what_a_track_says_of_autoencoders_is_checked(tmp_path):
-    def loaded(change) -> config.Track:
+    def loaded(change) -> tracks.Track:
         content = json.loads(json.dumps(SMOKE.content))
         content["methods"]["folders"] = [str(tiny.ROOT / "methods")]
         change(content)
         file = tmp_path / "mine.yaml"
         file.write_text(json.dumps(content))
-        return config.load(str(file))
+        return tracks.load(str(file))
 
     entry = {"asset": "sd_vae_ft_ema", "scale": 0.18215, "batch": 4}
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from prunebench import leftovers
 from prunebench.errors import UserError
+from prunebench.runtime import leftovers
 
 RUN = "38700f2b-2539-4467-ab2b-6fb74a530f18"
 

@@ -8,8 +8,8 @@ import pytest
 import tiny
 import torch
 
-from prunebench import methods
 from prunebench.errors import CellError, UserError
+from prunebench.tracks import methods
 
 GOOD = '''"""Removes the first layers.
 
@@ -180,7 +180,7 @@ def test_loading_gives_select(tmp_path):
 
 def test_planning_does_not_import_torch():
     code = (
-        "import sys; from prunebench import config; config.load('smoke').cells(); "
+        "import sys; from prunebench import tracks; tracks.load('smoke').cells(); "
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=tiny.ROOT, check=False).returncode == 0

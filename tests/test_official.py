@@ -30,10 +30,13 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from prunebench import artefacts, config, models, official, stages
+from prunebench import models, tracks
 from prunebench.errors import UserError
 from prunebench.evaluation.cost import count_macs
+from prunebench.models import official
 from prunebench.pruning import surgery
+from prunebench.records import artefacts
+from prunebench.stages import common as stages
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = ("conditional_unet", "dit", "unet", "uvit")
@@ -718,8 +721,8 @@ def _track(tmp_path: Path, **changes) -> Path:
 
 def test_dense_takes_the_checkpoint_of_the_track(tmp_path):
     weights = {"file": str(_written(tmp_path, _dit())), "layout": "dit"}
-    track = config.load(str(_track(tmp_path, weights=weights)))
-    layout = config.Layout(track.name, tmp_path / "runs")
+    track = tracks.load(str(_track(tmp_path, weights=weights)))
+    layout = tracks.Layout(track.name, tmp_path / "runs")
     stages.dense(track, layout, "dit")
     record = artefacts.read_record(Path(layout.trained("dit")))
     assert record["status"] == "ok" and record["budget"]["student_backward"] == 0
@@ -747,8 +750,8 @@ def test_a_checkpoint_is_fine_tuned_on_other_classes(tmp_path, classes):
     save_file(released.state_dict(), tmp_path / "release.safetensors")
     weights = {"file": str(tmp_path / "release.safetensors"), "layout": "suite", "classes": classes}
     training = {"images": 32, "batch": 16, "learning_rate": 1e-6}
-    track = config.load(str(_track(tmp_path, config=ours, weights=weights, training=training)))
-    layout = config.Layout(track.name, tmp_path / "runs")
+    track = tracks.load(str(_track(tmp_path, config=ours, weights=weights, training=training)))
+    layout = tracks.Layout(track.name, tmp_path / "runs")
     stages.dense(track, layout, "dit")
     record = artefacts.read_record(Path(layout.trained("dit")))
     assert record["budget"]["student_backward"] == 32
@@ -767,13 +770,13 @@ def test_a_checkpoint_is_fine_tuned_on_other_classes(tmp_path, classes):
 
 def test_a_track_may_name_a_published_configuration(tmp_path):
     file = _track(tmp_path, config="dit_xl_2_256")
-    model = config.load(str(file)).model("dit")
+    model = tracks.load(str(file)).model("dit")
     assert model["config"] == models.published("dit")["dit_xl_2_256"].config
     assert model["weights"]["layout"] == "dit"
     other = {"name": "flow", "times": "uniform"}
     sampling = {"sampler": "euler", "steps": 4}
     flow = _track(tmp_path, config="sit_xl_2_256", objective=other, sampling=sampling)
-    assert config.load(str(flow)).model("dit")["weights"]["layout"] == "sit"
+    assert tracks.load(str(flow)).model("dit")["weights"]["layout"] == "sit"
 
 
 @pytest.mark.parametrize(
@@ -808,12 +811,12 @@ def test_a_track_may_name_a_published_configuration(tmp_path):
 )  # fmt: skip
 def test_wrong_entries_are_refused(tmp_path, changes, words):
     with pytest.raises(UserError, match=words):
-        config.load(str(_track(tmp_path, **changes)))
+        tracks.load(str(_track(tmp_path, **changes)))
 
 
 def test_another_checkpoint_makes_dense_anew(tmp_path):
     prints = [
-        config.load(str(_track(tmp_path, weights={"file": file, "layout": "dit"}))).fingerprint(
+        tracks.load(str(_track(tmp_path, weights={"file": file, "layout": "dit"}))).fingerprint(
             "dense", "dit"
         )
         for file in ("a", "b")

@@ -13,7 +13,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def run(code: str) -> subprocess.CompletedProcess:
-    setup = "import socket\nfrom prunebench.offline import forbid_network\nforbid_network()\n"
+    setup = (
+        "import socket\nfrom prunebench.runtime.offline import forbid_network\nforbid_network()\n"
+    )
     return subprocess.run(
         [sys.executable, "-c", setup + code], capture_output=True, text=True, check=False
     )

@@ -8,12 +8,13 @@ import pytest
 import tiny
 from test_leaderboard import a_cell, make_metrics, write_cell
 
-from prunebench import config, oracle
+from prunebench import tracks
 from prunebench.errors import UserError
 from prunebench.leaderboard import build
 from prunebench.leaderboard import oracle as board
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
+from prunebench.stages import oracle
 
 
 def _masks(name: str, sparsity: float, count: int):
@@ -108,8 +109,8 @@ def test_a_file_that_is_no_record_is_named(tmp_path):
 
 def test_a_mask_that_does_not_exist_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tiny.ROOT)
-    track = config.load("smoke")
-    layout = config.Layout("smoke", tmp_path)
+    track = tracks.load("smoke")
+    layout = tracks.Layout("smoke", tmp_path)
     folder = tmp_path / "smoke/dit/trained"
     settings = track.model("dit")
     family = tiny.models.family(settings["family"])

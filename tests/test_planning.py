@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from prunebench import config
+from prunebench import tracks
 
 ROOT = Path(__file__).parents[1]
 SNAKEMAKE = Path(sys.executable).parent / "snakemake"
@@ -45,7 +45,7 @@ def test_a_large_matrix_is_planned_in_time(tmp_path, monkeypatch):
     models = 4
     name = matrix(tmp_path, models)
     monkeypatch.chdir(tmp_path)
-    track = config.load(name)
+    track = tracks.load(name)
     assert sum(not method.control for method in track.methods.values()) == 8
     assert len(track.cells()) == models * 350
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

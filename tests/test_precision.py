@@ -9,8 +9,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from prunebench import artefacts, config, stages
-from prunebench.pruning import scores, surgery
+from prunebench import tracks
+from prunebench.pruning import surgery
+from prunebench.records import artefacts
+from prunebench.selection import scores
+from prunebench.stages import common as stages
 
 IMAGES = stages.IMAGES
 
@@ -80,7 +83,7 @@ def test_short_memory_halves_what_is_scored_at_once(monkeypatch):
     assert seen[:6] == [8, 4, 2, 2, 2, 2]
 
 
-def _track(tmp_path: Path, **weights) -> config.Track:
+def _track(tmp_path: Path, **weights) -> tracks.Track:
     content = yaml.safe_load((tiny.ROOT / "config" / "smoke.yaml").read_text())
     model = content["models"]["dit"]
     file = tmp_path / "model.safetensors"
@@ -95,18 +98,18 @@ def _track(tmp_path: Path, **weights) -> config.Track:
     content["methods"]["folders"] = [str(tiny.ROOT / "methods")]
     place = tmp_path / "track.yaml"
     place.write_text(yaml.safe_dump(content))
-    return config.load(str(place))
+    return tracks.load(str(place))
 
 
 @pytest.mark.parametrize("method", ["magnitude_2_4", "taylor"])
 def test_a_track_prunes_and_samples_weights_in_half_precision(tmp_path, method):
-    track, layout = _track(tmp_path, dtype="bfloat16"), config.Layout("track", tmp_path / "runs")
+    track, layout = _track(tmp_path, dtype="bfloat16"), tracks.Layout("track", tmp_path / "runs")
     assert track.fingerprint("dense", "dit") != _track(tmp_path).fingerprint("dense", "dit")
     stages.dense(track, layout, "dit")
     assert artefacts.read_record(layout.trained("dit"))["weights"]["dtype"] == "bfloat16"
     sparsity = 0.5 if method == "magnitude_2_4" else 0.25
     cell = track.cell("dit", method, sparsity, "none", 0)
-    paths = config.Paths(track, cell, tmp_path / "runs")
+    paths = tracks.Paths(track, cell, tmp_path / "runs")
     stages.select(track, cell, paths)
     for record in (layout.trained("dit"), paths.select):
         state = load_file(Path(record).parent / surgery.WEIGHTS)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from prunebench import config
+from prunebench import tracks
 
 ROOT = Path(__file__).parents[1]
 SNAKEMAKE = Path(sys.executable).parent / "snakemake"
@@ -40,11 +40,11 @@ def test_every_job_states_its_needs(tmp_path, profile):
     assert done.returncode == 0, done.stdout
     found = re.findall(r"rule (\w+):\n(?:    .*\n)*?    resources: (.*)\n", done.stdout)
     stated = {rule: dict(pair.split("=") for pair in line.split(", ")) for rule, line in found}
-    track = config.load(str(ROOT / "config" / "smoke.yaml"))
+    track = tracks.load(str(ROOT / "config" / "smoke.yaml"))
     del stated["fetch"]  # runs beside Snakemake, where there is a network
     named = {"shard": "sample", "sample": "gather"}  # whose needs rules state, where not their own
     others = {"encode", "efficiency"}  # rules of other kinds of tracks
-    assert {named.get(rule, rule) for rule in stated} == config.NEEDS.keys() - others
+    assert {named.get(rule, rule) for rule in stated} == tracks.stages.NEEDS.keys() - others
     for rule, resources in stated.items():
         needs = track.needs(named.get(rule, rule))
         asked = {name: resources[name] for name in ("mem_mb", "runtime", "gpu", "nodes")}

@@ -12,10 +12,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from prunebench import artefacts, cli, config, progress, stages
-from prunebench.config import Cell, Paths
+from prunebench import cli, progress, tracks
 from prunebench.errors import CellError
 from prunebench.progress import activity, jobs, view
+from prunebench.records import artefacts
+from prunebench.stages import common as stages
+from prunebench.tracks import Cell, Paths
 
 ROOT = Path(__file__).parents[1]
 PROVENANCE = {"commit": None, "dirty": False, "code": "c0de", "config": "c0ff", "cpu": "AMD EPYC",
@@ -30,7 +32,7 @@ def no_slurm(monkeypatch):
 
 
 @pytest.fixture
-def track(tmp_path) -> config.Track:
+def track(tmp_path) -> tracks.Track:
     """Two models, two seeds; dense, its fewer steps, the controls and one method."""
     content = yaml.safe_load((ROOT / "config" / "smoke.yaml").read_text())
     content["models"] = {name: content["models"][name] for name in ("dit", "sit")}
@@ -41,11 +43,11 @@ def track(tmp_path) -> config.Track:
                                          "recoveries": ["output_kd-low"]}}  # fmt: skip
     if (
         "shards"
-        in yaml.safe_load(config.SCHEMA.read_text())["properties"]["sampling"]["properties"]
+        in yaml.safe_load(tracks.checks.SCHEMA.read_text())["properties"]["sampling"]["properties"]
     ):
         content["sampling"]["shards"] = 2
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
-    return config.load(str(tmp_path / "small.yaml"))
+    return tracks.load(str(tmp_path / "small.yaml"))
 
 
 def write_stage(record: str, wall_s: float = 3.0, gpu: str | None = None, **content) -> None:
@@ -55,7 +57,7 @@ def write_stage(record: str, wall_s: float = 3.0, gpu: str | None = None, **cont
     artefacts.write_record(Path(record), content)
 
 
-def write_log(track: config.Track, runs: Path, record: str, text: str) -> str:
+def write_log(track: tracks.Track, runs: Path, record: str, text: str) -> str:
     """The log of a job, as its rule would name it; returns its path."""
     everything = jobs.plan(track, track.divisions, runs, oracle=True)
     log = Path(everything.jobs[record].log)
@@ -64,12 +66,12 @@ def write_log(track: config.Track, runs: Path, record: str, text: str) -> str:
     return str(log)
 
 
-def a_cell(track: config.Track, method: str, seed: int = 0, recovery: str = "none") -> Cell:
+def a_cell(track: tracks.Track, method: str, seed: int = 0, recovery: str = "none") -> Cell:
     sparsity = 0.0 if method == "dense" else 0.25
     return Cell(track.name, "dit", method, sparsity, recovery, seed)
 
 
-def finish_cell(track: config.Track, cell: Cell, runs: Path, **stage) -> None:
+def finish_cell(track: tracks.Track, cell: Cell, runs: Path, **stage) -> None:
     paths = Paths(track, cell, runs)
     for record in (paths.select, paths.cost, paths.sample, paths.metrics):
         write_stage(record, **stage)
@@ -160,7 +162,7 @@ def test_a_stopped_dense_model_says_how_many_cells_wait(track, tmp_path):
 
 def test_all_divisions_share_cells_and_bring_the_oracle(track, tmp_path):
     runs = tmp_path / "runs"
-    write_stage(config.Layout(track.name, runs).oracle("dit", "none", 0, 0), 7200.0)
+    write_stage(tracks.Layout(track.name, runs).oracle("dit", "none", 0, 0), 7200.0)
     text = progress.show(track, "all", runs)
     union = {cell for division in track.divisions for cell in track.cells(division)}
     assert len(union) < sum(len(track.cells(division)) for division in track.divisions)
@@ -216,7 +218,7 @@ def test_stages_of_which_none_has_finished_are_left_out_of_the_estimate(track, t
 def test_equal_failures_are_one_line(track, tmp_path):
     """Equal but for numbers; 500 more cells of them, and one of another kind."""
     content = {**track.content, "seeds": list(range(250))}
-    many = config.Track(track.name, content, track.methods)
+    many = tracks.Track(track.name, content, track.methods)
     runs = tmp_path / "runs"
     for seed in range(250):
         for model in ("dit", "sit"):
@@ -224,7 +226,7 @@ def test_equal_failures_are_one_line(track, tmp_path):
             other = seed == 7 and model == "sit"
             error = "ValueError: other" if other else f"the training loss is nan at step {seed}"
             artefacts.write_record(Path(Paths(many, cell, runs).metrics), {
-                "schema": 1, "status": "failed", "cell": config.as_dict(cell),
+                "schema": 1, "status": "failed", "cell": tracks.as_dict(cell),
                 "failure": {"stage": "recover", "error": error, "log": f"logs/{seed}.log"},
                 "labels": {}, "provenance": {**PROVENANCE, "gpu": None}})  # fmt: skip
     lines = progress.show(many, None, runs).splitlines()
@@ -557,7 +559,7 @@ def test_it_needs_no_torch_and_no_pandas():
 
 
 def test_looking_again_at_a_thousand_cells_is_quick(track, tmp_path):
-    many = config.Track(track.name, {**track.content, "seeds": list(range(40))}, track.methods)
+    many = tracks.Track(track.name, {**track.content, "seeds": list(range(40))}, track.methods)
     planned = jobs.plan(many, ["matched"], tmp_path / "runs")
     assert len(planned.cells) > 1000
     for place, record in enumerate(planned.jobs):

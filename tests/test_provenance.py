@@ -6,8 +6,8 @@ from importlib import metadata
 
 import pytest
 
-from prunebench import provenance as module
-from prunebench.provenance import code_hash, config_hash, provenance
+from prunebench.records import provenance as module
+from prunebench.records.provenance import code_hash, config_hash, provenance
 
 KEYS = "commit dirty code config date cpu cores gpu memory_gb os python packages"
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import yaml
 
-from prunebench import methods, models
+from prunebench import models
+from prunebench.tracks import methods
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from prunebench import assets, config
+from prunebench import assets, tracks
 from prunebench.diffusion.objectives import NoisePrediction
 from prunebench.diffusion.sampling import scheduler
 from prunebench.errors import UserError
@@ -129,7 +129,7 @@ def tiny_track() -> dict:
 @pytest.mark.slow
 def test_the_workflow_runs_on_real_cifar10_and_real_inception_features(tiny_run):
     files = sorted((tiny_run / "runs/tiny").rglob("metrics.json"))
-    assert len(files) == len(config.load(str(tiny_run / "tiny.yaml")).cells())
+    assert len(files) == len(tracks.load(str(tiny_run / "tiny.yaml")).cells())
     for file in files:
         metrics = json.loads(file.read_text())
         assert metrics["status"] == "ok", file
@@ -143,7 +143,7 @@ def test_the_tiny_track_is_valid(tmp_path):
     """Also without a mirror, which the run itself needs."""
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(tiny_track()))
-    assert {cell.model for cell in config.load(str(file)).cells()} == {"unet"}
+    assert {cell.model for cell in tracks.load(str(file)).cells()} == {"unet"}
 
 
 @pytest.mark.slow
@@ -162,7 +162,7 @@ def test_inception_score_is_not_available_from_weights_without_logits(tiny_run, 
 
 @pytest.mark.parametrize("track_name", TRACKS)
 def test_tracks_with_checkpoints_have_their_numbers_to_reach(track_name):
-    track = config.load(str(ROOT / "config" / f"{track_name}.yaml"))
+    track = tracks.load(str(ROOT / "config" / f"{track_name}.yaml"))
     usual = {"name": track_name.partition("_")[0], "reference": "train"}
     assert track.content["dataset"] == {**SETS.get(track_name, usual), "flip": True}
     own = track_name == "cifar10_scratch"
@@ -188,13 +188,13 @@ def test_the_table_of_diff_pruning_takes_quadratic_steps():
 
 
 def _ddim(track_name: str):
-    settings = config.load(str(ROOT / "config" / f"{track_name}.yaml")).model("ddpm")["sampling"]
+    settings = tracks.load(str(ROOT / "config" / f"{track_name}.yaml")).model("ddpm")["sampling"]
     return scheduler("ddim", NoisePrediction(), settings["steps"], settings["options"])
 
 
 def test_a_step_of_the_uvit_tracks_is_an_euler_maruyama_step():
     """x + beta x / 2 - beta eps / sigma + sqrt(beta) z of the reverse SDE, up to beta^2 terms."""
-    track = config.load(str(ROOT / "config" / "cifar10_uvit.yaml"))
+    track = tracks.load(str(ROOT / "config" / "cifar10_uvit.yaml"))
     settings = track.model("uvit")["sampling"]
     solver = scheduler("ddpm", NoisePrediction(), settings["steps"], settings["options"])
     x, eps = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -217,7 +217,7 @@ def test_a_step_of_the_uvit_tracks_is_an_euler_maruyama_step():
 def test_ddim_steps_as_the_code_does_that_the_number_to_reach_is_from(
     track_name, model, times, clips
 ):
-    settings = config.load(str(ROOT / "config" / f"{track_name}.yaml")).model(model)
+    settings = tracks.load(str(ROOT / "config" / f"{track_name}.yaml")).model(model)
     objective = NoisePrediction(**{k: v for k, v in settings["objective"].items() if k != "name"})
     sampling = settings["sampling"]
     solver = scheduler("ddim", objective, sampling["steps"], sampling["options"])

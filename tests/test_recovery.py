@@ -14,13 +14,15 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from prunebench import artefacts, config, stages
+from prunebench import tracks
 from prunebench.pruning import surgery
+from prunebench.records import artefacts
 from prunebench.recovery import Teaching, recovery, recovery_names
+from prunebench.recovery.distillation import captured, predict, surviving
 from prunebench.recovery.normalised_kd import relative_error
+from prunebench.stages import common as stages
 from prunebench.training import loop
 from prunebench.training.budget import BudgetMeter
-from prunebench.training.distillation import captured, predict, surviving
 
 DISTILLING = ("feature_kd", "normalised_kd", "output_kd")
 every_recovery = pytest.mark.parametrize("healing", ["finetune", *DISTILLING])
@@ -50,7 +52,7 @@ def test_the_recoveries_are_the_modules_of_the_package():
 
 def test_the_names_of_recoveries_need_no_torch():
     """Tracks name recoveries, and the Snakefile reads tracks every time it is parsed."""
-    code = "import sys, prunebench.config; sys.exit('torch' in sys.modules)"
+    code = "import sys, prunebench.tracks.benchmark; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -259,12 +261,12 @@ def test_plans_without_widths_keep_every_channel(name):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> tuple[config.Track, config.Layout]:
+def trained(tmp_path_factory) -> tuple[tracks.Track, tracks.Layout]:
     """The smoke track's UNet, trained and pruned in width, as the stages leave it."""
-    track, layout = tiny.smoke(), config.Layout("smoke", tmp_path_factory.mktemp("runs"))
+    track, layout = tiny.smoke(), tracks.Layout("smoke", tmp_path_factory.mktemp("runs"))
     stages.dense(track, layout, "unet")
     cell = track.cell("unet", "random_widths", 0.25, "none", 0)
-    stages.select(track, cell, config.Paths(track, cell, runs=Path(layout.root).parent))
+    stages.select(track, cell, tracks.Paths(track, cell, runs=Path(layout.root).parent))
     return track, layout
 
 
@@ -272,7 +274,7 @@ def trained(tmp_path_factory) -> tuple[config.Track, config.Layout]:
 def test_the_recover_stage_runs_a_recovery_on_narrowed_models(trained, healing, passes):
     track, layout = trained
     cell = track.cell("unet", "random_widths", 0.25, f"{healing}-low", 0)
-    paths = config.Paths(track, cell, runs=Path(layout.root).parent)
+    paths = tracks.Paths(track, cell, runs=Path(layout.root).parent)
     stages.recover(track, cell, paths)
     record = artefacts.read_record(paths.recover)
     assert record["status"] == "ok" and record["loss"]["last"] > 0

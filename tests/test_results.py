@@ -6,7 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from prunebench import config, leaderboard
+from prunebench import leaderboard, tracks
 
 RESULTS = Path(__file__).parents[1] / "results" / "embedded"
 DIVISIONS = {
@@ -37,16 +37,16 @@ def rows() -> pd.DataFrame:
 
 
 def test_these_are_the_divisions_of_the_track():
-    assert list(config.load("embedded").divisions) == list(DIVISIONS)
+    assert list(tracks.load("embedded").divisions) == list(DIVISIONS)
 
 
 @pytest.mark.parametrize("division", DIVISIONS)
 def test_the_tables_follow_from_the_raw_records(tmp_path, division):
-    track = config.load("embedded")
+    track = tracks.load("embedded")
     leaderboard.build(
         raw(division),
         tmp_path,
-        expected_cells=[config.as_dict(cell) for cell in track.cells(division)],
+        expected_cells=[tracks.as_dict(cell) for cell in track.cells(division)],
         title=f"{track.content['title']}: {division}",
         compares=track.divisions[division]["compares"],
         oracle_files=masks() if division == "matched" else (),
@@ -57,8 +57,8 @@ def test_the_tables_follow_from_the_raw_records(tmp_path, division):
 
 @pytest.mark.parametrize("division", DIVISIONS)
 def test_every_cell_is_there_and_well(division):
-    cells = config.load("embedded").cells(division)
-    expected = {tuple(config.as_dict(cell).values()) for cell in cells}
+    cells = tracks.load("embedded").cells(division)
+    expected = {tuple(tracks.as_dict(cell).values()) for cell in cells}
     records = [json.loads(file.read_text()) for file in raw(division)]
     assert {tuple(record["cell"].values()) for record in records} == expected
     assert {record["status"] for record in records} == {"ok"}
@@ -80,7 +80,7 @@ def test_records_come_from_a_clean_tree_and_mixed_code_is_told():
 
 def test_the_budget_is_kept():
     """No pruned cell trains on more images than its budget, in selection and recovery together."""
-    budgets, checked = config.load("embedded").content["budgets"], 0
+    budgets, checked = tracks.load("embedded").content["budgets"], 0
     for division in DIVISIONS:
         for file in raw(division):
             record = json.loads(file.read_text())

@@ -6,13 +6,15 @@ import pytest
 import tiny
 import torch
 
-from prunebench import methods, models, selection
+from prunebench import models
 from prunebench.diffusion.objectives import objective
 from prunebench.errors import CellError
 from prunebench.evaluation import cost
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.targets import plan_layers
+from prunebench.selection import checks as selection
+from prunebench.tracks import methods
 from prunebench.training import loop
 from prunebench.training.budget import BudgetMeter
 

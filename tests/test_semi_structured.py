@@ -16,10 +16,12 @@ from torch.sparse import (
 )
 from torch.sparse import _semi_structured_conversions as conversions
 
-from prunebench import artefacts, config, stages
+from prunebench import tracks
 from prunebench.evaluation import semi_structured
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
+from prunebench.records import artefacts
+from prunebench.stages import common as stages
 
 SIZES = (8, 16, 24, 32, 48, 64, 96, 128)
 CPU_REASON = "no 2:4 kernels on this CPU: the pattern brings no speed"
@@ -240,7 +242,7 @@ def test_measure_records_the_kernels(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(stages.assets, "data_set", lambda _: images)
     monkeypatch.setattr(stages.parallel, "device", lambda: torch.device("cpu"))
     paths = SimpleNamespace(**{n: _record(tmp_path, n) for n in ("trained", "select", "cost")})
-    paths.layout = config.Layout("x")
+    paths.layout = tracks.Layout("x")
     for name, removed in (("trained", Plan()), ("select", plan)):
         model = surgery.apply(tiny.dense("dit"), removed, instance.module)
         files = surgery.save(tmp_path / name, model, removed, "dit", instance.config)

@@ -18,8 +18,9 @@ import pytest
 import yaml
 from project import ROOT, Project
 
-from prunebench import artefacts, config
+from prunebench import tracks
 from prunebench.leaderboard import collect
+from prunebench.records import artefacts
 
 BOX = ROOT / "tests" / "slurmbox.sh"
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")
@@ -238,11 +239,11 @@ def local(tmp_path_factory) -> Project:
     return project
 
 
-def tiny(project: Project) -> config.Track:
+def tiny(project: Project) -> tracks.Track:
     here = Path.cwd()
     os.chdir(project.folder)  # a track's folders of methods are relative
     try:
-        return config.load("tiny")
+        return tracks.load("tiny")
     finally:
         os.chdir(here)
 

@@ -9,9 +9,10 @@ import tiny
 import torch
 from torch import nn
 
-from prunebench import methods, selection
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
+from prunebench.selection import checks as selection
+from prunebench.tracks import methods
 from prunebench.training import loop
 from prunebench.training.budget import BudgetMeter
 

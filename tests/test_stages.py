@@ -9,24 +9,26 @@ import tiny
 import torch
 import yaml
 
-from prunebench import artefacts, config, errors, models, stages
+from prunebench import errors, models, tracks
 from prunebench.cli import main
 from prunebench.errors import UserError
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
+from prunebench.records import artefacts
+from prunebench.stages import common as stages
 
 SMOKE = tiny.smoke()
 CELL = SMOKE.cell("dit", "dense", 0.0, "none", 3)
 
 
-def _track(shards: int, **sampling) -> config.Track:
+def _track(shards: int, **sampling) -> tracks.Track:
     content = copy.deepcopy(dict(SMOKE.content))
     content["sampling"] |= {"count": 34, "lanes": 8, "shards": shards, **sampling}
-    return config.Track(SMOKE.name, content, SMOKE.methods)
+    return tracks.Track(SMOKE.name, content, SMOKE.methods)
 
 
-def _paths(track: config.Track, runs: Path) -> config.Paths:
-    return config.Paths(track, CELL, runs)
+def _paths(track: tracks.Track, runs: Path) -> tracks.Paths:
+    return tracks.Paths(track, CELL, runs)
 
 
 def _save(runs: Path, change: float = 0.0) -> None:
@@ -48,7 +50,7 @@ def runs(tmp_path) -> Path:
     return tmp_path
 
 
-def _draw(track: config.Track, runs: Path, indices: tuple[int, ...], batch: int = 20) -> None:
+def _draw(track: tracks.Track, runs: Path, indices: tuple[int, ...], batch: int = 20) -> None:
     for index in indices:
         stages.shard(track, CELL, _paths(track, runs), index=index, batch=batch)
 

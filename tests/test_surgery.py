@@ -6,11 +6,11 @@ import pytest
 import tiny
 import torch
 
-from prunebench import artefacts
 from prunebench.errors import CellError, UserError
+from prunebench.models.units import Member, Width
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
-from prunebench.pruning.units import Member, Width
+from prunebench.records import artefacts
 
 
 def _pruned(name: str, kind: str) -> tuple[torch.nn.Module, Plan]:

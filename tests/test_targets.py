@@ -5,10 +5,10 @@ import tiny
 import torch
 
 from prunebench.errors import CellError
+from prunebench.models.units import Layer, Member, Width, parameter_count
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
-from prunebench.pruning.units import Layer, Member, Width, parameter_count
-from prunebench.selection import check_target
+from prunebench.selection.checks import check_target
 
 SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)
 

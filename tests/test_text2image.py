@@ -18,11 +18,14 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from prunebench import artefacts, assets, config, judging, models, stages
+from prunebench import assets, models, tracks
 from prunebench.assets import convert, registry, store
 from prunebench.diffusion.text_encoder import TextEncoder
 from prunebench.errors import UserError
 from prunebench.evaluation.clip import clip_score
+from prunebench.records import artefacts
+from prunebench.stages import common as stages
+from prunebench.stages import score as judging
 from prunebench.training import prompts, rows
 
 TRAIN, ASKED, SIDE, SEEN = 24, 20, 16, 8  # SEEN: the side of references, and of samples
@@ -287,12 +290,12 @@ def _words(count: int, start: int) -> np.ndarray:
 
 
 @pytest.fixture
-def track(pipeline, mirror, monkeypatch, tmp_path) -> config.Track:
+def track(pipeline, mirror, monkeypatch, tmp_path) -> tracks.Track:
     """The smoke track on tiny captioned images, with a tiny model of the pipeline's kind."""
     return _track(pipeline, mirror, monkeypatch, tmp_path)
 
 
-def _track(pipeline: Path, mirror: Path, monkeypatch, tmp_path: Path) -> config.Track:
+def _track(pipeline: Path, mirror: Path, monkeypatch, tmp_path: Path) -> tracks.Track:
     generator, arrays = np.random.default_rng(0), {}
     for split, count, start, side in (("train", TRAIN, 0, SIDE), ("reference", ASKED, 100, SEEN)):
         arrays[f"{split}_images"] = generator.integers(0, 256, (count, 3, side, side), np.uint8)
@@ -320,15 +323,15 @@ def _track(pipeline: Path, mirror: Path, monkeypatch, tmp_path: Path) -> config.
     content["models"] = {"tiny": model}
     content["budgets"] = {"low": 16}
     content["sampling"] |= {"count": 24, "lanes": 4, "batch": 20, "size": SEEN}
-    return config.Track("text", content, tiny.smoke().methods)
+    return tracks.Track("text", content, tiny.smoke().methods)
 
 
-def _drawn(paths: config.Paths) -> dict[str, torch.Tensor]:
+def _drawn(paths: tracks.Paths) -> dict[str, torch.Tensor]:
     return artefacts.read_tensors(Path(paths.sample).parent / stages.IMAGES)
 
 
 def test_text_to_image_runs_through_all_stages(track, mirror, tmp_path, monkeypatch):
-    runs, layout = tmp_path / "runs", config.Layout(track.name, tmp_path / "runs")
+    runs, layout = tmp_path / "runs", tracks.Layout(track.name, tmp_path / "runs")
     judging.extractor(track, layout)
     stages.encode(track, layout, "tiny")
     stages.encode_prompts(track, layout, "tiny")
@@ -347,8 +350,8 @@ def test_text_to_image_runs_through_all_stages(track, mirror, tmp_path, monkeypa
     assert len({image.numpy().tobytes() for image in drawn["images"]}) == 24
     for shards, batch in ((1, 1), (3, 7)):
         content = {**track.content, "sampling": {**track.content["sampling"], "shards": shards}}
-        split = config.Track(track.name, content, track.methods)
-        where = config.Paths(split, cell, runs)
+        split = tracks.Track(track.name, content, track.methods)
+        where = tracks.Paths(split, cell, runs)
         for index in range(shards if shards > 1 else 0):
             stages.shard(split, cell, where, index, batch)
             origin = artefacts.read_record(where.shards[index][0])["origin"]
@@ -369,7 +372,7 @@ def test_prompts_decide_what_is_drawn_and_a_clip_scores_it(
     stable_diffusion, mirror, monkeypatch, tmp_path
 ):
     track = _track(stable_diffusion, mirror, monkeypatch, tmp_path)
-    layout = config.Layout(track.name, tmp_path / "runs")
+    layout = tracks.Layout(track.name, tmp_path / "runs")
     with pytest.raises(UserError, match=r"prompts\.json does not exist"):
         stages.conditions(track, layout, "tiny", training=True)
     stages.encode_prompts(track, layout, "tiny")
@@ -409,7 +412,7 @@ def test_samples_must_have_the_size_of_the_references(
     del track.content["sampling"]["size"]
     words = "sampling.size: samples would have 16 pixels a side, the references have 8"
     with pytest.raises(UserError, match=words):
-        judging.extractor(track, config.Layout(track.name, tmp_path / "runs"))
+        judging.extractor(track, tracks.Layout(track.name, tmp_path / "runs"))
 
 
 @torch.no_grad()
@@ -432,7 +435,7 @@ def _by_hand(clip: Path, images: torch.Tensor, texts: tuple[str, ...]) -> float:
 
 @pytest.mark.parametrize("track_name", ["text2image", "text2image_xl", "text2image_flux"])
 def test_the_tracks_fit_the_released_models(track_name):
-    track = config.load(str(tiny.ROOT / "config" / f"{track_name}.yaml"))
+    track = tracks.load(str(tiny.ROOT / "config" / f"{track_name}.yaml"))
     assert track.cells()
     for model, settings in track.content["models"].items():
         batch = track.autoencoder(settings["autoencoder"])["batch"]
@@ -448,15 +451,15 @@ def test_the_tracks_fit_the_released_models(track_name):
 
 
 def test_what_a_track_says_of_text_encoders_is_checked(tmp_path):
-    def loaded(change) -> config.Track:
+    def loaded(change) -> tracks.Track:
         content = copy.deepcopy(
-            dict(config.load(str(tiny.ROOT / "config/text2image.yaml")).content)
+            dict(tracks.load(str(tiny.ROOT / "config/text2image.yaml")).content)
         )
         content["methods"]["folders"] = [str(tiny.ROOT / "methods")]
         change(content)
         file = tmp_path / "mine.yaml"
         file.write_text(yaml.safe_dump(content))
-        return config.load(str(file))
+        return tracks.load(str(file))
 
     def without(content):
         del content["models"]["sd15"]["text_encoder"]

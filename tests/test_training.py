@@ -12,9 +12,9 @@ from torch import nn
 from torch.func import functional_call
 
 from prunebench.errors import CellError, UserError
+from prunebench.models.activations import checkpoint_activations
 from prunebench.pruning import surgery
 from prunebench.training import loop
-from prunebench.training.activations import checkpoint_activations
 from prunebench.training.budget import KEYS, BudgetMeter, unspent
 
 

@@ -8,9 +8,9 @@ from torch import nn
 
 from prunebench import models
 from prunebench.errors import UserError
-from prunebench.pruning.scores import matrices, per_channel
+from prunebench.models.units import Member, Width, parameter_count
 from prunebench.pruning.surgery import shrink
-from prunebench.pruning.units import Member, Width, parameter_count
+from prunebench.selection.scores import matrices, per_channel
 
 
 def test_unknown_family_lists_the_known_ones():

@@ -14,9 +14,9 @@ from torch import nn
 
 from prunebench.evaluation import cost
 from prunebench.models import uvit
+from prunebench.models.units import parameter_count
 from prunebench.pruning import surgery
 from prunebench.pruning.targets import plan_n_of_m
-from prunebench.pruning.units import parameter_count
 from prunebench.training import loop
 
 TINY = tiny.INSTANCES["uvit"].config

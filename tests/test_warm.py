@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from prunebench import warm
+from prunebench.runtime import warm
 
 CLIENT = """
 import sys
-from prunebench.warm import delegate
+from prunebench.runtime.warm import delegate
 status = delegate(sys.argv[1:])
 sys.exit(99 if status is None else status)
 """
@@ -123,11 +123,18 @@ class Server:
     def __init__(self, folder, preload=("torch",)):
         (folder / "warm_jobs.py").write_text(JOBS)
         self.package = folder / "prunebench"
-        self.package.mkdir()
-        for name in ("__init__.py", "warm.py", "warm_server.py"):
-            shutil.copy(warm.PACKAGE / name, self.package)
+        for name in (
+            "__init__.py",
+            "runtime/__init__.py",
+            "runtime/warm.py",
+            "runtime/warm_server.py",
+        ):
+            copy = self.package / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(warm.PACKAGE / name, copy)
         self.owner = subprocess.Popen(["sleep", "600"])
-        start = f"import prunebench.warm as w; print(w.start({self.owner.pid}, {preload}, {MAIN}))"
+        call = f"w.start({self.owner.pid}, {preload}, {MAIN})"
+        start = f"import prunebench.runtime.warm as w; print({call})"
         self.environment = os.environ | {"PYTHONPATH": str(folder), "ANSWER": "42"}
         self.path = subprocess.run(
             [sys.executable, "-P", "-c", start],
@@ -327,7 +334,7 @@ def test_fingerprint_sees_edits_additions_and_removals(tmp_path):
 
 
 def test_client_imports_nothing_heavy():
-    code = "import sys, prunebench.warm; print(*sys.modules)"
+    code = "import sys, prunebench.runtime.warm; print(*sys.modules)"
     modules = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()

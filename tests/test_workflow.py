@@ -13,9 +13,9 @@ import pytest
 import yaml
 from project import ROOT, Project
 
-from prunebench import config
+from prunebench import tracks
 
-SMOKE = config.load(str(ROOT / "config" / "smoke.yaml"))
+SMOKE = tracks.load(str(ROOT / "config" / "smoke.yaml"))
 CELLS = len(SMOKE.cells())
 SEEDS = 2
 ROWS = CELLS // SEEDS

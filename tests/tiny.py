@@ -13,14 +13,15 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from prunebench import config, methods, models
-from prunebench.diffusion.conditions import CLASSES as BY_CLASS
-from prunebench.diffusion.conditions import Condition, Conditions
+from prunebench import models, tracks
 from prunebench.diffusion.objectives import FlowMatching, objective
 from prunebench.diffusion.sampling import Sampler
+from prunebench.models.conditions import CLASSES as BY_CLASS
+from prunebench.models.conditions import Condition, Conditions
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.targets import plan_layers, plan_n_of_m, plan_weights, plan_widths
-from prunebench.selection import Context
+from prunebench.selection.context import Context
+from prunebench.tracks import methods
 from prunebench.training import loop
 from prunebench.training.budget import BudgetMeter
 
@@ -238,9 +239,9 @@ def found_methods() -> dict[str, methods.Method]:
 
 
 @functools.cache
-def smoke() -> config.Track:
+def smoke() -> tracks.Track:
     """The smoke track, whose method parameters are small enough for tests too."""
-    return config.load(str(ROOT / "config" / "smoke.yaml"))
+    return tracks.load(str(ROOT / "config" / "smoke.yaml"))
 
 
 def assert_same(left: dict, right: dict) -> None:
@@ -287,11 +288,11 @@ def plan(name: str, kind: str, sparsity: float = 0.25) -> Plan:
     return plans[kind]()
 
 
-def run_stages(track: config.Track, runs: Path, cell: config.Cell) -> config.Paths:
+def run_stages(track: tracks.Track, runs: Path, cell: tracks.Cell) -> tracks.Paths:
     """Everything of a cell between the dense model and its score."""
     from prunebench import stages  # slow to import
 
-    paths = config.Paths(track, cell, runs)
+    paths = tracks.Paths(track, cell, runs)
     stages.select(track, cell, paths)
     stages.measure(track, cell, paths)
     if cell.recovery != "none":

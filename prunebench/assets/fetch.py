@@ -5,11 +5,11 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from prunebench.artefacts import sha256
 from prunebench.assets import store
 from prunebench.assets.download import discard, download, finish, part_of
 from prunebench.assets.registry import Asset, asset
 from prunebench.errors import UserError
+from prunebench.records.artefacts import sha256
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ import os
 from functools import cache
 from pathlib import Path
 
-from prunebench.artefacts import write_atomically
 from prunebench.assets.registry import Asset, File, asset
 from prunebench.errors import UserError
+from prunebench.records.artefacts import write_atomically
 
 DATA = Path(__file__).parents[1] / "data"
 

@@ -16,12 +16,12 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from prunebench import official
-from prunebench.artefacts import read_json, sha256
 from prunebench.diffusion.sampling import to_float
 from prunebench.errors import UserError
+from prunebench.models import official
+from prunebench.models.official import Layout
 from prunebench.models.unet import DDPM, LAYOUTS
-from prunebench.official import Layout
+from prunebench.records.artefacts import read_json, sha256
 
 KINDS = ("AutoencoderKL", "VQModel")
 WEIGHTS = "diffusion_pytorch_model.safetensors"

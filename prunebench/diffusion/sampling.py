@@ -19,9 +19,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 from torchvision.transforms.functional import InterpolationMode, resize
 
-from prunebench.diffusion.conditions import CLASSES, Condition, Conditions, each
 from prunebench.diffusion.objectives import FlowMatching, Objective
 from prunebench.errors import CellError, UserError, short_of_memory
+from prunebench.models.conditions import CLASSES, Condition, Conditions, each
 
 
 class EulerMaruyama:

@@ -12,8 +12,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from prunebench.artefacts import read_json, sha256
 from prunebench.errors import UserError
+from prunebench.records.artefacts import read_json, sha256
 
 FLUX_TOKENS = 512  # of T5, in FLUX.1-dev; schnell has 256
 ENCODERS = {

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 from torchvision.transforms.functional import InterpolationMode, normalize, resize
 
-from prunebench.artefacts import read_json
+from prunebench.records.artefacts import read_json
 
 
 @torch.no_grad()

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from prunebench.artefacts import read_tensors
 from prunebench.diffusion.sampling import to_float
 from prunebench.errors import UserError
 from prunebench.evaluation.classifier import DomainClassifier
+from prunebench.records.artefacts import read_tensors
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 BACKBONES = ("alex", "vgg")

@@ -13,9 +13,9 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
-from prunebench.artefacts import read_tensors
 from prunebench.errors import UserError
 from prunebench.evaluation.classifier import DomainClassifier
+from prunebench.records.artefacts import read_tensors
 
 # Our word for a feature -> the extractor's own. Inception's logits are ImageNet's classes: they can
 # give its score, but not tell whether an image shows the class asked for, so "logits" it has none.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import save_image
 
-from prunebench.artefacts import write_atomically
+from prunebench.records.artefacts import write_atomically
 
 COLUMNS = 8
 

@@ -17,9 +17,9 @@ from torch.sparse import (
     to_sparse_semi_structured,
 )
 
-from prunebench.copies import rebuilt
-from prunebench.diffusion.conditions import Condition
-from prunebench.diffusion.precision import HALF, in_precision
+from prunebench.models.conditions import Condition
+from prunebench.models.copies import rebuilt
+from prunebench.models.precision import HALF, in_precision
 from prunebench.pruning.plan import Plan
 
 PATTERN, DTYPE = "2:4", torch.float16

@@ -7,8 +7,8 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from prunebench.artefacts import read_record, write_atomically
 from prunebench.leaderboard.tables import NOTHING, escape_latex, escape_markdown, percent
+from prunebench.records.artefacts import read_record, write_atomically
 
 OWNED = "raw/**/*.json"
 NOT_HERE = "not measured here"
@@ -108,7 +108,7 @@ def build(track, files: Sequence[Path], out: Path) -> None:
     """Write the tables of an efficiency track and copies of its records; same inputs, same bytes.
 
     Args:
-        track: a `prunebench.efficiency.track.Track`.
+        track: a `prunebench.tracks.efficiency.Track`.
         files: its records, or those that exist.
         out: a folder; copies of records that no longer belong there are removed.
     """

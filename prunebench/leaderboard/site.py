@@ -9,7 +9,6 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 
-from prunebench.artefacts import write_atomically
 from prunebench.leaderboard import oracle, plots, tables
 from prunebench.leaderboard.collect import (
     Source,
@@ -21,6 +20,7 @@ from prunebench.leaderboard.collect import (
     recovery_order,
     warnings,
 )
+from prunebench.records.artefacts import write_atomically
 
 OWNED = ("pareto_*.svg", "pareto_*.png", "samples_*.png", "raw/**/*.json", "oracle.*")
 MIME = {".svg": "image/svg+xml", ".png": "image/png"}

@@ -3,7 +3,7 @@
 A family module offers `build(config)` and, for a model m with `m(x, t, y) -> prediction`:
 `layers(m, granularity)`, `remove_layer(m, name)`, `widths(m)`, `weights(m)`, `features(m)` and
 `refresh(m)`. Where the authors' checkpoints differ from its own state dicts, `LAYOUTS` says how
-(prunebench/official.py). `<family>.yaml` beside it is the table of published configurations.
+(prunebench/models/official.py). `<family>.yaml` beside it is the table of published configurations.
 
 `config["classes"]` is the number of classes, and m.null_class the label of "no class"; a model
 without classes has None for both.
@@ -46,8 +46,13 @@ class Published:
     stated: str = ""
 
 
+# Modules of this package that are no family.
+SHARED = ("activations", "conditions", "copies", "official", "precision", "units")
+
+
 def family_names() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    names = {module.name for module in pkgutil.iter_modules(__path__)}
+    return sorted(names - set(SHARED))
 
 
 def family(name: str) -> ModuleType:

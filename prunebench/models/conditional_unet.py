@@ -13,10 +13,10 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from prunebench.diffusion.precision import takes_single
 from prunebench.models import unet
-from prunebench.official import Layout
-from prunebench.pruning.units import Layer, Width, inner_width, parameter_count
+from prunebench.models.official import Layout
+from prunebench.models.precision import takes_single
+from prunebench.models.units import Layer, Width, inner_width, parameter_count
 
 BRANCHES = {"attn1": "norm1", "attn2": "norm2", "ff": "norm3"}  # sub-layers, each with its norm
 

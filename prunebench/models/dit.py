@@ -12,10 +12,10 @@ from timm.layers import Mlp, PatchEmbed
 from timm.models.vision_transformer import Attention
 from torch import Tensor, nn
 
-from prunebench.diffusion.precision import takes_single
-from prunebench.official import Layout
-from prunebench.pruning.units import Layer, Width, inner_width, parameter_count
-from prunebench.training.activations import run
+from prunebench.models.activations import run
+from prunebench.models.official import Layout
+from prunebench.models.precision import takes_single
+from prunebench.models.units import Layer, Width, inner_width, parameter_count
 
 BRANCHES = ("attn", "mlp")
 

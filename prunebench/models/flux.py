@@ -30,12 +30,12 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from prunebench.diffusion.precision import takes_single
 from prunebench.errors import UserError
 from prunebench.models.conditional_unet import neurons
 from prunebench.models.dit import keep_rows
-from prunebench.official import Layout
-from prunebench.pruning.units import Layer, Width, inner_width, parameter_count
+from prunebench.models.official import Layout
+from prunebench.models.precision import takes_single
+from prunebench.models.units import Layer, Width, inner_width, parameter_count
 
 # Branches of a double-stream block, each with the modulations that have rows for it.
 BRANCHES = {

@@ -13,9 +13,9 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import Tensor, nn
 
-from prunebench.diffusion.precision import takes_single
-from prunebench.official import Layout
-from prunebench.pruning.units import Layer, Member, Width, inner_width, parameter_count
+from prunebench.models.official import Layout
+from prunebench.models.precision import takes_single
+from prunebench.models.units import Layer, Member, Width, inner_width, parameter_count
 
 
 class UNet(UNet2DModel):

@@ -16,10 +16,10 @@ from typing import TextIO
 
 import psutil
 
-from prunebench.artefacts import write_json
 from prunebench.cli import CELL_STAGES
-from prunebench.config import RUNS, Cell, Layout, Paths, Track
 from prunebench.errors import UserError
+from prunebench.records.artefacts import write_json
+from prunebench.tracks import RUNS, Cell, Layout, Paths, Track
 
 # The record of each stage that is not a cell's, of the layout and the command's options.
 SHARED: dict[str, Callable[[Layout, Mapping[str, str]], str]] = {

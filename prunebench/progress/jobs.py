@@ -10,11 +10,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from prunebench.artefacts import skim_record, training_folder
 from prunebench.cli import CELL_STAGES
-from prunebench.config import RUNS, Cell, Layout, Paths, Track
 from prunebench.progress import activity
 from prunebench.progress.activity import Run, Work
+from prunebench.records.artefacts import skim_record, training_folder
+from prunebench.tracks import RUNS, Cell, Layout, Paths, Track
 
 # In order.
 STAGES = (

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from prunebench.config import Track
 from prunebench.errors import UserError
 from prunebench.progress.jobs import STAGES, STATES, Records, Survey, plan, survey
+from prunebench.tracks import Track
 
 EVERYTHING = "all"  # what `snakemake everything` makes
 MOST = 20  # lines of one list

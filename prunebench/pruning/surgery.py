@@ -15,11 +15,12 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 
-from prunebench import artefacts, models
+from prunebench import models
 from prunebench.errors import CellError, UserError
+from prunebench.models.units import Width
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.targets import UNIFORM
-from prunebench.pruning.units import Width
+from prunebench.records import artefacts
 
 PLAN, WEIGHTS, MASKS = "plan.json", "model.safetensors", "masks.safetensors"
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from prunebench.errors import CellError
+from prunebench.models.precision import precise
+from prunebench.models.units import Layer, Width, parameter_count
 from prunebench.pruning.plan import Plan
-from prunebench.pruning.scores import precise
-from prunebench.pruning.units import Layer, Width, parameter_count
 
 UNIFORM = "uniform"  # a plan's pattern where every width loses the same share of its channels
 

@@ -35,8 +35,12 @@ class Teaching:
     kept: Mapping[str, Tensor | None]
 
 
+SHARED = ("distillation",)  # modules of this package that are no recovery
+
+
 def recovery_names() -> list[str]:
-    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+    names = {module.name for module in pkgutil.iter_modules(__path__)}
+    return sorted(names - set(SHARED))
 
 
 def recovery(name: str) -> ModuleType:

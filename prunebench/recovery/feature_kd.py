@@ -10,7 +10,7 @@ as in the authors' script. The sum is dominated by the points with the numerical
 from torch.nn.functional import mse_loss
 
 from prunebench.recovery import Teaching
-from prunebench.training.distillation import distilled
+from prunebench.recovery.distillation import distilled
 from prunebench.training.loop import Loss
 
 TEACHER = True

@@ -12,7 +12,7 @@ paper, of which this part was not available.
 from torch import Tensor
 
 from prunebench.recovery import Teaching
-from prunebench.training.distillation import distilled
+from prunebench.recovery.distillation import distilled
 from prunebench.training.loop import Loss
 
 TEACHER = True

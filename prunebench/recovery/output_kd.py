@@ -7,7 +7,7 @@ the authors' script. Student and teacher see the same noised images, times and c
 """
 
 from prunebench.recovery import Teaching
-from prunebench.training.distillation import distilled
+from prunebench.recovery.distillation import distilled
 from prunebench.training.loop import Loss
 
 TEACHER = True

@@ -24,8 +24,8 @@ from typing import Protocol, Self
 
 import torch
 
-from prunebench import artefacts
 from prunebench.errors import UserError
+from prunebench.records import artefacts
 from prunebench.training import parallel
 from prunebench.training.budget import BudgetMeter
 

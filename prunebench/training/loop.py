@@ -15,12 +15,12 @@ from torch import Generator, Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from prunebench.diffusion.conditions import CLASSES, Condition, Conditions, dropped, each
 from prunebench.diffusion.objectives import Objective
 from prunebench.diffusion.sampling import flip_some, to_float
 from prunebench.errors import CellError, UserError, short_of_memory
+from prunebench.models.activations import checkpoint_activations
+from prunebench.models.conditions import CLASSES, Condition, Conditions, dropped, each
 from prunebench.training import parallel
-from prunebench.training.activations import checkpoint_activations
 from prunebench.training.budget import BudgetMeter
 from prunebench.training.checkpoints import Checkpoints
 from prunebench.training.muon import Muon

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from prunebench.diffusion.conditions import Condition, each
 from prunebench.errors import UserError
+from prunebench.models.conditions import Condition, each
 from prunebench.training import rows
 
 if TYPE_CHECKING:  # it takes seconds to import, and only `encode` needs it

@@ -16,8 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from prunebench import artefacts
 from prunebench.errors import UserError
+from prunebench.records import artefacts
 from prunebench.training.loop import counted
 
 log = logging.getLogger(__name__)

@@ -9,12 +9,14 @@ from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
-from prunebench import config as tracks
-from prunebench import gpus, leftovers, warm
-from prunebench.artefacts import read_json
+from prunebench import tracks
+from prunebench.runtime import gpus
+from prunebench.runtime import leftovers
+from prunebench.runtime import warm
+from prunebench.records.artefacts import read_json
 from prunebench.errors import UserError
 from prunebench.progress import activity
-from prunebench.provenance import config_hash
+from prunebench.records.provenance import config_hash
 
 try:
     TRACK = tracks.load_any(config.get("track", "embedded"))
@@ -138,13 +140,13 @@ def config_of(record):
 
 # What the short stage commands import; once for the whole run instead of once per command.
 FAMILIES = sorted({model["family"] for model in TRACK.content["models"].values()})
-PRELOAD = ["prunebench.judging", *(f"prunebench.models.{family}" for family in FAMILIES)]
+PRELOAD = ["prunebench.stages.score", *(f"prunebench.models.{family}" for family in FAMILIES)]
 
 
 def prepare_machine():
     """For jobs on this machine: its GPUs are shared out, and the imports done once for all."""
     os.environ[gpus.CLAIM] = "1"
-    if gpus.devices() and not any(TRACK.needs(name)["gpu"] for name in tracks.NEEDS):
+    if gpus.devices() and not any(TRACK.needs(name)["gpu"] for name in tracks.stages.NEEDS):
         logger.warning(f"Track {TRACK.name} asks for no GPU (key `needs`): it runs on the CPU.")
     socket = warm.start(os.getpid(), PRELOAD, "prunebench.cli:main")
     if socket:

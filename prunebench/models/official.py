@@ -18,8 +18,9 @@ from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from prunebench import artefacts, models
+from prunebench import models
 from prunebench.errors import UserError
+from prunebench.records import artefacts
 
 # What training scripts leave in a pickle beside the tensors: options and names of callbacks. They
 # are read as empty objects without behaviour.

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from prunebench.models.units import Width
 from prunebench.pruning.plan import Plan
-from prunebench.pruning.scores import matrices
-from prunebench.pruning.units import Width
+from prunebench.selection.scores import matrices
 
 Masks = Mapping[str, Tensor]  # for each width one number per channel, [size]
 

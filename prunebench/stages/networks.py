@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from prunebench import models
 from prunebench.errors import CellError, UserError
 from prunebench.evaluation.semi_structured import PATTERN
+from prunebench.models.units import Width
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
-from prunebench.pruning.units import Width
 
 SPREAD = 0.02  # standard deviation of random weights: activations stay finite and are not zero
 Input = Tensor | dict[str, Tensor]

@@ -26,7 +26,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 VARIABLE = "PRUNEBENCH_WARM"  # names the server's socket to the client
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 RUNNING, STALE = b"r", b"s"
 PRELOAD_SECONDS = 120  # imports from a cold network disk; after that the client works alone
 FORWARDED = (signal.SIGTERM, signal.SIGINT)
@@ -80,7 +80,7 @@ def start(owner: int, preload: Iterable[str], main: str) -> str | None:
         listener.bind(path)
         listener.listen(128)
         fds = (listener.fileno(), lifeline)
-        server = [sys.executable, "-P", "-m", "prunebench.warm_server"]
+        server = [sys.executable, "-P", "-m", "prunebench.runtime.warm_server"]
         process = subprocess.Popen(
             [*server, *map(str, fds), main, *preload],
             stdin=subprocess.DEVNULL,

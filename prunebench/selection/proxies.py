@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from prunebench.pruning.scores import matrices
+from prunebench.selection.scores import matrices
 from prunebench.training.loop import Batch
 
 Function = Callable[[nn.Module, Batch], Tensor]

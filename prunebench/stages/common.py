@@ -18,16 +18,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from prunebench import artefacts, assets, methods, models, official, recovery, selection
-from prunebench.config import Cell, Layout, Paths, Track, as_dict
-from prunebench.diffusion.conditions import CLASSES, Condition, Conditions
+from prunebench import assets, models, recovery
 from prunebench.diffusion.objectives import objective
 from prunebench.diffusion.sampling import Sampler, shard_range
 from prunebench.errors import CellError, UserError, machine_fault
 from prunebench.evaluation import cost, latency, semi_structured, variants
-from prunebench.provenance import PACKAGE, code_hash, provenance
+from prunebench.models import official
+from prunebench.models.conditions import CLASSES, Condition, Conditions
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
+from prunebench.records import artefacts
+from prunebench.records.provenance import PACKAGE, code_hash, provenance
+from prunebench.selection import checks as selection
+from prunebench.tracks import Cell, Layout, Paths, Track, as_dict, methods
 from prunebench.training import latents, loop, parallel, prompts
 from prunebench.training.budget import BudgetMeter, unspent
 from prunebench.training.checkpoints import SECONDS, Checkpoints

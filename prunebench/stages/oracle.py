@@ -14,14 +14,16 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from prunebench import artefacts, models, stages
-from prunebench.config import Cell, Layout, Track
+from prunebench import models
 from prunebench.errors import CellError, UserError, machine_fault
 from prunebench.evaluation import features, quality
-from prunebench.judging import FEATURES
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.targets import plan_layers
+from prunebench.records import artefacts
+from prunebench.stages import common as stages
+from prunebench.stages.score import FEATURES
+from prunebench.tracks import Cell, Layout, Track
 from prunebench.training import parallel
 from prunebench.training.budget import BudgetMeter
 from prunebench.training.checkpoints import Checkpoints

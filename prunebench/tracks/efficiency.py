@@ -1,6 +1,6 @@
 """Efficiency tracks: loading and checking their YAML, their rows, and where each record lies.
 
-Free of torch, like `prunebench.config`, because the Snakefile imports it. A track offers what the
+Free of torch, like `prunebench.tracks`, because the Snakefile imports it. A track offers what the
 rules ask of a benchmark track; what it has none of (assets, an oracle, shards) is empty.
 """
 
@@ -10,10 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from prunebench import config, models
+from prunebench import models
 from prunebench.errors import UserError
+from prunebench.tracks import checks, stages
+from prunebench.tracks.files import read
+from prunebench.tracks.layout import RUNS
 
-SCHEMA = config.SCHEMA.with_name("efficiency.schema.yaml")
+SCHEMA = checks.SCHEMA.with_name("efficiency.schema.yaml")
 DENSE = "dense"  # the plan that removes nothing, a row of every model
 DIVISION = "costs"  # the one table of such a track
 # What of the track a row depends on besides its model and plan; editing anything else leaves it.
@@ -39,7 +42,7 @@ class Track:
 
     def needs(self, rule: str) -> dict[str, int]:
         """What a job of a rule needs: mem_mb, runtime (minutes), gpu, cpus."""
-        return config.needs_of(self.content, rule)
+        return stages.needs_of(self.content, rule)
 
     def model(self, name: str) -> Mapping:
         return _named("model", name, self.content["models"], f"track {self.name}")
@@ -66,10 +69,10 @@ class Track:
             )
         ]
 
-    def record(self, model: str, plan: str, runs: Path = config.RUNS) -> str:
+    def record(self, model: str, plan: str, runs: Path = RUNS) -> str:
         return f"{runs}/{self.name}/{model}/{plan}/efficiency.json"
 
-    def records(self, division: str = DIVISION, runs: Path = config.RUNS) -> list[str]:
+    def records(self, division: str = DIVISION, runs: Path = RUNS) -> list[str]:
         """What the table is made of."""
         if division != DIVISION:
             raise UserError(
@@ -96,19 +99,19 @@ def load(name: str) -> Track:
     Raises:
         UserError: it is no efficiency track, or a key, name or plan is unknown or wrong.
     """
-    return checked(*config.read(name))
+    return checked(*read(name))
 
 
 def checked(file: Path, content: object) -> Track:
     """The track that a file's content makes; errors as `load`."""
-    config.check_schema(file, content, SCHEMA)
+    checks.check_schema(file, content, SCHEMA)
     for key, model in content["models"].items():
         _fill_in(f"{file}: models.{key}", model)
         for plan in model.get("plans", ()):
             _named("plan", plan, content["plans"], f"{file}: models.{key}.plans")
     for key, plan in content["plans"].items():
         _check_plan(f"{file}: plans.{key}", key, plan, content["models"])
-    config.check_needs(file, content.get("needs", {}))
+    checks.check_needs(file, content.get("needs", {}))
     track = Track(file.stem, content)
     for number, claim in enumerate(content.get("published", ())):
         _check_claim(f"{file}: published.{number}", claim, track)
@@ -118,7 +121,7 @@ def checked(file: Path, content: object) -> Track:
 def _fill_in(where: str, model: dict) -> None:
     """Put the published configuration, its title and a batch of one in their places."""
     named = model["config"] if isinstance(model["config"], str) else None
-    config.take_published(where, model)
+    checks.take_published(where, model)
     if named:
         model.setdefault("title", models.published(model["family"])[named].title)
     if "title" not in model:

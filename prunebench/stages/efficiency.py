@@ -12,15 +12,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prunebench import artefacts
-from prunebench.config import RUNS
-from prunebench.efficiency import networks
-from prunebench.efficiency.track import Track
 from prunebench.errors import CellError
 from prunebench.evaluation import cost, latency, semi_structured, variants
-from prunebench.provenance import provenance
 from prunebench.pruning import targets
 from prunebench.pruning.plan import Plan
+from prunebench.records import artefacts, provenance
+from prunebench.stages import networks
+from prunebench.tracks import RUNS
+from prunebench.tracks.efficiency import Track
 
 log = logging.getLogger(__name__)
 

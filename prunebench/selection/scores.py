@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from prunebench.diffusion.precision import HALF
 from prunebench.errors import CellError, short_of_memory
-from prunebench.pruning.units import Width
+from prunebench.models.precision import HALF, precise
+from prunebench.models.units import Width
 
 if TYPE_CHECKING:
-    from prunebench.selection import Context
+    from prunebench.selection.context import Context
     from prunebench.training.loop import Batch
 
 log = logging.getLogger(__name__)
@@ -92,11 +92,6 @@ class Values(Mapping):
 
     def __len__(self) -> int:
         return len(self.weights)
-
-
-def precise(weight: Tensor) -> Tensor:
-    """A weight's values, detached; those in half precision in single."""
-    return weight.detach().float() if weight.dtype in HALF else weight.detach()
 
 
 def taylor_terms(

@@ -9,14 +9,15 @@ from pathlib import Path
 
 from torch import Tensor
 
-from prunebench import artefacts, assets
-from prunebench.config import Cell, Layout, Paths, Track, as_dict
+from prunebench import assets
 from prunebench.errors import UserError
 from prunebench.evaluation import classifier, consistency, features, quality
 from prunebench.evaluation.clip import clip_score
 from prunebench.evaluation.grid import write_grid
 from prunebench.pruning import surgery
-from prunebench.stages import IMAGES, dataset, finish, labels, shared_settings, upstream
+from prunebench.records import artefacts
+from prunebench.stages.common import IMAGES, dataset, finish, labels, shared_settings, upstream
+from prunebench.tracks import Cell, Layout, Paths, Track, as_dict
 from prunebench.training import parallel
 from prunebench.training.budget import unspent
 

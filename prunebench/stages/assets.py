@@ -5,11 +5,11 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from prunebench import config
-from prunebench.artefacts import write_json
+from prunebench import tracks
 from prunebench.assets import fetch, store
 from prunebench.assets.registry import ASSETS, Asset, File, asset
 from prunebench.errors import UserError
+from prunebench.records.artefacts import write_json
 
 TITLES = ("NAME", "KIND", "SIZE", "STATE", "LICENCE", "TRACKS")
 
@@ -32,7 +32,7 @@ def _readers() -> dict[str, list[str]]:
     readers: dict[str, list[str]] = {}
     for file in sorted(Path("config").glob("*.yaml")):
         with contextlib.suppress(UserError):  # a track that is being written stops no list
-            needed = config.load_any(file.stem).assets()
+            needed = tracks.load_any(file.stem).assets()
             for name in {way.name for entry in needed for way in _ways(asset(entry))}:
                 readers.setdefault(name, []).append(file.stem)
     return readers

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from prunebench.diffusion.conditions import Condition, each
+from prunebench.models.conditions import Condition, each
 
 HALF = (torch.bfloat16, torch.float16)
 Forward = Callable[..., Tensor]
@@ -37,3 +37,8 @@ def takes_single(forward: Forward) -> Forward:
         return in_precision(functools.partial(forward, self), own, x, t, y)
 
     return wrapped
+
+
+def precise(weight: Tensor) -> Tensor:
+    """A weight's values, detached; those in half precision in single."""
+    return weight.detach().float() if weight.dtype in HALF else weight.detach()

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from prunebench import warm
+from prunebench.runtime import warm
 
 log = logging.getLogger(__name__)
 

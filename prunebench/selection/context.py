@@ -1,26 +1,25 @@
-"""What a method is given, and the checks on what it returns."""
+"""What a method is given."""
 
 import hashlib
-import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from types import MappingProxyType, ModuleType
+from types import ModuleType
 
 import torch
 from torch import Generator, Tensor, nn
 
-from prunebench.copies import rebuilt, shell
-from prunebench.errors import CellError, UserError, machine_fault
+from prunebench.errors import CellError
+from prunebench.models.activations import checkpoint_activations
+from prunebench.models.copies import rebuilt, shell
+from prunebench.models.units import Layer, Width
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
-from prunebench.pruning.units import Layer, Width
 from prunebench.recovery import Teaching
+from prunebench.recovery.distillation import distilled
 from prunebench.training import loop
-from prunebench.training.activations import checkpoint_activations
 from prunebench.training.budget import BudgetMeter
 from prunebench.training.checkpoints import Checkpoints
-from prunebench.training.distillation import distilled
 from prunebench.training.loop import Adjust, Batch, Data, Loss
 
 
@@ -205,78 +204,6 @@ def seeded(text: str) -> Generator:
     return Generator().manual_seed(number)
 
 
-Select = Callable[..., Plan | tuple[Plan, nn.Module]]
-
-
-def select(
-    context: Context, function: Select, kind: str, parameters: Mapping
-) -> tuple[Plan, nn.Module]:
-    """Run a method and check what it returns. The context's model is gone afterwards.
-
-    Returns:
-        The plan and the pruned model: the method's own where it trained one, else the dense model
-        with the plan applied, whose untouched tensors it shares.
-
-    Raises:
-        CellError: the plan is of another kind than the method states, names units that do not
-            exist, or misses the target by more than one unit.
-    """
-    layers = [unit for g in ("block", "branch") for unit in context.layers(g)]
-    widths = context.widths() if kind == "widths" else []
-    plan, own = _parts(_call(function, context, parameters))
-    check_kind(plan, kind)
-    check_record(plan)
-    del context.model  # its weights and gradients make room
-    dense = context._dense
-    pruned = surgery.apply(rebuilt(dense), plan, context.family, widths)
-    unit = targets.tolerance(dense, layers, widths, plan)
-    maskable = {n: dense.get_parameter(n).shape for n in context.family.weights(dense)}
-    check_target(dense, pruned, plan, context.sparsity, unit, widths, maskable)
-    if own is None:
-        return plan, pruned.eval()
-    own = unmetered(own)
-    check_shapes(own, pruned)
-    check_masks(own, plan)
-    check_trained(context, own, pruned)
-    return plan, own.eval()
-
-
-def averaged(context: Context, plan: Plan) -> dict[str, Tensor]:
-    """The average of a training that the recovery goes on with, in the shapes the plan leaves.
-
-    Empty where the method did not train, or trained to the end and has its average already.
-    """
-    progress = context.progress
-    if not progress.average or progress.done >= progress.total:
-        return {}
-    model = rebuilt(context._dense)
-    cut = dict(progress.average)  # by layers that went before the training
-    for name, parameter in model.named_parameters():
-        if name in cut and cut[name].shape == parameter.shape:
-            parameter.data = cut.pop(name).to(parameter.device)
-    pruned = surgery.apply(model, plan, context.family)
-    return {name: cut.get(name, value.detach()) for name, value in pruned.named_parameters()}
-
-
-def _call(function: Select, context: Context, parameters: Mapping) -> object:
-    try:
-        return function(context, **parameters)
-    except Exception as error:  # whatever a method raises is its own cells' failure, no one else's
-        if isinstance(error, CellError | UserError) or machine_fault(error):
-            raise
-        raise CellError(f"{type(error).__name__}: {error}") from error
-
-
-def _parts(result: object) -> tuple[Plan, nn.Module | None]:
-    """What a method returned, which is a plan or a plan and a model."""
-    parts = result if isinstance(result, tuple) else (result, None)
-    if not parts or not isinstance(parts[0], Plan):
-        raise CellError(f"select returned {type(result).__name__}, not a Plan")
-    if len(parts) != 2 or not isinstance(parts[1], nn.Module | None):
-        raise CellError("select returned a tuple that is not (Plan, model)")
-    return parts
-
-
 def unmetered(model: nn.Module) -> nn.Module:
     """A copy over the same memory that no meter watches.
 
@@ -296,83 +223,3 @@ def trainable(model: nn.Module, names: Iterable[str]) -> list[str]:
         moved = f"{path}.parametrizations.{leaf}.original"
         found.append(moved if moved in present else name)
     return found
-
-
-def check_kind(plan: Plan, kind: str) -> None:
-    """A plan removes what its method says it removes, and nothing else."""
-    present = {
-        "layers": bool(plan.layers),
-        "widths": bool(plan.kept),
-        "weights": bool(plan.masks),
-        "steps": plan.steps != 1.0,
-    }
-    removed = [name for name, is_present in present.items() if is_present]
-    expected = [] if kind == "none" else [kind]
-    if removed != expected:
-        found = " and ".join(removed) or "nothing"
-        raise CellError(f"the method's KIND is '{kind}' but its plan removes {found}")
-
-
-def check_record(plan: Plan) -> None:
-    """A plan is stored as JSON: its indices and notes must be plain, finite values."""
-    try:
-        json.dumps(plan.to_json(), allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise CellError(f"the plan cannot be stored as JSON: {error}") from error
-
-
-def check_target(
-    dense: nn.Module,
-    pruned: nn.Module,
-    plan: Plan,
-    sparsity: float,
-    tolerance: float,
-    widths: Sequence[Width] = (),
-    maskable: Mapping[str, Sequence[int]] = MappingProxyType({}),
-) -> None:
-    """The target is met within one unit. N:M and uniform plans fix their own; these are checked."""
-    if plan.steps != 1.0:
-        reached, tolerance = 1 - plan.steps, 1e-9
-    elif plan.pattern == targets.UNIFORM:
-        targets.check_uniform(plan, widths, sparsity)
-        return
-    elif plan.pattern not in (None, "unstructured"):
-        targets.check_n_of_m(plan, maskable)
-        return
-    else:
-        reached = targets.reached(dense, pruned, plan)
-    if abs(reached - sparsity) > tolerance + 1e-9:
-        raise CellError(
-            f"the plan removes {reached:.4f} of the parameters; the target is {sparsity} "
-            f"and one unit is {tolerance:.4f}"
-        )
-
-
-def check_shapes(own: nn.Module, pruned: nn.Module) -> None:
-    """A model that a method trained has exactly the tensors that its plan leaves."""
-    shapes = [{n: t.shape for n, t in m.state_dict().items()} for m in (own, pruned)]
-    if shapes[0] != shapes[1]:
-        different = sorted(
-            n for n in {**shapes[0], **shapes[1]} if shapes[0].get(n) != shapes[1].get(n)
-        )
-        raise CellError(f"the returned model does not fit its plan: {different[0]} differs")
-
-
-def check_trained(context: Context, own: nn.Module, pruned: nn.Module) -> None:
-    """Weights other than the dense model's come from training that the budget knows."""
-    if context.trained_images or context.made_fresh:
-        return
-    ours, theirs = own.state_dict(), pruned.state_dict()
-    pairs = ((tensor, theirs[name]) for name, tensor in ours.items())
-    if not all(torch.equal(one.to(other.device), other) for one, other in pairs):
-        raise CellError(
-            "the returned model was trained, but not by context.train: its budget is unknown"
-        )
-
-
-def check_masks(own: nn.Module, plan: Plan) -> None:
-    """A model that a method trained is zero where its plan masks it."""
-    for name, mask in plan.masks.items():
-        weight = own.get_parameter(name)
-        if bool(weight[~mask.to(weight.device)].any()):
-            raise CellError(f"the returned model does not fit its plan: '{name}' is not masked")

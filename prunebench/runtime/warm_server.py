@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from prunebench.warm import RUNNING, STALE, die_with_parent, fingerprint
+from prunebench.runtime.warm import RUNNING, STALE, die_with_parent, fingerprint
 
 
 def serve(listener: socket.socket, lifeline: int, main: str, preload: Iterable[str]) -> None:
