@@ -290,7 +290,7 @@ def plan(name: str, kind: str, sparsity: float = 0.25) -> Plan:
 
 def run_stages(track: tracks.Track, runs: Path, cell: tracks.Cell) -> tracks.Paths:
     """Everything of a cell between the dense model and its score."""
-    from prunebench import stages  # slow to import
+    from prunebench.stages import common as stages  # slow to import
 
     paths = tracks.Paths(track, cell, runs)
     stages.select(track, cell, paths)

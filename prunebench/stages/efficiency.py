@@ -16,7 +16,8 @@ from prunebench.errors import CellError
 from prunebench.evaluation import cost, latency, semi_structured, variants
 from prunebench.pruning import targets
 from prunebench.pruning.plan import Plan
-from prunebench.records import artefacts, provenance
+from prunebench.records import artefacts
+from prunebench.records.provenance import provenance
 from prunebench.stages import networks
 from prunebench.tracks import RUNS
 from prunebench.tracks.efficiency import Track
