@@ -16,6 +16,7 @@ test: environment
 
 lint: environment
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/snakefmt --check Snakefile workflow
 	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --lint
 
@@ -30,10 +31,11 @@ environment: .venv/installed
 	$(BIN)/uv pip install --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	touch $@
 
-# Re-resolves every dependency; commit the result. The lock holds hashes and no addresses.
+# Resolves what pyproject.toml asks for and keeps what is locked where it fits; `make lock UPGRADE=1`
+# resolves everything anew. Commit the result, which holds hashes and no addresses.
 lock:
 	$(BIN)/uv pip compile pyproject.toml --extra dev --python-version 3.11 --generate-hashes \
-	    --no-emit-index-url --upgrade --output-file requirements.lock
+	    --no-emit-index-url $(if $(UPGRADE),--upgrade) --output-file requirements.lock
 
 clean:
 	rm -rf runs .snakemake

@@ -58,11 +58,12 @@ def config_hash(config: Mapping) -> str:
 def code_hash(package: Path) -> str:
     """SHA-256 over names and contents of the package's Python sources, in sorted order.
 
-    Without the leaderboard's and the live view's: how results are shown does not change them.
+    Without the leaderboard's and the live view's: how results are shown does not change them. And
+    without a wheel's copy of the methods, so that wheel and checkout have the same hash.
     """
-    digest, shown = hashlib.sha256(), ("leaderboard", "progress")
-    views = {path for folder in shown for path in package.glob(f"{folder}/*.py")}
-    for path in sorted(set(package.rglob("*.py")) - views):
+    digest, apart = hashlib.sha256(), ("leaderboard", "progress", "shipped")
+    others = {path for folder in apart for path in package.glob(f"{folder}/**/*.py")}
+    for path in sorted(set(package.rglob("*.py")) - others):
         name = path.relative_to(package).as_posix()
         digest.update(f"{name}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
