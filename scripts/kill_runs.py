@@ -2,7 +2,7 @@
 
     python scripts/kill_runs.py --kills 50
 
-Works on two clones of HEAD in a temporary folder. Each kill is a SIGKILL to Snakemake, to a job or to
+Works on two clones of HEAD in a temporary folder. Each kill is a SIGKILL to Snakemake, a job or
 the warm server, whichever the draw says and is alive; the same command is given again whenever
 Snakemake has ended. At the end all images, weights, plans and qualities must be those of the
 undisturbed run (scripts/compare_runs.py), and no process may be left. Exit status 0 if so.
