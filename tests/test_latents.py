@@ -175,20 +175,25 @@ class _KilledError(Exception):
     pass
 
 
-class _Slices:
-    """Images of which slices are counted; taking one beyond `most` fails, as a killed job would."""
+class _Counting(Autoencoder):
+    """An autoencoder that notes its batches; one beyond `most` fails, as a killed job would."""
 
-    def __init__(self, images: Tensor, most: int = 10**9):
-        self.images, self.most, self.taken = images, most, []
+    most = 10**9
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, rows: slice) -> Tensor:
-        if len(self.taken) == self.most:
+    def moments(self, images: Tensor) -> Tensor:
+        if len(self.batches) == self.most:
             raise _KilledError
-        self.taken.append(rows.start)
-        return self.images[rows]
+        self.batches.append(images)
+        return super().moments(images)
+
+
+def _encoded_batches(target: Path, folder: Path, images, most: int = 10**9, **identity) -> int:
+    """Encode, in two batches a part and without flips; how many batches that took."""
+    coder = _Counting(folder, SCALE, BATCH)
+    coder.batches, coder.most = [], most
+    labels = torch.arange(len(images))
+    latents.encode(target, images, labels, coder, False, identity, 2 * BATCH)
+    return len(coder.batches)
 
 
 def _bytes(folder: Path) -> dict[str, bytes]:
@@ -197,18 +202,28 @@ def _bytes(folder: Path) -> dict[str, bytes]:
 
 def test_a_killed_encoding_goes_on_with_the_part_it_was_at(folder, tmp_path):
     whole, target = _images(44), tmp_path / "z"
-    _encode(tmp_path / "whole", folder, whole)
+    assert _encoded_batches(tmp_path / "whole", folder, whole) == 6
     with pytest.raises(_KilledError):
-        _encode(target, folder, _Slices(whole, 5))  # two batches a part: dies in the third
+        _encoded_batches(target, folder, whole, 5)  # dies in the third part
     assert not (target / rows.INDEX).exists()
-    rest = _Slices(whole)
-    _encode(target, folder, rest)
-    assert rest.taken == [32, 40]
+    assert _encoded_batches(target, folder, whole) == 2
     assert _bytes(target) == _bytes(tmp_path / "whole")
-    _encode(target, folder, _Slices(whole, 0))  # nothing is left to do
-    other = _Slices(whole)
-    _encode(target, folder, other, weights="others")
-    assert other.taken[0] == 0 and len(other.taken) == 6
+    assert _encoded_batches(target, folder, whole) == 0
+    assert _encoded_batches(target, folder, whole, weights="others") == 6
+
+
+def test_an_encoding_does_not_go_on_over_other_data(folder, tmp_path):
+    """Else rows shift against their labels: [0, 1, 4, 5] where the first image is gone."""
+    whole, target = _images(48), tmp_path / "z"
+    with pytest.raises(_KilledError):
+        _encoded_batches(target, folder, whole, 4)  # two parts of three are there
+    changed = torch.cat([whole[1:], whole[:1]])
+    assert _encoded_batches(target, folder, changed) == 6
+    _encoded_batches(tmp_path / "fresh", folder, changed)
+    assert _bytes(target) == _bytes(tmp_path / "fresh")
+    late = changed.clone()
+    late[40] += 1
+    assert _encoded_batches(target, folder, late) == 2
 
 
 def test_a_corrupt_part_is_found_when_it_is_drawn_and_mended_alone(folder, tmp_path):
@@ -216,15 +231,14 @@ def test_a_corrupt_part_is_found_when_it_is_drawn_and_mended_alone(folder, tmp_p
     _encode(tmp_path, folder, whole)
     before, part = _bytes(tmp_path), rows.part_file(tmp_path, latents.STEM, 1)
     content = bytearray(part.read_bytes())
-    content[-1] ^= 1  # the last image of the second part
+    content[-33] ^= 1  # the last image of the second part, before the 32 bytes of its source
     part.write_bytes(content)
     encoded = latents.Latents(tmp_path, SCALE)
     encoded.draw(torch.arange(16), torch.Generator())
     with pytest.raises(UserError, match=r"moments00001\.safetensors is corrupt \(row"):
         encoded.draw(torch.arange(16, 32), torch.Generator())
-    rest = _Slices(whole)
-    _encode(tmp_path, folder, rest)
-    assert rest.taken == [16, 24] and _bytes(tmp_path) == before
+    _encode(tmp_path, folder, whole)
+    assert _bytes(tmp_path) == before
     part.unlink()
     with pytest.raises(UserError, match=r"moments00001\.safetensors is missing; delete it"):
         latents.Latents(tmp_path, SCALE).draw(torch.tensor([20]), torch.Generator())

@@ -6,7 +6,7 @@ mirroring a latent gives other images. float16 rounds by 2^-11 of the value, whi
 image less than rounding it to 8 bits does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,8 +54,12 @@ def encode(
     def encoded(chosen: range) -> dict[str, Tensor]:
         return {STEM: _moments(images, chosen, autoencoder, flip)}
 
+    def source(chosen: range) -> Iterator[bytes]:
+        for row in chosen:
+            yield images[row : row + 1].numpy().tobytes() + labels[row].numpy().tobytes()
+
     identity = {**identity, "flip": flip}
-    return rows.write(folder, STEM, len(images), part, encoded, identity, labels=labels)
+    return rows.write(folder, STEM, len(images), part, encoded, source, identity, labels=labels)
 
 
 def _moments(images: Sequence, chosen: range, autoencoder: "Autoencoder", flip: bool) -> Tensor:

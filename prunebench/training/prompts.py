@@ -51,8 +51,11 @@ def encode(
         found = [_encoded(texts[s : min(s + encoder.batch, chosen.stop)], encoder) for s in starts]
         return {name: torch.cat([some[name] for some in found]) for name in found[0]}
 
+    def source(chosen: range) -> list[bytes]:
+        return [text.encode() for text in texts[chosen.start : chosen.stop]]
+
     counts = torch.tensor([len(training), len(asked)])
-    return rows.write(folder, STEM, len(texts), part, encoded, identity, counts=counts)
+    return rows.write(folder, STEM, len(texts), part, encoded, source, identity, counts=counts)
 
 
 def _encoded(texts: Sequence[str], encoder: "TextEncoder") -> dict[str, Tensor]:

@@ -1,15 +1,17 @@
 """Rows of tensors on disk, which a stage encodes once and jobs then map, never reading them whole.
 
 The rows lie in parts, each written in one go, so that a killed stage goes on where it was. A part
-is read row by row; every row is checked against its CRC when it is drawn, because hashing tens of
+holds the hash of what it was made from, so that a start on other data keeps none of the old. It is
+read row by row; every row is checked against its CRC when it is drawn, because hashing tens of
 gigabytes would take every job longer than its work.
 """
 
+import hashlib
 import json
 import logging
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -23,7 +25,7 @@ from prunebench.training.loop import counted
 log = logging.getLogger(__name__)
 
 INDEX, IDENTITY = "index.safetensors", "encoding.json"
-CHECKS = "checks"
+CHECKS, SOURCE = "checks", "source"  # of a part, beside its rows
 
 
 def part_file(folder: Path, stem: str, index: int) -> Path:
@@ -36,6 +38,7 @@ def write(
     count: int,
     part: int,
     encoded: Callable[[range], dict[str, Tensor]],
+    source: Callable[[range], Iterable[bytes]],
     identity: dict,
     **index: Tensor,
 ) -> Path:
@@ -45,6 +48,8 @@ def write(
         stem: what the files of the parts are called.
         part: rows of a file.
         encoded: the tensors [n, ...] of some rows, by name.
+        source: what some rows are made of, in pieces; a part that was made of something else is
+            encoded anew.
         identity: what the rows depend on; parts of another identity are removed.
         index: tensors for the index.
 
@@ -55,7 +60,9 @@ def write(
     checks = []
     for number in counted(0, -(-count // part), "encode"):
         rows = range(number * part, min((number + 1) * part, count))
-        checks.append(_part(part_file(folder, stem, number), rows, encoded))
+        file, made_of = part_file(folder, stem, number), _digest(source(rows))
+        kept = _kept(file, made_of)
+        checks.append(_written(file, encoded(rows), made_of) if kept is None else kept)
     content = {**index, CHECKS: torch.cat(checks), "part": torch.tensor(part)}
     artefacts.write_tensors(folder / INDEX, content)
     return folder / INDEX
@@ -71,18 +78,31 @@ def _claim(folder: Path, identity: dict) -> None:
     artefacts.write_atomically(note, lambda temporary: temporary.write_text(text))
 
 
-def _part(file: Path, rows: range, encoded: Callable[[range], dict[str, Tensor]]) -> Tensor:
-    """The checksums of a part, which is written unless it is there and sound."""
-    if file.exists():
-        kept = artefacts.read_tensors(file)
-        noted = kept.pop(CHECKS)
-        if torch.equal(_checks(kept), noted):
-            return noted
-        log.warning("%s is corrupt: encoded anew", file)
-    tensors = encoded(rows)
+def _kept(file: Path, made_of: Tensor) -> Tensor | None:
+    """The checksums of a part that is there, sound and made of this source; None otherwise."""
+    if not file.exists():
+        return None
+    kept = artefacts.read_tensors(file)
+    noted, source = kept.pop(CHECKS), kept.pop(SOURCE)
+    if torch.equal(_checks(kept), noted) and torch.equal(source, made_of):
+        return noted
+    log.warning("%s is corrupt or of other data: encoded anew", file)
+    return None
+
+
+def _written(file: Path, tensors: dict[str, Tensor], made_of: Tensor) -> Tensor:
     checks = _checks(tensors)
-    artefacts.write_tensors(file, {**tensors, CHECKS: checks})
+    artefacts.write_tensors(file, {**tensors, CHECKS: checks, SOURCE: made_of})
     return checks
+
+
+def _digest(pieces: Iterable[bytes]) -> Tensor:
+    """SHA-256, uint8 [32], of pieces whose borders count."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(len(piece).to_bytes(8, "big"))
+        digest.update(piece)
+    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
 def _checks(tensors: dict[str, Tensor]) -> Tensor:
@@ -138,4 +158,5 @@ class Rows:
 
 def _mapped(file: Path) -> dict[str, object]:
     handle = safe_open(file, "pt")
-    return {name: handle.get_slice(name) for name in handle.keys() if name != CHECKS}  # noqa: SIM118
+    names = set(handle.keys()) - {CHECKS, SOURCE}
+    return {name: handle.get_slice(name) for name in names}
