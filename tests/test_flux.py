@@ -253,24 +253,6 @@ def test_guidance_reaches_the_output():
     assert not torch.equal(weak(*_inputs()), strong(*_inputs()))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"num_layer": 2}, r"unknown key 'num_layer'; known: patch_size, .*, guidance_scale"),
-        ({"axes_dims_rope": [2, 2, 2]}, r"\[2, 2, 2\] .* add up to its attention_head_dim, 8"),
-        ({"axes_dims_rope": [1, 3, 4]}, r"\[1, 3, 4\] of a flux model must be even"),
-        ({"attention_head_dim": 16}, r"\[2, 2, 4\] .* add up to its attention_head_dim, 16"),
-        ({"in_channels": 6}, "in_channels of a flux model is 6; .* a multiple of 4"),
-        ({"out_channels": 3}, "out_channels of a flux model is 3; .* a multiple of 4"),
-        ({"patch_size": 2}, "patch_size of a flux model is 2; every FLUX has 1"),
-        ({"guidance_embeds": False, "guidance_scale": 3.5}, "guidance_scale .* guidance_embeds"),
-    ],
-)
-def test_a_wrong_configuration_names_its_key(changes, message):
-    with pytest.raises(UserError, match=message):
-        flux.build({**TINY, **changes})
-
-
 def _checkpoint(folder: Path, change: dict[str, Tensor]) -> Path:
     """Diffusers' own network saved as it publishes FLUX, with some tensors changed."""
     state = FluxTransformer2DModel(**TEXT_TINY).to(torch.bfloat16).state_dict()

@@ -1,16 +1,8 @@
-"""Model families, one module each; a track names the module in `family`.
+"""Model families, a module each; a track names one in `family`.
 
-A family module offers `build(config)` and, for a model m with `m(x, t, y) -> prediction`:
-`layers(m, granularity)`, `remove_layer(m, name)`, `widths(m)`, `weights(m)`, `features(m)` and
-`refresh(m)`. Where the authors' checkpoints differ from its own state dicts, `LAYOUTS` says how
-(prunebench/models/official.py). `<family>.yaml` beside it is the table of published configurations.
-
-`config["classes"]` is the number of classes, and m.null_class the label of "no class"; a model
-without classes has None for both.
-
-`features(m)` names the modules whose outputs (or their first elements) distillation compares, in
-pruned models too. Each goes with the parameter whose axis 0 holds the channels (axis 1) of that
-output, or None where pruning never changes its width.
+`family.py` is the interface that such a module has, `configs/` what planning knows of every family
+without torch: what a track may set, and tiny instances. `<family>.yaml` is the table of published
+configurations. Everything else here is shared by families.
 """
 
 import functools
@@ -23,6 +15,23 @@ from types import ModuleType
 import yaml
 
 from prunebench.errors import UserError
+from prunebench.models import configs
+from prunebench.models.configs import Config, Instance, Takes
+from prunebench.models.family import Family
+
+__all__ = [
+    "Config",
+    "Family",
+    "Instance",
+    "Published",
+    "Takes",
+    "config",
+    "family",
+    "family_names",
+    "instances",
+    "published",
+]
+_FUNCTIONS = ("build", "layers", "remove_layer", "widths", "weights", "features", "refresh")
 
 
 @dataclass(frozen=True)
@@ -46,20 +55,46 @@ class Published:
     stated: str = ""
 
 
-# Modules of this package that are no family.
-SHARED = ("activations", "conditions", "copies", "official", "precision", "units")
-
-
 def family_names() -> list[str]:
-    names = {module.name for module in pkgutil.iter_modules(__path__)}
-    return sorted(names - set(SHARED))
+    return sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
 
 
-def family(name: str) -> ModuleType:
-    """The module of a family; an unknown name is a UserError that lists the known ones."""
+def family(name: str) -> Family:
+    """The module of a family.
+
+    Raises:
+        UserError: an unknown name, with the known ones; or a module that lacks a function.
+    """
+    _check_name(name)
+    module = importlib.import_module(f"{__name__}.{name}")
+    if not isinstance(module, Family):
+        lacking = sorted(n for n in _FUNCTIONS if not hasattr(module, n))
+        raise UserError(f"{module.__file__}: a family needs the function {lacking[0]}")
+    return module
+
+
+def config(name: str) -> type[Config]:
+    """What the settings of a family's networks may be, a pydantic model; free of torch."""
+    return _settings(name).Config
+
+
+def instances() -> dict[str, Instance]:
+    """The tiny instances of all families by name; free of torch."""
+    return {
+        name: instance
+        for family_name in family_names()
+        for name, instance in _settings(family_name).TINY.items()
+    }
+
+
+def _settings(name: str) -> ModuleType:
+    _check_name(name)
+    return importlib.import_module(f"{configs.__name__}.{name}")
+
+
+def _check_name(name: str) -> None:
     if name not in family_names():
         raise UserError(f"unknown model family '{name}'; known: {', '.join(family_names())}")
-    return importlib.import_module(f"{__name__}.{name}")
 
 
 @functools.cache

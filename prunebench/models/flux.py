@@ -16,7 +16,6 @@ What can go:
   they are no width here.
 """
 
-import inspect
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -30,8 +29,8 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
-from prunebench.errors import UserError
 from prunebench.models.conditional_unet import neurons
+from prunebench.models.configs.flux import PATCH, Config
 from prunebench.models.dit import keep_rows
 from prunebench.models.official import Layout
 from prunebench.models.precision import takes_single
@@ -43,10 +42,7 @@ BRANCHES = {
     "ff": ("norm1",),
     "ff_context": ("norm1_context",),
 }
-PATCH = 2  # pixels of a latent's side that one token holds
-GUIDANCE = (
-    3.5  # what FLUX.1-dev is sampled with: diffusers' FluxPipeline, EcoDiff's sheet section 4
-)
+GUIDANCE = 3.5  # what FLUX.1-dev is sampled with: diffusers' FluxPipeline
 QUERIES = ("to_q", "to_k", "to_v")
 TEXT_QUERIES = ("add_q_proj", "add_k_proj", "add_v_proj")
 
@@ -211,12 +207,13 @@ def build(config: dict) -> Flux:
     FLUX.1-dev) is fed. It takes the place of classifier-free guidance and costs no second pass.
 
     Raises:
-        UserError: a key is unknown, or values do not fit each other.
+        ValidationError (of pydantic): a key is unknown, or values do not fit each other; diffusers
+            would accept them, and fail in the forward pass or mislead.
     """
     config = dict(config)
+    Config.model_validate(config)
     classes = config.pop("classes", None)
     scale = config.pop("guidance_scale", None)
-    _check(config, scale)
     model = Flux(**config)
     if model.config.guidance_embeds:
         model.guidance_scale = GUIDANCE if scale is None else float(scale)
@@ -231,37 +228,6 @@ def build(config: dict) -> Flux:
         for index, block in enumerate(blocks):
             blocks[index] = kind(block)
     return model
-
-
-def _check(config: Mapping, scale: float | None) -> None:
-    """Configurations that diffusers accepts and that then fail in the forward pass, or mislead."""
-    signature = inspect.signature(FluxTransformer2DModel.__init__).parameters
-    known = {key: value.default for key, value in signature.items() if key != "self"}
-    for key in config.keys() - known:
-        raise UserError(
-            f"the config of a flux model has an unknown key '{key}'; known: "
-            f"{', '.join([*known, 'classes', 'guidance_scale'])}"
-        )
-    full = {**known, **config}
-    axes, size = list(full["axes_dims_rope"]), full["attention_head_dim"]
-    if sum(axes) != size or any(axis % 2 for axis in axes):
-        raise UserError(
-            f"axes_dims_rope {axes} of a flux model must be even and add up to its "
-            f"attention_head_dim, {size}"
-        )
-    for key in ("in_channels", "out_channels"):
-        if (full[key] or 0) % PATCH**2:
-            raise UserError(
-                f"{key} of a flux model is {full[key]}; a token packs 2x2 patches of latents, so "
-                "it is a multiple of 4"
-            )
-    if full["patch_size"] != 1:
-        raise UserError(
-            f"patch_size of a flux model is {full['patch_size']}; every FLUX has 1, its 2x2 "
-            "patches are packed into in_channels"
-        )
-    if scale is not None and not full["guidance_embeds"]:
-        raise UserError("guidance_scale of a flux model needs guidance_embeds (FLUX.1-dev)")
 
 
 def _blocks(model: Flux) -> dict[str, DoubleBlock | SingleBlock]:
