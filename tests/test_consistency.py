@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from prunebench.errors import UserError
+from prunebench.evaluation import metrics
 from prunebench.evaluation.classifier import DomainClassifier
-from prunebench.evaluation.consistency import consistency, perceptual_distance
+from prunebench.evaluation.metrics import Evidence, Missing, evaluate
+from prunebench.evaluation.perceptual import perceptual_distance
 from prunebench.records.artefacts import write_tensors
 
 
@@ -23,39 +25,66 @@ def classifier():
 
 
 @pytest.fixture(scope="module")
-def distance(classifier, tmp_path_factory):
+def weights(classifier, tmp_path_factory):
     path = tmp_path_factory.mktemp("weights") / "classifier.safetensors"
     write_tensors(path, classifier.state_dict())
-    return perceptual_distance("domain", path)
+    return path
 
 
-def test_equal_images(images, distance):
-    result = consistency(images, images, distance)
-    assert result["lpips"] == 0
-    assert result["ssim"] == pytest.approx(1, abs=1e-7)
-    assert result["psnr"] is None
+@pytest.fixture(scope="module")
+def distance(weights):
+    return perceptual_distance("domain", weights)
 
 
-def test_psnr_is_pooled_over_images(images, distance):
+@pytest.fixture(scope="module")
+def compare(weights):
+    """LPIPS, SSIM and PSNR of images and dense's."""
+
+    def compared(images: torch.Tensor, dense: torch.Tensor, lpips: str = "domain") -> dict:
+        features = {"features": torch.eye(8)}
+        evidence = Evidence(
+            generated=features,
+            reference=features,
+            images=images,
+            dense_images=dense,
+            settings={"lpips": lpips},
+            extractor=weights,
+        )
+        return {name: evaluate(evidence)[name] for name in ("lpips", "ssim", "psnr")}
+
+    return compared
+
+
+def test_equal_images(images, compare):
+    found = compare(images, images)
+    assert found["lpips"] == 0
+    assert found["ssim"] == pytest.approx(1, abs=1e-7)
+    assert found["psnr"] == Missing("infinite: the images are dense's own")
+    assert "evaluation.lpips" in compare(images, images, "none")["lpips"].reason
+
+
+def test_psnr_is_pooled_over_images(images, compare, monkeypatch):
     """Half of the images off by 51 = 255/5 everywhere: MSE 1/50 of the range squared."""
+    monkeypatch.setattr(metrics, "PAIRS", 4)
     shifted = images.clone()
     shifted[:3] += 51
-    result = consistency(shifted, images, distance, batch=4)
-    assert result["psnr"] == pytest.approx(10 * torch.tensor(50.0).log10().item(), rel=1e-6)
-    assert result["lpips"] > 0
+    found = compare(shifted, images)
+    assert found["psnr"] == pytest.approx(10 * torch.tensor(50.0).log10().item(), rel=1e-6)
+    assert found["lpips"] > 0
 
 
-def test_ssim_of_constant_images_in_closed_form(distance):
+def test_ssim_of_constant_images_in_closed_form(compare):
     """No variance: only the luminance term (2ab + c1) / (a^2 + b^2 + c1), c1 = 0.01^2, is left."""
     black, white = (torch.full((2, 1, 16, 16), value, dtype=torch.uint8) for value in (51, 204))
     expected = (2 * 0.2 * 0.8 + 1e-4) / (0.2**2 + 0.8**2 + 1e-4)
-    assert consistency(black, white, distance)["ssim"] == pytest.approx(expected, rel=1e-3)
+    assert compare(black, white)["ssim"] == pytest.approx(expected, rel=1e-3)
 
 
-def test_batches_do_not_matter(images, distance):
+def test_batches_do_not_matter(images, compare, monkeypatch):
     other = images.flip(0)
-    whole, parts = (consistency(images, other, distance, batch) for batch in (6, 4))
-    assert whole == pytest.approx(parts, rel=1e-5)
+    whole = compare(images, other)
+    monkeypatch.setattr(metrics, "PAIRS", 4)
+    assert compare(images, other) == pytest.approx(whole, rel=1e-5)
 
 
 def test_domain_distance_is_the_baseline_of_the_paper(images, classifier, distance):
@@ -83,11 +112,11 @@ def test_alex_takes_its_backbone_from_a_file(tmp_path):
     assert distance(ours[:, :1], dense[:, :1]).shape == (2,)
 
 
-def test_refusals(images, distance, tmp_path):
+def test_refusals(images, compare, tmp_path):
     with pytest.raises(UserError, match="'vgg19'; known: domain, alex, vgg"):
         perceptual_distance("vgg19", tmp_path)
     torch.save({"features.0.weight": torch.zeros(1)}, tmp_path / "wrong.pth")
     with pytest.raises(UserError, match="it lacks features"):
         perceptual_distance("alex", tmp_path / "wrong.pth")
     with pytest.raises(ValueError, match="unpaired"):
-        consistency(images, images[:3], distance)
+        compare(images, images[:3])

@@ -11,7 +11,7 @@ from torch_fidelity.utils import create_feature_extractor
 from prunebench.errors import UserError
 from prunebench.evaluation.classifier import DomainClassifier, accuracy, train_classifier
 from prunebench.evaluation.features import DomainExtractor, load_extractor
-from prunebench.evaluation.quality import quality
+from prunebench.evaluation.metrics import Evidence, Missing, evaluate
 from prunebench.records.artefacts import write_tensors
 
 
@@ -64,7 +64,7 @@ def test_features_of_an_image_do_not_depend_on_the_sample_count(weights):
         assert torch.equal(value, whole[name][:3])
 
 
-def test_uint8_and_float_images_are_judged_alike(weights):
+def test_uint8_and_float_images_are_taken_alike(weights):
     model = DomainClassifier().eval()
     images = random_images(4)
     assert torch.equal(model(images)["logits"], model(images.float() / 127.5 - 1)["logits"])
@@ -126,11 +126,11 @@ def test_inception_without_logits_gives_every_metric_but_its_score(inception):
     torch.save(state, inception)
     bare = load_extractor("inception-v3-compat", inception).extract(images, batch=10)
     assert torch.equal(bare["features"], whole["features"])
-    with_logits = quality(whole, bare, None)
-    without = quality(bare, bare, None)
+    with_logits = evaluate(Evidence(generated=whole, reference=bare))
+    without = evaluate(Evidence(generated=bare, reference=bare))
     assert 1 <= with_logits["inception_score"] < 1008
-    assert without["inception_score"] is None
-    assert "no logits layer" in without["unavailable"]["inception_score"]
+    assert isinstance(without["inception_score"], Missing)
+    assert "no logits layer" in without["inception_score"].reason
     for name in ("fid", "kid", "precision", "recall", "sfid"):
         assert math.isfinite(without[name]), name
 

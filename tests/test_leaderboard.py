@@ -370,14 +370,14 @@ def test_hardware_is_that_of_the_measurement(tmp_path):
 
 def test_an_inception_score_that_is_not_available_is_said_never_shown(tmp_path):
     cells = seeds("a", [1.0, 2.0])
-    reason = {"inception_score": "the judge's weights have no logits layer"}
+    reason = {"inception_score": "the extractor's weights have no logits layer"}
     for metrics in cells:
         metrics["quality"] |= {"inception_score": None, "unavailable": reason}
     build(
         [write_cell(tmp_path, m) for m in cells], tmp_path / "out", expected_cells=None, title="t"
     )
     text = (tmp_path / "out/leaderboard.md").read_text()
-    assert "IS: the judge's weights have no logits layer" in text
+    assert "IS: the extractor's weights have no logits layer" in text
     assert "inception_score" not in (tmp_path / "out/leaderboard.csv").read_text()
     cells[0]["quality"] |= {"inception_score": 8.9, "unavailable": {}}
     build(

@@ -1,6 +1,8 @@
-"""Distances between feature sets: closed forms, agreement with two other implementations."""
+"""Metrics: closed forms, agreement with other implementations; one entry each."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,8 +14,20 @@ from torch_fidelity.metric_fid import (
     fid_statistics_to_metric,
 )
 from torch_fidelity.metric_isc import isc_featuresdict_to_metric
+from torch_fidelity.metric_kid import kid_featuresdict_to_metric
 
-from prunebench.evaluation.quality import frechet_distance, inception_score, quality, statistics
+from prunebench.errors import UserError
+from prunebench.evaluation import metrics
+from prunebench.evaluation.frechet import frechet_distance, statistics
+from prunebench.evaluation.metrics import (
+    Evidence,
+    Metric,
+    Missing,
+    evaluate,
+    inception_score,
+    kid,
+    precision,
+)
 
 
 def correlated(count: int, dimensions: int, seed: int) -> torch.Tensor:
@@ -84,47 +98,81 @@ def features():
     return build
 
 
-def test_quality_has_every_key_of_the_schema(features):
-    generated, reference = features(60, 1), features(90, 2)
-    result = quality(generated, reference, torch.zeros(60, dtype=torch.int64))
-    assert list(result) == [
-        "fid", "fid_cleanfid", "kid", "precision", "recall", "sfid", "agreement",
-        "inception_score", "unavailable", "samples", "reference_samples", "prc_reference_samples",
-    ]  # fmt: skip
-    assert result.pop("unavailable") == {}
-    assert all(isinstance(value, float | int) for value in result.values())
-    assert (result["samples"], result["reference_samples"]) == (60, 90)
-    assert result["prc_reference_samples"] == 60
-    assert result["fid"] == pytest.approx(result["fid_cleanfid"], rel=1e-8)
+def of(generated: dict, reference: dict, labels: torch.Tensor | None = None) -> dict:
+    return evaluate(Evidence(generated=generated, reference=reference, labels=labels))
 
 
-def test_quality_is_repeatable(features):
+def test_every_metric_is_a_number_or_says_why_not(features):
+    found = of(features(60, 1), features(90, 2), torch.zeros(60, dtype=torch.int64))
+    assert list(found) == list(metrics.metrics())
+    missing = {name for name, value in found.items() if isinstance(value, Missing)}
+    assert missing == {"clip_score", "lpips", "ssim", "psnr"}  # without images
+    assert all(found[name].reason for name in missing)
+    assert all(math.isfinite(found[name]) for name in set(found) - missing)
+    assert found["fid"] == pytest.approx(found["fid_cleanfid"], rel=1e-8)
+
+
+def test_metrics_are_repeatable(features):
     np.random.seed(0)
-    first = quality(features(60, 1), features(90, 2), None)
+    first = of(features(60, 1), features(90, 2))
     np.random.seed(1)
-    assert quality(features(60, 1), features(90, 2), None) == first
+    assert of(features(60, 1), features(90, 2)) == first
 
 
-def test_quality_of_the_reference_itself(features):
+def test_the_reference_itself(features):
     reference = features(80, 1)
-    result = quality(reference, reference, reference["logits"].argmax(1))
-    assert result["fid"] == pytest.approx(0, abs=1e-8)
-    assert result["sfid"] == pytest.approx(0, abs=1e-8)
-    assert (result["precision"], result["recall"], result["agreement"]) == (1, 1, 1)
+    found = of(reference, reference, reference["logits"].argmax(1))
+    assert found["fid"] == pytest.approx(0, abs=1e-8)
+    assert found["sfid"] == pytest.approx(0, abs=1e-8)
+    assert (found["precision"], found["recall"], found["agreement"]) == (1, 1, 1)
 
 
 def test_precision_counts_generated_images_and_recall_real_ones():
     """Generated: one of the two real clusters. All look real; half of the real ones are covered."""
     grid = torch.linspace(0, 1, 40)[:, None].expand(-1, 2)
     real = torch.cat([grid[::2], grid[::2] + 100])
-    result = quality({"features": grid}, {"features": real}, None)
-    assert (result["precision"], result["recall"]) == (1, 0.5)
+    found = of({"features": grid}, {"features": real})
+    assert (found["precision"], found["recall"]) == (1, 0.5)
+
+
+def test_precision_and_recall_compare_equal_counts_evenly_spaced_and_once(features, monkeypatch):
+    monkeypatch.setattr(precision, "SAMPLES", 30)
+    generated, reference = features(60, 1), features(90, 2)
+    both = Evidence(generated=generated, reference=reference)
+    assert precision.compared(both) == 30
+    spaced = [
+        {"features": f["features"][:: len(f["features"]) // 30]} for f in (generated, reference)
+    ]
+    found, expected = evaluate(both), of(*spaced)
+    for name in ("precision", "recall"):
+        assert found[name] == expected[name]
+    assert len(both._found) == 1
+
+
+def test_kid_equals_torch_fidelity(features, monkeypatch):
+    monkeypatch.setattr(kid, "SUBSET_SIZE", 50)
+    generated, reference = features(60, 1), features(90, 2)
+    theirs = kid_featuresdict_to_metric(
+        {"x": generated["features"]},
+        {"x": reference["features"]},
+        "x",
+        kid_subsets=20,
+        kid_subset_size=50,
+        rng_seed=2020,
+        verbose=False,
+    )
+    found = of(generated, reference)["kid"]
+    assert found == theirs["kernel_inception_distance_mean"]
 
 
 def test_agreement_counts_the_classes_asked_for(features):
     generated = features(4, 1) | {"logits": torch.eye(4)}
-    result = quality(generated, features(9, 2), torch.tensor([0, 1, 2, 0]))
-    assert result["agreement"] == 0.75
+    found = of(generated, features(9, 2), torch.tensor([0, 1, 2, 0]))
+    assert found["agreement"] == 0.75
+
+
+def _inception_score(logits: torch.Tensor | None) -> float | Missing:
+    return inception_score.compute(Evidence(generated={"imagenet_logits": logits}, reference={}))
 
 
 def test_inception_score_equals_torch_fidelity():
@@ -137,54 +185,104 @@ def test_inception_score_equals_torch_fidelity():
         rng_seed=2020,
         verbose=False,
     )
-    assert inception_score(logits) == (theirs["inception_score_mean"], "")
+    assert _inception_score(logits) == theirs["inception_score_mean"]
 
 
 def test_inception_score_of_sure_and_varied_images_is_the_number_of_classes():
     """Sure of 4 classes, each in every split: exp(entropy 0 against log 4); unsure of all: 1."""
     sure = 1000.0 * torch.eye(4).repeat(4000, 1)
-    assert inception_score(sure)[0] == pytest.approx(4, rel=5e-3)
-    assert inception_score(torch.zeros(50, 4)) == (1, "")
+    assert _inception_score(sure) == pytest.approx(4, rel=5e-3)
+    assert _inception_score(torch.zeros(50, 4)) == 1
 
 
 @pytest.mark.parametrize(
     ("logits", "reason"),
     [
-        (None, "the judge is not Inception"),
+        (None, "the feature extractor is not Inception"),
         (torch.full((50, 8), math.nan), "no logits layer"),
         (torch.zeros(9, 8), "fewer than 10 images"),
     ],
 )
-def test_without_logits_there_is_no_inception_score_but_a_reason(features, logits, reason):
-    generated = features(60, 1) | {"imagenet_logits": logits}
-    result = quality(generated, features(90, 2), None)
-    assert result["inception_score"] is None
-    assert reason in result["unavailable"]["inception_score"]
-    assert np.isfinite(result["fid"])
+def test_without_logits_there_is_no_inception_score_but_a_reason(logits, reason):
+    assert reason in _inception_score(logits).reason
 
 
-def test_what_the_judge_lacks_is_none(features):
+def test_what_the_extractor_lacks_is_missing(features):
     bare = {"features": features(30, 1)["features"]}
-    result = quality(bare, bare, torch.zeros(30, dtype=torch.int64))
-    assert result["sfid"] is None
-    assert result["agreement"] is None
+    found = of(bare, bare, torch.zeros(30, dtype=torch.int64))
+    assert found["sfid"] == Missing("the feature extractor has no spatial features")
+    assert "does not know the data set's classes" in found["agreement"].reason
 
 
 def test_fewer_samples_than_dimensions_still_give_a_fid(features):
-    result = quality(features(6, 1), features(90, 2), None)
-    assert np.isfinite(result["fid"])
-    assert result["fid"] > 0
+    assert 0 < of(features(6, 1), features(90, 2))["fid"] < math.inf
+
+
+def test_a_value_that_is_no_number_is_missing(features):
+    generated = features(30, 1)
+    generated["spatial"] = torch.full((30, 1), 1e200, dtype=torch.float64)
+    assert (
+        "not a finite number"
+        in of(generated, features(90, 2) | {"spatial": torch.zeros(9, 1)})["sfid"].reason
+    )
 
 
 def test_statistics_of_the_reference_come_before_those_of_its_images():
     features = correlated(64, 8, 0)
     mu, sigma = statistics(correlated(64, 8, 1))
     known = {"features": features, "mu": torch.tensor(mu), "sigma": torch.tensor(sigma)}
-    options = {"kid_subsets": 1, "kid_subset_size": 10}
     with_, without = (
-        quality({"features": features}, reference, None, **options)
-        for reference in (known, {"features": features})
+        of({"features": features}, reference) for reference in (known, {"features": features})
     )
     assert with_["fid"] == frechet_distance(*statistics(features), mu, sigma) > 0.1
     assert without["fid"] == pytest.approx(0, abs=1e-6)
     assert with_["kid"] == without["kid"]
+
+
+# Entries.
+
+
+@pytest.mark.parametrize("metric", metrics.metric_names())
+def test_an_entry_can_be_printed(metric):
+    entry = metrics.metric(metric)
+    assert isinstance(entry, Metric) and entry.label and entry.help
+    assert entry.better in ("lower", "higher", "")
+    assert entry.format == "sig" or format(1.0, entry.format)
+
+
+def test_entries_are_light():
+    """Tracks and leaderboards read them without torch."""
+    script = (
+        "import sys; from prunebench.evaluation import metrics; metrics.metrics();"
+        "print([m for m in ('torch', 'numpy', 'scipy', 'pandas') if m in sys.modules])"
+    )
+    done = subprocess.check_output([sys.executable, "-c", script], text=True)
+    assert done.strip() == "[]"
+
+
+def test_an_unknown_metric_has_a_nearest():
+    with pytest.raises(UserError, match="unknown metric 'ssmi'; did you mean 'ssim'"):
+        metrics.metric("ssmi")
+    with pytest.raises(UserError, match="unknown metric 'quality'; known: agreement, clip_score"):
+        metrics.metric("quality")
+
+
+def test_what_a_metric_cannot_work_with_is_known_without_computing():
+    lpips = metrics.metric("lpips")
+    assert lpips.refusal({"lpips": "alex"}, 32) is lpips.refusal({"lpips": "none"}, 4) is None
+    assert "'alex' needs 32 pixels a side, images have 16" in lpips.refusal({"lpips": "alex"}, 16)
+    assert "unknown network 'vgg19'" in lpips.refusal({"lpips": "vgg19"}, 64)
+    assert "SSIM needs 6" in metrics.metric("ssim").refusal({}, 5)
+    assert lpips.weights({"lpips": "vgg"}) == "lpips-vgg"
+    assert lpips.weights({"lpips": "domain"}) is None
+    assert metrics.metric("clip_score").weights({"clip": "clip_vit_b16"}) == "clip_vit_b16"
+
+
+@pytest.mark.parametrize("metric", metrics.metric_names())
+def test_the_least_images_are_enough(features, metric):
+    """Also for each other: no metric fails on as many images as one of them needs."""
+    least = metrics.metric(metric).least_images
+    found = metrics._module(metric).compute(
+        Evidence(generated=features(least, 1), reference=features(least, 2))
+    )
+    assert isinstance(found, Missing | float)

@@ -17,7 +17,7 @@ from prunebench.diffusion.objectives import NoisePrediction
 from prunebench.diffusion.sampling import scheduler
 from prunebench.errors import UserError
 from prunebench.evaluation.features import load_extractor
-from prunebench.evaluation.quality import quality
+from prunebench.evaluation.metrics import Evidence, evaluate
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -64,20 +64,21 @@ def test_halves_of_the_training_set_are_alike(mirror, monkeypatch):
     spec = importlib.util.spec_from_file_location("halves", ROOT / "scripts/fid_of_halves.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    judge = load_extractor("inception-v3-compat", assets.locate("inception"))
+    extractor = load_extractor("inception-v3-compat", assets.locate("inception"))
     images, halves = assets.load_dataset("cifar10").train_images, []
 
-    def compared(first: dict, second: dict, labels: None) -> dict:
-        halves.extend((first, second))
-        return quality(first, second, labels)
+    def compared(evidence: Evidence) -> dict:
+        halves.extend((evidence.generated, evidence.reference))
+        return evaluate(evidence)
 
-    monkeypatch.setattr(script, "quality", compared)
-    result = script.compare_halves(images, HALF, judge)
+    monkeypatch.setattr(script, "evaluate", compared)
+    result = script.compare_halves(images, HALF, extractor)
     assert result["fid"] == pytest.approx(result["fid_torch_fidelity"], rel=1e-3)
-    if result["fid_cleanfid"] is not None:  # its matrix root fails on some singular covariances
+    if "fid_cleanfid" in result:  # its matrix root fails on some singular covariances
         assert result["fid"] == pytest.approx(result["fid_cleanfid"], rel=1e-3)
     # With fewer dimensions than images they are regular, and it always has one.
-    few = quality(*({"features": half["features"][:, :DIMENSIONS]} for half in halves), None)
+    few = [{"features": half["features"][:, :DIMENSIONS]} for half in halves]
+    few = evaluate(Evidence(generated=few[0], reference=few[1]))
     assert few["fid"] == pytest.approx(few["fid_cleanfid"], rel=1e-6)
     assert result["fid"] == pytest.approx(FID_OF_HALVES, rel=1e-3)
     assert abs(result["kid"]) < 2e-3  # unbiased
@@ -153,7 +154,7 @@ def test_inception_score_is_not_available_from_weights_without_logits(tiny_run, 
     if state["fc.weight"].isfinite().all():
         pytest.skip(f"{weights.name} has a logits layer")
     board = (tiny_run / "results/tiny/leaderboard.md").read_text()
-    assert "IS: the judge's weights have no logits layer" in board
+    assert "IS: the extractor's weights have no logits layer" in board
     for file in (tiny_run / "runs/tiny").rglob("metrics.json"):
         quality = json.loads(file.read_text())["quality"]
         assert quality["inception_score"] is None

@@ -23,6 +23,7 @@ from prunebench.assets import convert, registry, store
 from prunebench.diffusion.text_encoder import TextEncoder
 from prunebench.errors import UserError
 from prunebench.evaluation.clip import clip_score
+from prunebench.evaluation.metrics import Evidence
 from prunebench.records import artefacts
 from prunebench.stages import common as stages
 from prunebench.stages import score as judging
@@ -391,11 +392,20 @@ def test_prompts_decide_what_is_drawn_and_a_clip_scores_it(
         stages.assets, "locate", lambda name: clip if "clip" in name else store.locate(name)
     )
     drawn = {"images": images, "labels": torch.arange(4)}
-    found = judging._with_clip_score(track, drawn, {"unavailable": {}})
+    settings = track.content["evaluation"]
+    evidence = Evidence(
+        generated={"features": torch.randn(4, 2)},
+        reference={"features": torch.randn(4, 2)},
+        images=images,
+        prompts=judging._prompts(track, drawn["labels"]),
+        settings=settings,
+        weights=judging._weights(settings),
+    )
+    found = judging._qualities(evidence, settings)["quality"]
     texts = stages.dataset(track).reference_captions[:4]
     assert found["clip_score"] == pytest.approx(_by_hand(clip, images, texts), abs=1e-5)
     assert found["clip_score"] == clip_score(clip, images, texts, 500)
-    assert not found["unavailable"]
+    assert "clip_score" not in found["unavailable"]
     sha256 = artefacts.sha256(clip / "model.safetensors")
     assert found["clip"] == {"name": "clip_vit_b16", "sha256": sha256}
     with pytest.raises(UserError, match=r"preprocessor_config\.json does not exist"):

@@ -1,1 +1,1 @@
-"""Judging a cell: features, quality, consistency with dense, static cost and latency."""
+"""What is measured of a cell: features, metrics, static cost and latency."""

@@ -1,4 +1,4 @@
-"""Domain classifier: the judge of tracks whose images are far from ImageNet.
+"""Domain classifier: the feature extractor of tracks whose images are far from ImageNet.
 
 A small CNN trained on the track's own data. Its pooled features take Inception's place in FID
 (as LeNet features do for MNIST in Binkowski et al., arXiv 1801.01401), its logits check whether a
@@ -54,7 +54,7 @@ class DomainClassifier(nn.Module):
         return maps
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Judge uint8 images, or float images in [-1, 1], of shape [N, C, H, W].
+        """Features of uint8 images, or of float images in [-1, 1], of shape [N, C, H, W].
 
         Returns:
             "features" [N, 64], "spatial" [N, 256] and "logits" [N, classes].

@@ -1,7 +1,7 @@
-"""Image features behind torch-fidelity's registry: one name in the config chooses the judge.
+"""Feature extractors behind torch-fidelity's registry, one of which a track names.
 
 "domain" is the track's own classifier, "inception-v3-compat" is torch-fidelity's Inception, the one
-that published FIDs use. Another judge registered there needs one entry in `LAYERS`.
+that published FIDs use. Another one registered there needs one entry in `LAYERS`.
 """
 
 from functools import partial

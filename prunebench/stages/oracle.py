@@ -1,4 +1,4 @@
-"""The oracle: every layer mask of one sparsity, healed and judged like the cells of a track.
+"""The oracle: every layer mask of one sparsity, recovered and evaluated like the cells of a track.
 
 With few layers all masks can be run, and a selection's percentile among them is exact. With many, a
 stated number of random ones stands for all. Each mask is a job that keeps only its FID.
@@ -16,7 +16,7 @@ from torch import nn
 
 from prunebench import models
 from prunebench.errors import CellError, UserError, machine_fault
-from prunebench.evaluation import features, quality
+from prunebench.evaluation import features, frechet
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.targets import plan_layers
@@ -57,7 +57,7 @@ def masks(
 def evaluate(
     track: Track, layout: Layout, model: str, recovery: str, seed: int, index: int
 ) -> None:
-    """Heal, sample and judge mask `index`; a training that fails is a mask without a FID."""
+    """Recover, sample and evaluate mask `index`; a training that fails is a mask without a FID."""
     start, settings = time.perf_counter(), track.content["oracle"]
     artefacts.read_record(layout.trained(model))
     dense, _ = surgery.load(Path(layout.trained(model)).parent)
@@ -108,10 +108,10 @@ def _fid(
     images = torch.cat(list(sampler.images(
         cell.seed, 0, track.content["sampling"]["count"], track.content["sampling"]["batch"]
     )))  # fmt: skip
-    judge = artefacts.read_record(layout.extractor)["extractor"]
-    eye = features.load_extractor(judge["name"], Path(judge["weights"]))
-    generated = eye.extract(images, track.content["evaluation"]["batch"])["features"]
+    used = artefacts.read_record(layout.extractor)["extractor"]
+    extractor = features.load_extractor(used["name"], Path(used["weights"]))
+    generated = extractor.extract(images, track.content["evaluation"]["batch"])["features"]
     reference = artefacts.read_tensors(Path(layout.extractor).parent / FEATURES)
-    return quality.frechet_distance(
-        *quality.statistics(generated), *quality.reference_statistics(reference)
+    return frechet.frechet_distance(
+        *frechet.statistics(generated), *frechet.reference_statistics(reference)
     )

@@ -1,19 +1,20 @@
-"""The stages that judge images: the extractor of features, and the score of a cell.
+"""The stages that evaluate images: the extractor of features, and the score of a cell.
 
 Apart from the other stages, because what they import takes as long as all the rest.
 """
 
 import logging
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from prunebench import assets
 from prunebench.errors import UserError
-from prunebench.evaluation import classifier, consistency, features, quality
-from prunebench.evaluation.clip import clip_score
+from prunebench.evaluation import classifier, features, metrics
 from prunebench.evaluation.grid import write_grid
+from prunebench.evaluation.metrics import Evidence, Missing, precision
 from prunebench.pruning import surgery
 from prunebench.records import artefacts
 from prunebench.stages.common import IMAGES, dataset, finish, labels, shared_settings, upstream
@@ -46,9 +47,9 @@ def extractor(track: Track, layout: Layout) -> None:
         artefacts.write_tensors(weights, model.state_dict())
     else:
         weights = assets.locate(settings["asset"])
-    judge = features.load_extractor(settings["name"], weights)
-    found = judge.extract(images.reference_images, track.content["evaluation"]["batch"])
-    compared = {name: found[name] for name in ("features", "spatial")}  # no logits: see `quality`
+    loaded = features.load_extractor(settings["name"], weights)
+    found = loaded.extract(images.reference_images, track.content["evaluation"]["batch"])
+    compared = {name: found[name] for name in ("features", "spatial")}  # no metric reads logits
     if images.statistics:
         compared |= dict(zip(("mu", "sigma"), images.statistics, strict=True))
     artefacts.write_tensors(folder / FEATURES, compared)
@@ -58,7 +59,7 @@ def extractor(track: Track, layout: Layout) -> None:
 
 
 def _check_sizes(track: Track, images: assets.Dataset) -> None:
-    """A judge sees images of other sizes differently: samples must have the references'."""
+    """An extractor sees images of other sizes differently: samples must have the references'."""
     own = assets.data_set(track.content["dataset"]["name"]).shape[1]
     side = track.content["sampling"].get("size", own)
     if (seen := images.reference_images[:1].shape[-1]) != side:
@@ -74,7 +75,7 @@ def score(track: Track, cell: Cell, paths: Paths) -> None:
     records = {name: upstream(getattr(paths, name)) for name in names}
     upstream(paths.dense_sample)
     drawn = artefacts.read_tensors(Path(paths.sample).parent / IMAGES)
-    judge = upstream(paths.extractor)["extractor"]
+    used = upstream(paths.extractor)["extractor"]
     healed = records.get("recover", {"budget": unspent(), "size": {}})
     grid = Path(paths.metrics).parent / "grid.png"
     write_grid(grid, drawn["images"], drawn["labels"])
@@ -83,7 +84,7 @@ def score(track: Track, cell: Cell, paths: Paths) -> None:
         "cell": as_dict(cell),
         "failure": None,
         "labels": labels(track, cell),
-        **_judged(track, cell, paths, judge, drawn),
+        **_evaluated(track, cell, paths, used, drawn),
         "size": {**records["cost"]["size"], **healed["size"]},
         "latency": records["cost"]["latency"],
         "budget": {"selection": records["select"]["budget"], "recovery": healed["budget"]},
@@ -95,7 +96,7 @@ def score(track: Track, cell: Cell, paths: Paths) -> None:
             stage: record["training"] for stage, record in records.items() if "training" in record
         },
         "sampling": records["sample"]["sampling"],
-        "extractor": {k: v for k, v in judge.items() if k != "weights"},
+        "extractor": {k: v for k, v in used.items() if k != "weights"},
         **_told(track, cell, paths),
         "settings": _settings(track, cell),
         "plan": artefacts.read_json(Path(paths.select).parent / surgery.PLAN)["plan"],
@@ -113,43 +114,66 @@ def _told(track: Track, cell: Cell, paths: Paths) -> dict:
     return {"text_encoder": {k: v for k, v in report.items() if k != "place"}}
 
 
-def _judged(track: Track, cell: Cell, paths: Paths, judge: dict, drawn: dict[str, Tensor]) -> dict:
-    """Quality against the reference set, and consistency with the dense model's images."""
-    settings, weights = track.content["evaluation"], Path(judge["weights"])
-    eye = features.load_extractor(judge["name"], weights)
-    generated = eye.extract(drawn["images"], settings["batch"])
-    reference = artefacts.read_tensors(Path(paths.extractor).parent / FEATURES)
+def _evaluated(
+    track: Track, cell: Cell, paths: Paths, extractor: dict, drawn: dict[str, Tensor]
+) -> dict:
+    """Every metric of the cell's images."""
+    settings, weights = track.content["evaluation"], Path(extractor["weights"])
+    reads = "text_encoder" in track.model(cell.model)
     undisturbed = artefacts.read_tensors(Path(paths.dense_sample).parent / IMAGES)
-    distance = _distance(settings["lpips"], weights)
-    found = quality.quality(generated, reference, drawn["labels"])
-    if "text_encoder" in track.model(cell.model):
-        found = _with_clip_score(track, drawn, found)
-    return {
-        "quality": found,
-        "consistency": consistency.consistency(drawn["images"], undisturbed["images"], distance),
-    }
+    evidence = Evidence(
+        generated=features.load_extractor(extractor["name"], weights).extract(
+            drawn["images"], settings["batch"]
+        ),
+        reference=artefacts.read_tensors(Path(paths.extractor).parent / FEATURES),
+        images=drawn["images"],
+        dense_images=undisturbed["images"],
+        labels=drawn["labels"],
+        prompts=_prompts(track, drawn["labels"]) if reads else None,
+        settings=settings,
+        extractor=weights,
+        weights=_weights(settings),
+        device=parallel.device(),
+    )
+    return _qualities(evidence, settings)
 
 
-def _with_clip_score(track: Track, drawn: dict[str, Tensor], found: dict) -> dict:
-    """`found` with the CLIP score of the images and their prompts, or the reason for none."""
-    settings, value, why, clip = track.content["evaluation"], None, {}, None
-    if "clip" in settings:
-        texts = dataset(track).reference_captions
-        asked = [texts[label] for label in drawn["labels"].tolist()]
-        place, device = assets.locate(settings["clip"]), parallel.device()
-        value = clip_score(place, drawn["images"], asked, settings["batch"], device)
-        clip = {"name": settings["clip"], "sha256": artefacts.sha256(place / CLIP)}
-    else:
-        why = {"clip_score": "the track names no CLIP (evaluation.clip)"}
-    unavailable = {**found["unavailable"], **why}
-    return {**found, "clip_score": value, "clip": clip, "unavailable": unavailable}
+def _prompts(track: Track, labels: Tensor) -> list[str]:
+    texts = dataset(track).reference_captions
+    return [texts[label] for label in labels.tolist()]
 
 
-def _distance(name: str, judge: Path) -> consistency.Distance | None:
-    if name == "none":
+def _weights(settings: Mapping) -> dict[str, Path]:
+    """Where the assets lie that metrics read."""
+    names = {name: entry.weights(settings) for name, entry in metrics.metrics().items()}
+    return {name: assets.locate(asset) for name, asset in names.items() if asset}
+
+
+def _clip(evidence: Evidence, settings: Mapping) -> dict | None:
+    if "clip" not in settings:
         return None
-    weights = judge if name == "domain" else assets.locate(f"lpips-{name}")
-    return consistency.perceptual_distance(name, weights)
+    place = evidence.weights["clip_score"]
+    return {"name": settings["clip"], "sha256": artefacts.sha256(place / CLIP)}
+
+
+def _qualities(evidence: Evidence, settings: Mapping) -> dict[str, dict]:
+    """The metrics as a record holds them."""
+    found = metrics.evaluate(evidence)
+    why = {name: value.reason for name, value in found.items() if isinstance(value, Missing)}
+    values = {name: None if name in why else value for name, value in found.items()}
+    consistency = {name: values.pop(name) for name in ("lpips", "ssim", "psnr")}
+    kept = ("inception_score",) if evidence.prompts is None else ("inception_score", "clip_score")
+    if evidence.prompts is None:
+        values.pop("clip_score")
+    else:
+        values["clip"] = _clip(evidence, settings)
+    counts = {
+        "unavailable": {name: why[name] for name in kept if name in why},
+        "samples": len(evidence.generated["features"]),
+        "reference_samples": len(evidence.reference["features"]),
+        "prc_reference_samples": precision.compared(evidence),
+    }
+    return {"quality": {**values, **counts}, "consistency": consistency}
 
 
 def _settings(track: Track, cell: Cell) -> dict:

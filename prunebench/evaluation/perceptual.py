@@ -1,6 +1,5 @@
-"""How far a pruned model drifted from dense: paired images, made from equal noise."""
+"""Perceptual distances between pairs of images."""
 
-import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -8,50 +7,13 @@ from pathlib import Path
 import lpips
 import torch
 from torch import Tensor, nn
-from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
-from prunebench.diffusion.sampling import to_float
 from prunebench.errors import UserError
 from prunebench.evaluation.classifier import DomainClassifier
 from prunebench.records.artefacts import read_tensors
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 BACKBONES = ("alex", "vgg")
-
-
-@torch.no_grad()
-def consistency(
-    images: Tensor, dense_images: Tensor, distance: Distance | None, batch: int = 64
-) -> dict[str, float | None]:
-    """Compare uint8 images [N, C, H, W] pairwise with those dense makes of the same noise.
-
-    Args:
-        distance: as `perceptual_distance` returns it; None leaves lpips out.
-        batch: images held as floats at a time.
-
-    Returns:
-        lpips: mean perceptual distance, 0 for equal images; None without a distance.
-        ssim: mean structural similarity (Wang et al. 2004: 11x11 Gaussian window of sigma 1.5,
-            borders reflected, which needs no more than 6 pixels a side), 1 for equal images.
-        psnr: in dB, of the squared error pooled over all images, so that one unchanged image does
-            not make it infinite; None (infinite) where all images are equal.
-    """
-    if images.shape != dense_images.shape:
-        raise ValueError(f"unpaired images: {list(images.shape)} and {list(dense_images.shape)}")
-    similarity = StructuralSimilarityIndexMeasure(data_range=1.0)
-    ratio = PeakSignalNoiseRatio(data_range=1.0)
-    total = 0.0
-    for ours, dense in zip(images.split(batch), dense_images.split(batch), strict=True):
-        similarity.update(ours.float() / 255, dense.float() / 255)
-        ratio.update(ours.float() / 255, dense.float() / 255)
-        if distance:
-            total += distance(to_float(ours), to_float(dense)).double().sum().item()
-    decibels = ratio.compute().item()
-    return {
-        "lpips": total / len(images) if distance else None,
-        "ssim": similarity.compute().item(),
-        "psnr": decibels if math.isfinite(decibels) else None,
-    }
 
 
 def perceptual_distance(name: str, weights: Path) -> Distance:
