@@ -1,4 +1,4 @@
-"""What planning imports is light. Who may import whom is a contract in pyproject.toml: `make lint`."""
+"""What planning imports is light. The contract of who may import whom stands in pyproject.toml."""
 
 import subprocess
 import sys

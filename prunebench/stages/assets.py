@@ -10,6 +10,7 @@ from prunebench.assets import fetch, store
 from prunebench.assets.registry import ASSETS, Asset, File, asset
 from prunebench.errors import UserError
 from prunebench.records.artefacts import write_json
+from prunebench.runtime import resources
 
 TITLES = ("NAME", "KIND", "SIZE", "STATE", "LICENCE", "TRACKS")
 
@@ -30,7 +31,7 @@ def list_assets(names: Iterable[str]) -> None:
 def _readers() -> dict[str, list[str]]:
     """Asset -> the tracks of config/ that read it, or what it serves as or is converted to."""
     readers: dict[str, list[str]] = {}
-    for file in sorted(Path("config").glob("*.yaml")):
+    for file in sorted(resources.listed("config/*.yaml")):
         with contextlib.suppress(UserError):  # a track that is being written stops no list
             needed = tracks.load_any(file.stem).assets()
             for name in {way.name for entry in needed for way in _ways(asset(entry))}:

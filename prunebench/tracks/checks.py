@@ -11,12 +11,12 @@ import yaml
 from prunebench import assets, models
 from prunebench import recovery as recoveries
 from prunebench.errors import UserError
+from prunebench.runtime import resources
 from prunebench.tracks import methods
 from prunebench.tracks.cells import PUBLISHED
 from prunebench.tracks.stages import NEEDS, RESERVED, SEVERAL_GPUS, needs_of
 
-ROOT = Path(__file__).parents[2]
-SCHEMA = ROOT / "workflow" / "schemas" / "track.schema.yaml"
+SCHEMA = resources.root() / "workflow" / "schemas" / "track.schema.yaml"
 FLOW_SAMPLERS = ("euler", "heun", "euler-maruyama")
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 import yaml
 
 from prunebench.errors import UserError
+from prunebench.runtime import resources
 
 
 def read(name: str) -> tuple[Path, object]:
     """The file of a track and its content, unchecked."""
-    file = Path(name) if name.endswith((".yaml", ".yml")) else Path("config") / f"{name}.yaml"
+    file = Path(name) if name.endswith((".yaml", ".yml")) else resources.find(f"config/{name}.yaml")
     if not file.exists():
-        known = ", ".join(sorted(path.stem for path in Path("config").glob("*.yaml")))
+        known = ", ".join(sorted(path.stem for path in resources.listed("config/*.yaml")))
         raise UserError(f"unknown track '{name}': {file} does not exist; known tracks: {known}")
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", file.stem, re.ASCII):
         raise UserError(f"{file}: a track's file name is its folder; use letters, digits, _ . -")

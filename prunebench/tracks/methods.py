@@ -14,6 +14,7 @@ from pathlib import Path
 
 from prunebench import models
 from prunebench.errors import CellError, UserError
+from prunebench.runtime import resources
 
 KINDS = ("none", "layers", "widths", "weights", "steps")
 RECOVERY = ("optional", "never", "required")
@@ -79,7 +80,7 @@ def discover(folders: Iterable[Path]) -> dict[str, Method]:
         UserError: a folder is missing, a file breaks the contract, or two files share a name.
     """
     found: dict[str, Method] = {}
-    for folder in map(Path, folders):
+    for folder in map(resources.find, folders):
         if not folder.is_dir():
             raise UserError(f"the methods folder {folder} does not exist (methods.folders)")
         for file in sorted(folder.glob("*.py")):
