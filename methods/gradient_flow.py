@@ -72,7 +72,7 @@ def select(
     """Move the masks and train under them for `rounds` rounds, then slice.
 
     Args:
-        process: "soft", progressive soft masks (sheet 2.2, option B), or "flow" (option A).
+        process: "soft", masks that fall round by round, or "flow", steps along a flow of masks.
         schedule, own_decay: how `soft` chooses groups and lowers their masks, see there.
         flow_steps, r, dt: number, length and "linear" or "exponential" sizes of `flow`'s steps.
         score: "magnitude_of_wHG" is a control: the sum of |w H G|, lowest first.

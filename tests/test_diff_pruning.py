@@ -1,7 +1,4 @@
-"""Diff-Pruning and its Taylor baseline against the published arithmetic and torch-pruning's own.
-
-Numbered invariants are those of papers/diff_pruning.md, section 8.
-"""
+"""Diff-Pruning and its Taylor baseline against the published arithmetic and torch-pruning's own."""
 
 import copy
 from types import SimpleNamespace
@@ -52,7 +49,7 @@ def _context(model, loss, widths=(), goal=None, side=1):
     )
 
 
-# Invariant 1: scores of a linear model.
+# Scores of a linear model.
 
 
 def _linear(side: int = 1):
@@ -101,7 +98,7 @@ def test_the_baseline_ranks_other_channels_lowest_than_diff_pruning():
     assert lowest == [1, 0]
 
 
-# Invariants 2 and 3: the gate.
+# The gate.
 
 
 def _gated(function, threshold, stop="before", timesteps=1000, goal=None):
@@ -365,7 +362,7 @@ def test_biases_and_embeddings_have_no_say(method):
     tiny.assert_same(before, _scores(method, model, units))
 
 
-# Invariants 4 and 5: the paper's networks at 30 % (on the meta device: shapes, no weights).
+# The paper's networks at 30 % (on the meta device: shapes, no weights).
 
 # size, channels per level, level with attention; dense M and GMAC, pruned M and GMAC (paper).
 NETWORKS = {
@@ -465,7 +462,7 @@ def test_kept_channels_of_the_uniform_ratio(channels, groups, ratio, kept):
     assert per_group.unique(return_counts=True)[1].unique().numel() == 1
 
 
-# Invariants 6 and 7: what pruning must not change.
+# What pruning must not change.
 
 
 def test_a_model_agrees_with_itself():

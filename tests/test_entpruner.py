@@ -1,4 +1,4 @@
-"""EntPruner on networks that can be worked out (papers/entpruner.md, section 7), and its stages."""
+"""EntPruner on networks that can be worked out by hand, and its stages."""
 
 from math import log
 from types import SimpleNamespace

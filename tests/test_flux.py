@@ -1,7 +1,7 @@
 """FLUX: published sizes and costs, its conventions, and what removing units of it does.
 
 No released weights were at hand: names, shapes and arithmetic are compared with diffusers' own
-class, sizes with the facts collected for the suite (tooling) and EcoDiff's sheet, sections 2 to 9.
+class, sizes with counts made by hand and with what EcoDiff masks (YaNgZhAnG-V5/EcoDiff, hooks).
 """
 
 import copy
@@ -123,10 +123,10 @@ def test_published_cost(name_, text):
 
 
 def test_widths_are_what_ecodiff_masks():
-    """Sheet section 2: 1,368 heads and 933,888 neurons; section 5: 20 % leave about 9.52 B.
+    """1,368 heads and 933,888 neurons; 20 % fewer of each leave about 9.52 B parameters.
 
-    The latter with 20 % of the modulations' 1,050,624 outputs, which are no widths here. The sheet
-    does not say how it rounds: 9.51 B where each block loses 5 of 24 heads, 9.53 B unrounded.
+    The latter with 20 % of the modulations' 1,050,624 outputs, which are no widths here. How the
+    release rounds is not known: 9.51 B where each block loses 5 of 24 heads, 9.53 B unrounded.
     """
     model = _meta(DEV)
     units = flux.widths(model)
@@ -391,7 +391,7 @@ def _masked() -> tuple[flux.Flux, dict[str, list[int]]]:
 
 
 def test_slicing_computes_what_masking_does():
-    """EcoDiff's sheet 9.6, double and single blocks; also part by part and saved in between."""
+    """Masked and sliced agree, double and single blocks; also part by part and saved in between."""
     masked, gone = _masked()
     expected = tiny.output(masked, "flux")
     model = tiny.dense("flux")

@@ -1,4 +1,4 @@
-"""Gradient-flow pruning against the numbered invariants of its fact sheet (section 6)."""
+"""Gradient-flow pruning against arithmetic done by hand."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -54,7 +54,7 @@ def _leaves(model: nn.Module) -> dict:
     return {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters()}
 
 
-# Invariant 1: the score, on the sheet's quadratic.
+# The score, on a quadratic.
 
 X, Y = torch.tensor([1.0, 2.0]).diag(), torch.tensor([3.0, 0.0])
 READS = Width("w", 2, (Member("0.weight", 1, torch.tensor([[0], [1]])),))
@@ -68,7 +68,7 @@ def _squared_gradient(w: list[float]) -> float:
     return (X.T @ (X @ torch.tensor(w).float() - Y)).square().sum().item()
 
 
-def test_the_sheets_quadratic():
+def test_the_scores_of_a_quadratic():
     network = nn.Sequential(nn.Linear(2, 1, bias=False))
     nn.init.ones_(network[0].weight)
     leaves = _leaves(network)
@@ -86,7 +86,7 @@ def test_the_sheets_quadratic():
     assert first == 0, "w0 goes first although |w| ties and |w G| is (2, 4)"
 
 
-# Invariant 2: the double backward.
+# The double backward.
 
 
 def _toy_losses():
@@ -170,7 +170,7 @@ def test_micro_batches_do_not_change_the_scores():
     assert plan.notes["times"] == 2
 
 
-# Invariant 3: the step of the flow.
+# The step of the flow.
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -190,7 +190,7 @@ def test_an_energy_parallel_to_the_sparsity_coordinate_only_shrinks(factor):
     torch.testing.assert_close(delta, s / (s @ s))
 
 
-# Invariant 4: the step sizes of the flow.
+# The step sizes of the flow.
 
 
 @pytest.mark.parametrize("kind", ["linear", "exponential"])
@@ -206,7 +206,7 @@ def test_exponential_steps_shrink_by_one_factor():
     assert sizes[99] / sizes[98] == pytest.approx(0.56**0.01)
 
 
-# Invariant 5: masks and surgery.
+# Masks and surgery.
 
 
 def _half(unit: Width) -> tuple[int, ...]:
@@ -329,7 +329,7 @@ def test_the_flow_first_lowers_what_soft_masks_choose_first(core):
     tiny.assert_same(by_flow, by_soft)
 
 
-# Invariant 6: the schedule, on one width whose lowest slopes are chosen.
+# The schedule, on one width whose lowest slopes are chosen.
 
 
 def _lowest(scores, part=1.0):

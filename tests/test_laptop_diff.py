@@ -1,7 +1,7 @@
-"""LAPTOP-Diff against the numbered invariants of its fact sheet (section 8).
+"""LAPTOP-Diff: its score, its knapsack, and that scores of single layers nearly add up.
 
-Number 3, parameter accounting of SD-v1.5 and SDXL, is tested with the conditional UNets; 5 and 6,
-the normalised distillation, in test_recovery.py.
+The parameters of SD v1.5's and SDXL's units are counted with the conditional UNets; the normalised
+distillation is tested in test_recovery.py.
 """
 
 import math
@@ -34,7 +34,7 @@ def _scored(context: Context, draws: int = 6) -> tuple[list, torch.Tensor]:
     return batches, predictions(context, context.model, batches)
 
 
-# Invariant 1: the score.
+# The score.
 
 
 def test_removing_nothing_costs_nothing(name):
@@ -89,7 +89,7 @@ def test_a_silent_layer_scores_exactly_zero(instance):
     assert [score == 0 for score in scores] == [True, *([True, False] * len(others))[: len(others)]]
 
 
-# Invariant 2: the knapsack.
+# The knapsack.
 
 
 def _brute_force(scores: list, sizes: list, required: int) -> float:
@@ -156,7 +156,7 @@ def test_layers_that_cost_nothing_are_not_removed_in_excess():
     assert len(_covered([0.0, 0.0, 0.0], [10, 1, 1], 10)) == 1
 
 
-# Invariant 4: additivity, on a toy residual net whose layers are all alike but for what they write.
+# Additivity, on a toy residual net whose layers are all alike but for what they write.
 
 
 class _Residual(nn.Module):
@@ -237,7 +237,7 @@ def test_the_joint_error_is_at_most_the_sum_of_telescoped_steps(core):
     assert joint > 0 and len(set(steps)) == len(steps)
 
 
-# Invariant 7, and what the row says of itself.
+# Removals, and what the row says of itself.
 
 
 def test_every_removal_keeps_the_outputs_shape(name):

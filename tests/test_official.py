@@ -114,7 +114,7 @@ def _close(ours: Tensor, theirs: Tensor) -> None:
 # Published sizes and costs.
 
 # Parameters, exactly or in millions, and GMACs with and without attention products, as counted
-# independently of prunebench (the collected facts, papers' sheets) and to the digits given there.
+# by hand from the published configurations, independently of prunebench, to the digits given.
 KNOWN = {
     "ddpm_cifar10": ("35.746", "6.222", "6.054"),
     "ddpm_church256": ("113.67", "248.51", "248.17"),
@@ -224,7 +224,7 @@ def test_the_collected_cost_of_dit_is_that_of_diffusers_dit():
     ("depth", "total"), [(19, 459_983_264), (14, 340_457_504), (7, 173_121_440)]
 )
 def test_shallow_dits_have_their_published_sizes(depth, total):
-    """TinyFusion's sheet, section 8."""
+    """TinyFusion's TinyDiT-D19, D14 and D7 (Fang et al. 2024, Table 1)."""
     model = copy.deepcopy(_empty("dit_xl_2_256"))
     gone = tuple(f"blocks.{index}" for index in range(27, depth - 1, -1))
     surgery.apply(model, surgery.Plan(layers=gone), models.family("dit"))
@@ -253,7 +253,7 @@ SHALLOW = {
     ],
 )
 def test_short_stable_diffusions_have_their_published_sizes(name_, changes, total):
-    """BK-SDM's sheet, section 2: Base, Small and Tiny."""
+    """BK-SDM's Base, Small and Tiny (Kim et al. 2024; Nota-NetsPresso/BK-SDM, README)."""
     family, entry = ENTRIES[name_]
     with init_empty_weights():
         model = models.family(family).build({**entry.config, **changes})
@@ -271,7 +271,7 @@ def test_short_stable_diffusions_have_their_published_sizes(name_, changes, tota
     ],
 )
 def test_whole_units_of_stable_diffusion_have_their_published_sizes(path, total):
-    """SnapFusion's sheet, section 8: transformers with the projections around them, and ResNets."""
+    """SnapFusion's units: transformers with the projections around them, and ResNets."""
     block = _empty("sd15").get_submodule(path)
     assert sum(parameter.numel() for parameter in block.parameters()) == total
 

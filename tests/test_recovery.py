@@ -1,7 +1,4 @@
-"""Recoveries: what each loss is, what passes through the teacher, and features that compare.
-
-Invariants 5 and 6 are those of LAPTOP-Diff's fact sheet (section 8).
-"""
+"""Recoveries: what each loss is, what passes through the teacher, and features that compare."""
 
 import functools
 import subprocess
@@ -56,7 +53,7 @@ def test_the_names_of_recoveries_need_no_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-# Invariants 5 and 6: the normalised feature loss.
+# The normalised feature loss.
 
 
 def _features(seed: int) -> torch.Tensor:

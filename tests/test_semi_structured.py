@@ -194,7 +194,7 @@ def test_a_model_without_any_fitting_layer_keeps_its_precision(stand_in):
     assert len(report["dense"]) == report["of"] == len(convolutions)
 
 
-# Invariant 7 of SparseDM's sheet: the kernels compute what the masked matrices say.
+# The kernels compute what the masked matrices say.
 
 
 @needs_cuda

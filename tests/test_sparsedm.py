@@ -1,4 +1,4 @@
-"""SparseDM: the sheet's invariants (section 8), the ladder, what it spends and returns."""
+"""SparseDM: pattern, gradient, loss scaling, distillation, ladder, what it spends and returns."""
 
 import copy
 import itertools
@@ -77,7 +77,7 @@ def _groups(weight: torch.Tensor) -> torch.Tensor:
     )
 
 
-# Invariant 1: the pattern.
+# The pattern.
 
 
 @pytest.mark.parametrize("shape", [(3, 8), (64, 12), (4, 8, 3, 3), (2, 4, 1, 1)])
@@ -104,7 +104,7 @@ def test_the_returned_model_has_two_of_every_four(name):
     for weight in plan.notes["stay_dense"]:
         assert model.get_parameter(weight).all(), f"{weight} should have stayed dense"
         assert not torch.equal(model.get_parameter(weight), dense.get_parameter(weight))
-    assert model.state_dict().keys() == dense.state_dict().keys()  # no extra bias (sheet, trap 2)
+    assert model.state_dict().keys() == dense.state_dict().keys()  # no new bias
     assert not any(nn.utils.parametrize.is_parametrized(module) for module in model.modules())
 
 
@@ -117,7 +117,7 @@ def test_the_mask_follows_the_weights():
         assert (module.weight[0] != 0).tolist() == [True, True, False, False]
 
 
-# Invariant 2: idempotence and identity.
+# Idempotence and identity.
 
 
 def test_masking_twice_is_masking_once(name):
@@ -133,10 +133,10 @@ def test_four_of_four_is_the_dense_model(name):
     assert not torch.equal(tiny.output(_sparse(name), name), tiny.output(tiny.dense(name), name))
 
 
-# Invariant 3: the gradient.
+# The gradient.
 
 
-def test_the_decay_of_the_sheets_example():
+def test_the_decay_of_four_weights():
     layer, latent = _layer([0.1, -0.4, 0.3, 0.2])
     layer(torch.zeros(1, 4)).sum().backward()
     SPARSEDM.decay_pruned(layer, DECAY)
@@ -176,7 +176,7 @@ def _backward(model: nn.Module, name: str, precision: str) -> None:
     value.backward()
 
 
-# Invariant 4: loss scaling.
+# Loss scaling.
 
 
 @pytest.mark.parametrize("scale", [2.0**10, 2.0**16])
@@ -236,7 +236,7 @@ def _watched(context: selection.Context, look) -> list:
     return seen
 
 
-# Invariant 5: distillation.
+# Distillation.
 
 
 def test_distillation_adds_nothing_to_a_student_that_is_dense(core):
@@ -299,7 +299,7 @@ def test_trains_in_either_precision_and_with_either_optimiser(core, precision, m
 
 
 def test_the_mask_is_that_of_the_averaged_dense_weights():
-    """Section 4 of the sheet: the average is of W, and the mask is derived from it."""
+    """As in the release (utils.ema): the average is of W, and the mask is derived from it."""
     seen = []
     for ema in (0.0, 0.9):
         context = _context("dit", settings={"ema": ema})

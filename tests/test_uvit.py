@@ -1,6 +1,7 @@
 """U-ViT: the released architecture, its long skips, and what removing parts of it means.
 
-The sizes are those of Bao et al. 2023, Table 2, and of the SparseDM sheet (sections 6 and 8). No
+The sizes are those of Bao et al. 2023, Table 2, and what SparseDM masks (libs/uvit_linear.py
+of wangkafeng/SparseDM). No
 released checkpoint is at hand: names, token order and shapes follow the release's source.
 """
 
@@ -49,7 +50,7 @@ def _seen(module: nn.Module, run) -> list:
 
 
 def test_cifar10_size_and_what_sparsedm_masks():
-    """Sheet 8.6: 13 blocks, 52 matrices, 40,894,464 masked weights, half of them zero at 2:4."""
+    """13 blocks, 52 matrices, 40,894,464 masked weights, half of them zero at 2:4."""
     model = _meta({**CIFAR, "classes": None})
     assert parameter_count(model) == 44_255_328
     assert len(uvit.features(model)) == len(uvit.layers(model, "block")) == 13

@@ -1,8 +1,9 @@
 """Cross-attention UNets of LDM, Stable Diffusion and SDXL as diffusers' UNet2DConditionModel.
 
 LDM: Rombach et al. 2022; SDXL: Podell et al. 2023. diffusers' `attention_head_dim` is the number of
-heads in these networks. What can be removed follows LAPTOP-Diff (sheet section 3): the input and
-output convolutions, samplers, embeddings and the projections around transformer blocks stay.
+heads in these networks. What can be removed follows LAPTOP-Diff (Zhang et al. 2024): the
+input and output convolutions, samplers, embeddings and the projections around transformer blocks
+stay.
 """
 
 from collections.abc import Iterable, Mapping

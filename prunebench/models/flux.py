@@ -3,7 +3,7 @@
 19 double-stream blocks hold image and text apart but for one joint attention; 38 single-stream
 blocks run both as one sequence, with attention and MLP side by side in front of one projection.
 Parameter names are those of diffusers' checkpoints. Sizes and time convention: diffusers 0.42.1;
-what EcoDiff prunes: its sheet, section 2. No released weights were at hand.
+what EcoDiff masks: YaNgZhAnG-V5/EcoDiff, hooks. No released weights were at hand.
 
 What can go:
 

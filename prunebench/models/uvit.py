@@ -209,7 +209,7 @@ def widths(model: UViT) -> list[Width]:
 
 
 def weights(model: UViT) -> list[str]:
-    """The matrices of every block's attention and MLP, which SparseDM masks (sheet section 3).
+    """The matrices of every block's attention and MLP, which SparseDM masks.
 
     Joins of long skips, embedders, decoder and final convolution stay dense.
     """

@@ -83,7 +83,8 @@ def plan_uniform(
 ) -> Plan:
     """Remove the lowest channels of every width at `ratio` of its own channels.
 
-    The rule of torch-pruning's local pruning (Diff-Pruning, sheet section 1): a width of C channels
+    The rule of torch-pruning's local pruning, as Diff-Pruning uses it (VainF/Diff-Pruning,
+    ddpm_exp/torch_pruning/pruner/algorithms/metapruner.py): a width of C channels
     loses n = C - int(C (1 - ratio)), with a normalisation floor(n / groups) from each of its groups
     (128 -> 96 at 0.3 under GroupNorm(32)). How many parameters go follows from it.
     """

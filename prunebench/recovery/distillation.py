@@ -16,7 +16,8 @@ Distance = Callable[[Tensor, Tensor], Tensor]  # (teacher's feature, student's f
 def distilled(teaching: Teaching, distance: Distance | None = None, weight: float = 1.0) -> Loss:
     """Task loss + weight * output loss + sum over feature points of `distance`.
 
-    The structure and weights of 1 are BK-SDM's (Kim et al., ECCV 2024; sheet section 4). Without a
+    The structure and weights of 1 are BK-SDM's (Kim et al., ECCV 2024, arXiv 2305.15798; in
+    Nota-NetsPresso/BK-SDM, src/kd_train_text_to_image.py). Without a
     `distance` no features are compared.
     """
     points = teaching.kept if distance else {}

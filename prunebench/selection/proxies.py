@@ -1,8 +1,8 @@
 """Training-free proxies of how well a network will train (NTK, ZiCo), and a vote on them.
 
 Both need gradients at the present weights only. Formulas, choice of parameters and vote are
-those of AutoProg-Zero's released search, on which EntPruner builds (papers/entpruner.md, section
-1). ZiCo: G. Li et al., ICLR 2023, arXiv 2301.11300.
+those of AutoProg-Zero's released search (prog/helpers.py, train_apz.py), on which EntPruner builds.
+ZiCo: G. Li et al., ICLR 2023, arXiv 2301.11300.
 """
 
 import math
