@@ -176,7 +176,14 @@ def test_the_machines_gpus_are_listed(monkeypatch, tmp_path, listing, names):
 
 
 @pytest.mark.parametrize(
-    ("visible", "names"), [("", []), ("1", ["1"]), ("GPU-5c7f, GPU-9d1e", ["GPU-5c7f", "GPU-9d1e"])]
+    ("visible", "names"),
+    [
+        ("", []),
+        ("1", ["1"]),
+        ("GPU-5c7f, GPU-9d1e", ["GPU-5c7f", "GPU-9d1e"]),
+        ("-1", []),
+        ("1,-1,0", ["1"]),
+    ],
 )
 def test_what_the_user_shows_is_all_there_is(monkeypatch, visible, names):
     monkeypatch.setenv(gpus.VISIBLE, visible)

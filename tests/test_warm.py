@@ -72,6 +72,13 @@ def sleep(marker):
     time.sleep(60)
 
 
+def litter(marker):
+    """Ends, and leaves a process in its group and one in a session of its own."""
+    import subprocess
+    left = [subprocess.Popen(["sleep", "60"], start_new_session=new) for new in (False, True)]
+    Path(marker).write_text(" ".join(str(process.pid) for process in left))
+
+
 def meet(mine, other):
     Path(mine).touch()
     deadline = time.monotonic() + 20
@@ -312,9 +319,9 @@ def test_edited_code_is_not_served(own):
     with (own.package / "__init__.py").open("a") as file:
         file.write("EDITED = True\n")
     done = own.run("status", 0)
-    assert done.returncode == ALONE
+    assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "the code changed" in done.stderr
+    assert "changed while it ran; give the same command again" in done.stderr
 
 
 def test_fingerprint_sees_edits_additions_and_removals(tmp_path):
@@ -339,6 +346,71 @@ def test_client_imports_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
     assert not {"torch", "numpy", "subprocess", "tempfile", "ctypes"} & set(modules)
+
+
+def test_a_run_goes_without_a_server_where_no_folder_can_be_made(monkeypatch, tmp_path, capfd):
+    import tempfile
+
+    def full(prefix, dir):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    assert warm.start(os.getpid(), [], MAIN) is None
+    assert "no warm server (no folder can be made in /tmp" in capfd.readouterr().err
+
+
+def test_a_full_tmp_leaves_tmpdir(monkeypatch, tmp_path):
+    import tempfile
+
+    own = tempfile.mkdtemp
+
+    def full(prefix, dir):
+        if dir == "/tmp":
+            raise OSError(28, "No space left on device")
+        return own(prefix=prefix, dir=dir)
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: "/var/tmp")
+    folder = warm._folder()
+    Path(folder).rmdir()
+    assert folder.startswith("/var/tmp/prunebench-")
+
+
+SLOW = "import time\nPath = __import__('pathlib').Path\nPath({file!r}).touch()\ntime.sleep(60)\n"
+OWNER = """
+import os, time, prunebench.runtime.warm as w
+print(w.start(os.getpid(), ["slow"], {main}), flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_server_that_still_imports_ends_with_its_owner(tmp_path):
+    begun = tmp_path / "begun"
+    (tmp_path / "slow.py").write_text(SLOW.format(file=str(begun)))
+    owner = subprocess.Popen(
+        [sys.executable, "-c", OWNER.format(main=MAIN)],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{warm.PACKAGE.parent}"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    folder = Path(owner.stdout.readline().strip()).parent
+    until(begun.exists)
+    environment = os.environ | {"PYTHONPATH": str(warm.PACKAGE.parent)}
+    environment[warm.VARIABLE] = str(folder / "socket")
+    client = subprocess.Popen(command("status", 0), env=environment, stderr=subprocess.PIPE)
+    time.sleep(0.5)  # it waits for the imports
+    owner.kill()
+    owner.wait()
+    until(lambda: not folder.exists())
+    assert client.wait(20) == 1
+    assert b"has ended; nothing was done" in client.stderr.read()
+
+
+def test_what_a_job_leaves_running_is_ended(own, tmp_path):
+    marker = tmp_path / "marker"
+    assert own.run("litter", marker).returncode == 0
+    group, session = map(int, marker.read_text().split())
+    until(lambda: not alive(group) and not alive(session))
 
 
 def test_systems_without_pidfd_have_no_server(monkeypatch):

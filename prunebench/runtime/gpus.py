@@ -7,6 +7,7 @@ used. Under a cluster's scheduler nothing is claimed: the variable names what th
 """
 
 import fcntl
+import itertools
 import logging
 import os
 import re
@@ -16,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+from prunebench.errors import UserError
 from prunebench.runtime import warm
 
 log = logging.getLogger(__name__)
@@ -67,7 +69,9 @@ def devices() -> list[str]:
 
 
 def _names(visible: str) -> list[str]:
-    return [name.strip() for name in visible.split(",") if name.strip()]
+    """The devices of a list, up to the first that is none (-1), where CUDA stops reading."""
+    names = (name.strip() for name in visible.split(","))
+    return list(itertools.takewhile(lambda name: not name.startswith("-"), filter(None, names)))
 
 
 def claim(count: int) -> list[str]:
@@ -105,8 +109,14 @@ def _lock(known: list[str], count: int) -> dict[str, int]:
 
 
 def _locked(path: Path) -> int | None:
-    path.parent.mkdir(mode=0o700, exist_ok=True)
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        path.parent.mkdir(mode=0o700, exist_ok=True)
+        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise UserError(
+            f"{path}: {error.strerror}: jobs share out GPUs by lock files there; free some space, "
+            "or make it writable"
+        ) from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:

@@ -8,14 +8,15 @@ output, same exit status, and killing it kills the job.
 
 One connection per command, over a socket in a private folder:
   client  a length with the three streams attached, then a request in JSON
-  server  RUNNING, or STALE if the code on disk is not the code it imported
+  server  RUNNING, or STALE if the code on disk is not the code it imported: nothing is done
   client  later bytes are signals to pass on; a closed connection means: kill the job
   server  one byte, the exit status
-Until RUNNING has come nothing was started, so the client may do the work itself; after it, never.
+Where nobody answers nothing was started, so the client does the work itself; after RUNNING, never.
 
 Only light parts of the standard library are imported here: the client starts in milliseconds.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -30,6 +31,7 @@ PACKAGE = Path(__file__).parents[1]
 RUNNING, STALE = b"r", b"s"
 PRELOAD_SECONDS = 120  # imports from a cold network disk; after that the client works alone
 FORWARDED = (signal.SIGTERM, signal.SIGINT)
+MOST_CHARACTERS = 80  # of the folder of a socket, whose path holds 107
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -39,36 +41,59 @@ def fingerprint(package: Path = PACKAGE) -> list:
     return [[path, status.st_mtime_ns, status.st_size] for path, status in files]
 
 
-def die_with_parent() -> None:
-    """Have the kernel kill this process when its parent ends, however that ends."""
+def die_with_parent(number: int = signal.SIGKILL) -> None:
+    """Have the kernel send this process a signal when its parent ends, however that ends."""
+    prctl(PR_SET_PDEATHSIG, number)
+
+
+def prctl(option: int, value: int) -> None:
     import ctypes  # not needed by the client
 
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    ctypes.CDLL(None).prctl(option, value)
 
 
 # ---- starting the server
 
 
 def start(owner: int, preload: Iterable[str], main: str) -> str | None:
-    """Start a server in the background and return its socket; None where the system has no pidfd.
+    """Start a server in the background and return its socket; None where that is impossible.
 
     The socket takes connections at once: clients that come during the imports wait for their end.
     The server ends, and its folder goes, when the process `owner` does, however that ends.
+    It only saves time: where it cannot be started, on a full disk for one, the run goes without.
 
     Args:
         owner: process id, usually of the Snakemake main process.
         preload: modules to import before the first command.
         main: "module:function", called in the child with the argument list; returns the status.
     """
-    import subprocess  # not needed by the client
-    import tempfile
-
     try:
         lifeline = os.pidfd_open(owner)
     except (AttributeError, OSError):
         return None
-    # mkdtemp gives mode 0700. TMPDIR is not used: a socket's path holds 107 characters at most.
-    folder = tempfile.mkdtemp(prefix="prunebench-", dir="/tmp")
+    try:
+        return _serve(_folder(), owner, lifeline, preload, main)
+    except OSError as error:
+        sys.stderr.write(f"prunebench: no warm server ({error}); every job imports for itself\n")
+        return None
+    finally:
+        os.close(lifeline)
+
+
+def _folder() -> str:
+    """A new private folder, whose path leaves room for a socket's, which are short."""
+    import tempfile
+
+    places = [place for place in ("/tmp", tempfile.gettempdir()) if len(place) < MOST_CHARACTERS]
+    for place in places:
+        with contextlib.suppress(OSError):
+            return tempfile.mkdtemp(prefix="prunebench-", dir=place)  # mode 0700
+    raise OSError(f"no folder can be made in {' or '.join(places)}")
+
+
+def _serve(folder: str, owner: int, lifeline: int, preload: Iterable[str], main: str) -> str:
+    import subprocess  # not needed by the client
+
     path = f"{folder}/socket"
     # Thread pools do not survive a fork, so none may start during the imports. Torch's number is
     # the command's to choose; numpy's stays at one, which is what Snakemake gives a one-thread job.
@@ -82,7 +107,7 @@ def start(owner: int, preload: Iterable[str], main: str) -> str | None:
         fds = (listener.fileno(), lifeline)
         server = [sys.executable, "-P", "-m", "prunebench.runtime.warm_server"]
         process = subprocess.Popen(
-            [*server, *map(str, fds), main, *preload],
+            [*server, *map(str, fds), str(owner), main, *preload],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -90,7 +115,6 @@ def start(owner: int, preload: Iterable[str], main: str) -> str | None:
             env=environment,
             start_new_session=True,  # Ctrl-C is for the commands, which get it from their clients
         )
-    os.close(lifeline)
     process.returncode = 0  # nobody waits for it: keeps Popen from warning that it still runs
     return path
 
@@ -103,12 +127,15 @@ def delegate(argv: list[str]) -> int | None:
     path = os.environ.get(VARIABLE)
     if not path:
         return None
+    there = Path(path).exists()
     try:
         connection = _submit(path, argv)
     except OSError as error:  # another machine, an earlier run's socket, or an import that failed
+        if there and not Path(path).exists():  # the server went, as it does with the run
+            return _refused("the run that this command belongs to has ended")
         return _alone(f"no warm server at {path} ({error})")
-    if connection is None:
-        return _alone("the code changed since the warm server started")
+    if connection is None:  # results of two versions are not to lie side by side
+        return _refused("the code of prunebench changed while it ran; give the same command again")
     with connection:
         for number in FORWARDED:
             signal.signal(number, lambda number, _: connection.send(bytes([number])))
@@ -120,6 +147,11 @@ def delegate(argv: list[str]) -> int | None:
         sys.stderr.write("prunebench: the warm server died, and this command with it; run again\n")
         return 1
     return status[0]
+
+
+def _refused(reason: str) -> int:
+    sys.stderr.write(f"prunebench: {reason}; nothing was done\n")
+    return 1
 
 
 def _alone(reason: str) -> None:

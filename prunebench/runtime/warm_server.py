@@ -1,10 +1,11 @@
-"""The server half of `prunebench.warm`, which describes the protocol; run by `warm.start`."""
+"""The server half of `runtime.warm`, which describes the protocol; run by `warm.start`."""
 
 import contextlib
 import gc
 import importlib
 import json
 import os
+import select
 import selectors
 import shutil
 import signal
@@ -12,19 +13,25 @@ import socket
 import struct
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
-from prunebench.runtime.warm import RUNNING, STALE, die_with_parent, fingerprint
+from prunebench.runtime.warm import RUNNING, STALE, die_with_parent, fingerprint, prctl
+
+PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 
-def serve(listener: socket.socket, lifeline: int, main: str, preload: Iterable[str]) -> None:
+def serve(
+    listener: socket.socket, lifeline: int, owner: int, main: str, preload: Iterable[str]
+) -> None:
     """Import, then fork a child per request until `lifeline`, the owner's pidfd, says it ended."""
     code = fingerprint()  # before the imports: an edit during them must not pass unnoticed
     module, function = main.split(":")
-    for name in (*preload, module):
-        importlib.import_module(name)
+    with _ending_with(owner, lifeline, listener):
+        for name in (*preload, module):
+            importlib.import_module(name)
+    prctl(PR_SET_CHILD_SUBREAPER, 1)  # what jobs leave behind comes to this process
     gc.collect()
     gc.freeze()  # a collection in a child would touch, and so copy, every page of the parent
     server = _Server(listener, code, getattr(sys.modules[module], function))
@@ -35,6 +42,24 @@ def serve(listener: socket.socket, lifeline: int, main: str, preload: Iterable[s
         for pid in server.jobs:
             os.killpg(pid, signal.SIGKILL)
         shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _ending_with(owner: int, lifeline: int, listener: socket.socket) -> Iterator[None]:
+    """End at once with the owner, during imports too, which take seconds."""
+
+    def end(*_: object) -> None:
+        shutil.rmtree(Path(listener.getsockname()).parent, ignore_errors=True)
+        os._exit(1)
+
+    if os.getppid() == owner:
+        signal.signal(signal.SIGTERM, end)
+        die_with_parent(signal.SIGTERM)
+    if select.select([lifeline], [], [], 0)[0]:  # it ended before the lines above
+        end()
+    yield
+    die_with_parent(0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Server:
@@ -114,12 +139,30 @@ class _Server:
         """Send the exit status, as a shell would give it: 128 + n for a job ended by signal n."""
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         self.jobs.remove(pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # processes that a method started and left
+        self.end_orphans()
         self.selector.unregister(child)
         os.close(child)
         with contextlib.suppress(KeyError):  # already done if the client is gone
             self.selector.unregister(connection)
         with connection, contextlib.suppress(OSError):
             connection.sendall(bytes([code if code >= 0 else 128 - code]))
+
+    def end_orphans(self) -> None:
+        """Kill what jobs left in groups of their own, and take in all that have ended."""
+        for pid in set(_children(self.pid)) - self.jobs:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(pid, 0)
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return list(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+    except OSError:  # a kernel without this file
+        return []
 
 
 def _receive(connection: socket.socket, streams: list[int]) -> dict:
@@ -166,4 +209,5 @@ def _job(main: Callable[[list[str]], int], request: dict, streams: list[int]) ->
 
 
 if __name__ == "__main__":
-    serve(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    listening, lifeline_, owner_ = map(int, sys.argv[1:4])
+    serve(socket.socket(fileno=listening), lifeline_, owner_, sys.argv[4], sys.argv[5:])

@@ -11,7 +11,7 @@ from snakemake.exceptions import WorkflowError
 
 from prunebench import tracks
 from prunebench.runtime import gpus
-from prunebench.runtime import leftovers
+from prunebench.runtime import slurm
 from prunebench.runtime import warm
 from prunebench.records.artefacts import read_json
 from prunebench.errors import UserError
@@ -77,7 +77,7 @@ def cancel_leftover_jobs():
         )
         return
     try:
-        found, left = leftovers.cancel(workflow.executor_settings.jobname_prefix, Path.cwd())
+        found, left = slurm.cancel(workflow.executor_settings.jobname_prefix, Path.cwd())
     except UserError as error:
         raise WorkflowError(str(error))
     RUN_LOCK.truncate(0)
