@@ -254,8 +254,8 @@ def test_lsun_is_kept_as_published_and_decoded_when_read(church, tmp_path, monke
     assert (data.train_images[torch.tensor([4, 1])].numpy() == np.stack([train[4], train[1]])).all()
     assert (data.train_images[5].numpy() == train[5]).all()
     assert (data.reference_images[0:2].numpy() == np.stack(held_out)).all()
-    judged = datasets.load_dataset("lsun_church256", reference="train", limit_reference=5)
-    batches = list(judged.reference_images.split(2))
+    compared = datasets.load_dataset("lsun_church256", reference="train", limit_reference=5)
+    batches = list(compared.reference_images.split(2))
     assert [len(batch) for batch in batches] == [2, 2, 1]
     assert (torch.cat(batches).numpy() == np.stack(train[:5])).all()
 

@@ -80,7 +80,7 @@ def test_a_selection_is_placed_among_the_other_masks(written, tmp_path):
     assert rows.loc["a", ["oracle_beaten_mean", "oracle_gap_mean"]].tolist() == [2 / 3, 2.0]
     # b is the mask with FID 9, whatever its own seed's noise made of it
     assert rows.loc["b", ["oracle_beaten_mean", "oracle_gap_mean"]].tolist() == [0.0, 6.0]
-    # t chose the same mask but healed it in another way: its own FID counts against 3, 5 and 7
+    # t chose the same mask but recovered it in another way: its own FID counts against 3, 5 and 7
     assert rows.loc["t", ["oracle_beaten_mean", "oracle_gap_mean"]].tolist() == [1 / 3, 3.0]
     assert rows.loc["w", ["oracle_beaten_mean", "oracle_gap_mean"]].isna().all()
     assert "Masks beaten" in (out / "leaderboard.md").read_text()

@@ -22,7 +22,7 @@ from prunebench.training import loop
 from prunebench.training.budget import BudgetMeter
 
 DISTILLING = ("feature_kd", "normalised_kd", "output_kd")
-every_recovery = pytest.mark.parametrize("healing", ["finetune", *DISTILLING])
+every_recovery = pytest.mark.parametrize("named", ["finetune", *DISTILLING])
 _plan = functools.cache(tiny.plan)  # a UNet's plan of widths takes a trace
 every_plan = pytest.mark.parametrize("kind", ["block", "branch", "widths", "2:4"])
 
@@ -103,17 +103,16 @@ def test_the_normalised_sum_gives_every_point_the_same_share():
     """At equal relative errors; in the plain sum the shares are those of the squared norms."""
     scales, batch = (1.0, 10.0, 100.0), _batch("dit")
     teacher, student = _Scales(scales, 0.0).requires_grad_(False), _Scales(scales, 0.1)
-    for healing, expected in (("normalised_kd", [1, 1, 1]), ("feature_kd", [1, 100, 10_000])):
-        without = recovery(healing).loss(Teaching(teacher, {}))(student, batch)
+    for named, expected in (("normalised_kd", [1, 1, 1]), ("feature_kd", [1, 100, 10_000])):
+        without = recovery(named).loss(Teaching(teacher, {}))(student, batch)
         parts = [
-            recovery(healing).loss(Teaching(teacher, {f"points.{k}": None}))(student, batch)
-            - without
+            recovery(named).loss(Teaching(teacher, {f"points.{k}": None}))(student, batch) - without
             for k in range(3)
         ]
         shares = (torch.stack(parts) / parts[0]).tolist()
-        assert shares == pytest.approx(expected, rel=1e-2), healing
+        assert shares == pytest.approx(expected, rel=1e-2), named
         whole = {f"points.{k}": None for k in range(3)}
-        total = recovery(healing).loss(Teaching(teacher, whole))(student, batch)
+        total = recovery(named).loss(Teaching(teacher, whole))(student, batch)
         assert total.item() == pytest.approx((sum(parts) + without).item(), rel=1e-5)
     normalised = recovery("normalised_kd").loss(Teaching(teacher, whole))(student, batch)
     plain = recovery("output_kd").loss(Teaching(teacher, whole))(student, batch)
@@ -141,11 +140,11 @@ def test_losses_are_sums_with_unit_weights(core):
     assert len(features) > 1 and min(features) >= 0 and max(features) > 0
 
 
-@pytest.mark.parametrize("healing", DISTILLING)
-def test_a_student_like_its_teacher_has_the_task_loss_and_its_gradient(name, healing):
+@pytest.mark.parametrize("named", DISTILLING)
+def test_a_student_like_its_teacher_has_the_task_loss_and_its_gradient(name, named):
     teaching, batch = _teaching(name), _batch(name)
     gradients = []
-    for loss in (recovery(healing).loss(teaching), loop.own_loss):
+    for loss in (recovery(named).loss(teaching), loop.own_loss):
         student = tiny.dense(name).train()
         value = loss(student, batch)
         value.backward()
@@ -159,7 +158,7 @@ def test_a_student_like_its_teacher_has_the_task_loss_and_its_gradient(name, hea
     ("instance", "kind"),
     [("dit", "block"), ("sit", "branch"), ("unet", "widths"), ("unet", "2:4")],
 )
-def test_every_recovery_heals_every_kind_of_selection(instance, kind, healing):
+def test_every_recovery_trains_every_kind_of_selection(instance, kind, named):
     """Its loss falls, and what is masked stays so."""
     plan, student = _plan(instance, kind), _student(instance, kind)
     losses = loop.train(
@@ -170,7 +169,7 @@ def test_every_recovery_heals_every_kind_of_selection(instance, kind, healing):
         seed=0,
         muon_names=[],
         masks=plan.masks,
-        loss=recovery(healing).loss(_teaching(instance, kind)),
+        loss=recovery(named).loss(_teaching(instance, kind)),
     )
     assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     assert all(not student.get_parameter(n)[~mask].any() for n, mask in plan.masks.items())
@@ -180,15 +179,15 @@ def test_every_recovery_heals_every_kind_of_selection(instance, kind, healing):
 
 
 @every_recovery
-def test_the_teacher_is_metered_as_such_and_stays_as_it_is(core, healing):
+def test_the_teacher_is_metered_as_such_and_stays_as_it_is(core, named):
     meter = BudgetMeter()
     teaching = _teaching(core, "block", meter)
     assert not any(parameter.requires_grad for parameter in teaching.teacher.parameters())
     teaching.teacher.requires_grad_(True)  # nor does the loss reach one that is not frozen
     student, batch = meter.watch(_student(core, "block")), _batch(core, 5)
-    recovery(healing).loss(teaching)(student, batch).backward()
+    recovery(named).loss(teaching)(student, batch).backward()
     passes = {"student_forward": 5, "student_backward": 5}
-    assert dict(meter.counts) == passes | ({"teacher_forward": 5} if healing in DISTILLING else {})
+    assert dict(meter.counts) == passes | ({"teacher_forward": 5} if named in DISTILLING else {})
     assert all(parameter.grad is None for parameter in teaching.teacher.parameters())
     tiny.assert_same(teaching.teacher.state_dict(), tiny.dense(core).state_dict())
     modules = [*student.modules(), *teaching.teacher.modules()]
@@ -267,10 +266,10 @@ def trained(tmp_path_factory) -> tuple[tracks.Track, tracks.Layout]:
     return track, layout
 
 
-@pytest.mark.parametrize(("healing", "passes"), [("finetune", 0), ("feature_kd", 64)])
-def test_the_recover_stage_runs_a_recovery_on_narrowed_models(trained, healing, passes):
+@pytest.mark.parametrize(("named", "passes"), [("finetune", 0), ("feature_kd", 64)])
+def test_the_recover_stage_runs_a_recovery_on_narrowed_models(trained, named, passes):
     track, layout = trained
-    cell = track.cell("unet", "random_widths", 0.25, f"{healing}-low", 0)
+    cell = track.cell("unet", "random_widths", 0.25, f"{named}-low", 0)
     paths = tracks.Paths(track, cell, runs=Path(layout.root).parent)
     stages.recover(track, cell, paths)
     record = artefacts.read_record(paths.recover)

@@ -208,7 +208,7 @@ def celeba64(files: Sequence[Path]) -> dict[str, np.ndarray | Stack]:
 
 
 def flowers102(files: Sequence[Path]) -> dict[str, np.ndarray | Stack]:
-    """Flowers-102: the official training and validation images train, the test images judge."""
+    """Flowers-102: official training and validation images train, the test images are reference."""
     from scipy.io import loadmat
 
     labels, sets = loadmat(files[1])["labels"][0], loadmat(files[2])

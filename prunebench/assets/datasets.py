@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Dataset:
     """Images uint8 [N, C, R, R] and labels int64 [N].
 
-    The reference images are held out, unless the track judges against the training images or a
+    The reference images are held out, unless the track compares with the training images or with a
     published reference. Such a one may bring `statistics` of its own, of more images than it has:
     mean [D] and covariance [D, D] of Inception's features.
     `flip` says whether training images are mirrored left to right with probability one half.

@@ -1,4 +1,4 @@
-"""Recoveries: how a pruned model is healed, one module each, usable with every selection.
+"""Recoveries: how a pruned model is trained after selection, one module each, for every selection.
 
 A recovery module offers `loss(teaching) -> Loss`, and TEACHER, which says whether it looks at
 `teaching` at all; the training loop, the data and the budget are the same for all. The name of a
