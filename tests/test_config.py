@@ -10,8 +10,8 @@ import yaml
 from accelerate import init_empty_weights
 
 from prunebench import models, tracks
+from prunebench.diffusion import samplers
 from prunebench.diffusion.objectives import objective
-from prunebench.diffusion.sampling import scheduler
 from prunebench.errors import UserError
 from prunebench.training.loop import Settings
 
@@ -87,7 +87,13 @@ def test_committed_tracks_fit_the_code(track):
         Settings(**{k: v for k, v in training.items() if k not in ("images", "seed")})
         Settings(**settings["recovery"])
         sampling = settings["sampling"]
-        scheduler(sampling["sampler"], goal, sampling["steps"], sampling.get("options", {}))
+        samplers.checked(
+            sampling["sampler"],
+            sampling["steps"],
+            sampling.get("options", {}),
+            goal.name,
+            goal.train_steps,
+        )
 
 
 def test_unknown_tracks_list_the_known_ones():

@@ -1,6 +1,7 @@
 """Tracks of real data; real CIFAR-10 under real Inception features, where a mirror has them."""
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -13,8 +14,8 @@ import torch
 import yaml
 
 from prunebench import assets, tracks
+from prunebench.diffusion import samplers
 from prunebench.diffusion.objectives import NoisePrediction
-from prunebench.diffusion.sampling import scheduler
 from prunebench.errors import UserError
 from prunebench.evaluation.features import load_extractor
 from prunebench.evaluation.metrics import Evidence, evaluate
@@ -178,33 +179,50 @@ def test_tracks_with_checkpoints_have_their_numbers_to_reach(track_name):
 def test_ddim_takes_the_papers_uniform_steps():
     """0, 10, ..., 990 as in DDIM's code; the suite's default would end at 9."""
     for name in ("cifar10", "lsun_church", "lsun_bedroom"):
-        assert _ddim(name).timesteps.tolist() == list(range(990, -1, -10))
-    assert not _ddim("lsun_bedroom").config.clip_sample
+        options, times = _ddim(name)
+        assert times == list(range(990, -1, -10))
+    assert not options.clip_sample
 
 
 def test_the_table_of_diff_pruning_takes_quadratic_steps():
-    solver = _ddim("cifar10_quad")
-    assert solver.timesteps[[0, 1, -1]].tolist() == [800, 783, 0]
-    assert not solver.config.clip_sample
+    options, times = _ddim("cifar10_quad")
+    assert (times[0], times[1], times[-1]) == (800, 783, 0)
+    assert not options.clip_sample
 
 
-def _ddim(track_name: str):
+def _ddim(track_name: str) -> tuple:
     settings = tracks.load(str(ROOT / "config" / f"{track_name}.yaml")).model("ddpm")["sampling"]
-    return scheduler("ddim", NoisePrediction(), settings["steps"], settings["options"])
+    options = samplers.checked("ddim", settings["steps"], settings["options"], "noise", 1000)
+    return options, options.times(settings["steps"], 1000)
+
+
+def _followed(name: str, goal: NoisePrediction, sampling: dict, randomness: list | None) -> list:
+    """The time, the input and the prediction of every pass, for predictions that mean nothing."""
+    generator, passes = torch.Generator().manual_seed(0), []
+
+    def predict(x, t):
+        passes.append((int(t), x, torch.randn(x.shape, generator=generator)))
+        return passes[-1][2]
+
+    steps, options = sampling["steps"], sampling["options"]
+    checked = samplers.checked(name, steps, options, goal.name, goal.train_steps)
+    settings = {"objective": goal, "steps": steps, "options": checked, "randomness": randomness}
+    samplers.denoise(name, predict, torch.randn(2, 3, 8, 8, generator=generator), **settings)
+    return passes
 
 
 def test_a_step_of_the_uvit_tracks_is_an_euler_maruyama_step():
     """x + beta x / 2 - beta eps / sigma + sqrt(beta) z of the reverse SDE, up to beta^2 terms."""
-    track = tracks.load(str(ROOT / "config" / "cifar10_uvit.yaml"))
-    settings = track.model("uvit")["sampling"]
-    solver = scheduler("ddpm", NoisePrediction(), settings["steps"], settings["options"])
-    x, eps = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    for t in (50, 500, 999):
-        z = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
-        step = solver.step(eps, t, x, generator=torch.Generator().manual_seed(1)).prev_sample
-        beta, sigma = solver.betas[t], (1 - solver.alphas_cumprod[t]).sqrt()
+    settings = tracks.load(str(ROOT / "config" / "cifar10_uvit.yaml")).model("uvit")["sampling"]
+    draws = [[torch.Generator().manual_seed(i) for i in range(2)] for _ in range(2)]
+    goal = NoisePrediction()
+    passes = _followed("ddpm", goal, settings, draws[0])
+    for (t, x, eps), (_, step, _) in itertools.pairwise(passes):
+        z = torch.stack([torch.randn(3, 8, 8, generator=g) for g in draws[1]])
+        beta, sigma = goal.scheduler.betas[t], (1 - goal.scheduler.alphas_cumprod[t]).sqrt()
         expected = x + beta * x / 2 - beta * eps / sigma + beta.sqrt() * z
-        assert (step - expected).abs().max() < 3 * beta**2 * max(x.abs().max(), eps.abs().max())
+        if t >= 50:
+            assert (step - expected).abs().max() < 3 * beta**2 * max(x.abs().max(), eps.abs().max())
 
 
 @pytest.mark.parametrize(
@@ -220,15 +238,13 @@ def test_ddim_steps_as_the_code_does_that_the_number_to_reach_is_from(
 ):
     settings = tracks.load(str(ROOT / "config" / f"{track_name}.yaml")).model(model)
     objective = NoisePrediction(**{k: v for k, v in settings["objective"].items() if k != "name"})
-    sampling = settings["sampling"]
-    solver = scheduler("ddim", objective, sampling["steps"], sampling["options"])
-    assert solver.timesteps.tolist() == list(times)
-    t = times[len(times) // 2]
-    now, before = (solver.alphas_cumprod[i] for i in (t, t + times.step))
-    x, noise = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    passes = _followed("ddim", objective, settings["sampling"], None)
+    assert [t for t, *_ in passes] == list(times)
+    middle = len(times) // 2
+    (t, x, noise), (_, step, _) = passes[middle : middle + 2]
+    now, before = (objective.scheduler.alphas_cumprod[i] for i in (t, t + times.step))
     image = (x - (1 - now).sqrt() * noise) / now.sqrt()
     assert image.abs().max() > 1
     image = image.clamp(-1, 1) if clips else image
     expected = before.sqrt() * image + (1 - before).sqrt() * noise
-    step = solver.step(noise, torch.tensor(t), x).prev_sample
     torch.testing.assert_close(step, expected, rtol=1e-4, atol=1e-4)

@@ -12,7 +12,15 @@ from prunebench.errors import UserError
 
 
 class Objective(Protocol):
-    """Times run from clean to noisy; every method sees models through these functions."""
+    """Times run from clean to noisy; every method sees models through these functions.
+
+    Attributes:
+        name: as in a track.
+        train_steps: how many times there are; None where time is continuous.
+    """
+
+    name: str
+    train_steps: int | None
 
     def sample_times(self, count: int, generator: Generator) -> Tensor:
         """`count` training times, [count]."""
@@ -32,6 +40,8 @@ class Objective(Protocol):
 
 class NoisePrediction:
     """DDPM (Ho et al. 2020): predict the noise in sqrt(abar_t) x0 + sqrt(1 - abar_t) noise."""
+
+    name = "noise"
 
     def __init__(
         self,
@@ -77,6 +87,8 @@ class FlowMatching:
     the time the network sees; 1 is SiT's own.
     """
 
+    name, train_steps = "flow", None
+
     def __init__(self, times: str = "logit_normal", time_scale: float = 1.0):
         if times not in ("logit_normal", "uniform"):
             raise UserError(f"objective.times is '{times}'; known: logit_normal, uniform")
@@ -102,7 +114,7 @@ class FlowMatching:
         return output.new_zeros(())
 
 
-OBJECTIVES = {"noise": NoisePrediction, "flow": FlowMatching}
+OBJECTIVES = {kind.name: kind for kind in (NoisePrediction, FlowMatching)}
 
 
 def objective(settings: dict) -> Objective:
