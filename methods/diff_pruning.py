@@ -40,6 +40,7 @@ PUBLISHED = {
     "sparsities": (0.3,),
     "parameters": {"uniform": True, "path": "a", "loss": "sum"},
 }
+CHECK = {"timesteps": 4, "batch": 4}
 PAPER = "arXiv 2305.10924"
 BIBTEX = """@inproceedings{fang2023structural,
   title = {Structural Pruning for Diffusion Models},

@@ -30,6 +30,15 @@ NOTES = (
     "Without a training budget it is the one-shot CED ranking. The paper is about transformers; on "
     "UNets the units are ResNet blocks and attention layers."
 )
+NEEDS_CLASSES = True  # ranks how outputs of one class vary
+CHECK = {
+    "draws": 20,
+    "batch": 20,
+    "proxy_batch": 2,
+    "ntk_batches": 1,
+    "zico_batches": 1,
+    "stages": 2,
+}
 PAPER = "arXiv 2511.21122"
 BIBTEX = """@article{li2025entpruner,
   title = {Which Layer Causes Distribution Deviation? Entropy-Guided Adaptive Pruning for

@@ -28,6 +28,7 @@ NOTES = (
     "Output-loss scores and an exact knapsack; only the paper's opening was available. It is about "
     "text-to-image UNets; on transformers the units are whole blocks."
 )
+CHECK = {"draws": 40, "batch": 20}
 PAPER = "arXiv 2404.11098"
 PUBLISHED = {"recovery": "normalised_kd", "sparsities": (0.5,)}
 BIBTEX = """@article{zhang2024laptop,

@@ -1,6 +1,7 @@
 """The command line: `prunebench STAGE ...` is each rule's shell line and can be run by hand.
 
-Exit status: 0 done (a failed cell is recorded, not raised), 1 a bug, 2 something the user can mend.
+Exit status: 0 done (a failed cell is recorded, not raised), 1 a bug, or a method that breaks the
+contract (`check`), 2 something the user can mend.
 """
 
 import argparse
@@ -35,8 +36,7 @@ def main(argv: list[str]) -> int:
     try:
         if arguments.gpus is not None:
             gpus.prepare(arguments.gpus, argv, arguments.stage in tracks.stages.SEVERAL_GPUS)
-        arguments.run(arguments)
-        return 0
+        return arguments.run(arguments) or 0
     except UserError as error:
         sys.stderr.write(f"prunebench: {error}\n")
         return 2
@@ -82,6 +82,9 @@ def parser() -> argparse.ArgumentParser:
     listing = commands.add_parser("methods", help="list the methods of a track")
     listing.add_argument("--track", default="embedded")
     listing.set_defaults(run=_methods, stage="methods")
+    contract = commands.add_parser("check", help="try the contract on methods, on tiny networks")
+    contract.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a method's file")
+    contract.set_defaults(run=_check, stage="check")
     _asset_arguments(commands.add_parser("assets", help="list, fetch or verify what is downloaded"))
     return top
 
@@ -279,6 +282,17 @@ def _progress(arguments: argparse.Namespace) -> None:
 def _methods(arguments: argparse.Namespace) -> None:
     for method in tracks.load(arguments.track).methods.values():
         sys.stdout.write(f"{method.name:24} {method.kind:8} {method.idea}\n")
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    _prepare()
+    from prunebench.stages.check import check
+
+    logging.disable(logging.INFO)  # many trainings of a second each
+    try:
+        return 0 if check(arguments.files, sys.stdout.write) else 1
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def _assets(arguments: argparse.Namespace) -> None:

@@ -7,13 +7,13 @@ import math
 import pytest
 import tiny
 import torch
-from contract import counting
 from torch import nn
 from torch.func import functional_call
 
 from prunebench.errors import CellError, UserError
 from prunebench.models.activations import checkpoint_activations
 from prunebench.pruning import surgery
+from prunebench.selection.contract import counting
 from prunebench.training import loop
 from prunebench.training.budget import KEYS, BudgetMeter, unspent
 
@@ -182,7 +182,7 @@ def test_dropped_classes_become_no_class():
     )
 
 
-# The meter against counts taken independently (contract.counting).
+# The meter against counts taken independently (selection.contract.counting).
 
 
 def _spent(meter: BudgetMeter) -> dict:

@@ -32,7 +32,7 @@ def select(
     """
     layers = [unit for g in ("block", "branch") for unit in context.layers(g)]
     widths = context.widths() if kind == "widths" else []
-    plan, own = _parts(_call(function, context, parameters))
+    plan, own = returned(function, context, parameters)
     check_kind(plan, kind)
     check_record(plan)
     del context.model  # its weights and gradients make room
@@ -65,6 +65,17 @@ def averaged(context: Context, plan: Plan) -> dict[str, Tensor]:
             parameter.data = cut.pop(name).to(parameter.device)
     pruned = surgery.apply(model, plan, context.family)
     return {name: cut.get(name, value.detach()) for name, value in pruned.named_parameters()}
+
+
+def returned(
+    function: Select, context: Context, parameters: Mapping
+) -> tuple[Plan, nn.Module | None]:
+    """What a method returns, unchecked: a plan, and a model where it trained one.
+
+    Raises:
+        CellError: it raises, or returns something else.
+    """
+    return _parts(_call(function, context, parameters))
 
 
 def _call(function: Select, context: Context, parameters: Mapping) -> object:

@@ -32,7 +32,9 @@ CONSTANTS: dict[str, tuple[type, object]] = {
     "RECOVERY": (str, "optional"),
     "FAMILIES": (tuple, ()),
     "SPARSITIES": (tuple, ()),
+    "NEEDS_CLASSES": (bool, False),
     "PUBLISHED": (dict, None),
+    "CHECK": (dict, None),
 }
 
 
@@ -49,9 +51,11 @@ class Method:
             mean nothing untrained.
         families: families it applies to; empty means all.
         sparsities: sparsities it runs at whatever the track asks, because a pattern fixes them.
+        needs_classes: can't prune networks that read text.
         published: the paper's own recipe for the as-published division, None without one:
             "recovery" (a module of prunebench/recovery), "parameters" of `select` and "sparsities"
             that differ from the matched division's.
+        check: parameters of `select` that make it quick, for `prunebench check`.
         parameters: keyword parameters of `select` with their defaults.
     """
 
@@ -69,7 +73,9 @@ class Method:
     recovery: str
     families: tuple[str, ...]
     sparsities: tuple[float, ...]
+    needs_classes: bool
     published: Mapping[str, object] | None
+    check: Mapping[str, object]
     parameters: Mapping[str, object]
 
 
@@ -110,9 +116,12 @@ def read(file: Path) -> Method:
     if not idea:
         raise UserError(f"{file}: a method starts with a docstring whose first line is its idea")
     constants["title"] = constants["title"] or file.stem
-    return Method(
+    constants["check"] = constants["check"] or {}
+    method = Method(
         name=file.stem, file=file, idea=idea, parameters=_parameters(file, tree), **constants
     )
+    check_parameters(method, method.check, f"{file}: CHECK")
+    return method
 
 
 def _constants(file: Path, tree: ast.Module) -> dict[str, object]:
