@@ -102,7 +102,7 @@ def _writing(wanted: Asset, target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(wanted: Asset, part: Path) -> Iterator[None]:
-    """Two writers of one file would garble it; the lock ends with its process."""
+    """Lock a part, which two writers would garble; the lock ends with its process."""
     with part.open("ab") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -79,7 +79,7 @@ def conditions(
     Yields:
         A dict, complete after the block: "threads"; "device"; "load_average" of the minute before;
         "waited_s"; "others", what other processes used "before" and "during" the block; "alone",
-        whether that was nothing to speak of, None where it can't be told.
+        whether that was nothing to speak of, None where nothing says.
     """
     device = torch.device(device)
     waited, before = neighbours.wait(wait, observe or partial(neighbours.look, device))

@@ -29,7 +29,7 @@ SMI_SECONDS = 20  # nvidia-smi without its daemon initialises every GPU of the n
 
 @dataclass(frozen=True)
 class Load:
-    """What others use; None: there is no GPU, or it can't be told."""
+    """What others use; None: there is no GPU, or nothing says."""
 
     cpu: float  # cores
     gpu_processes: int | None = None  # that hold a context, whether they compute or not
@@ -102,7 +102,7 @@ def wait(seconds: float, observe: Callable[[], Load]) -> tuple[float, Load]:
 
 
 def alone(loads: Iterable[Load], device: torch.device | str = "cpu") -> bool | None:
-    """Whether nobody else computed and, on CUDA, held the GPU; None where that can't be told."""
+    """Whether nobody else computed and, on CUDA, held the GPU; None where nothing says."""
     loads = list(loads)
     if any(load.busy or load.gpu_processes for load in loads):
         return False
