@@ -32,7 +32,7 @@ RECONSTRUCTION = True
 TRAINS = True
 NOTES = (
     "Reconstruction from the abstract: criterion, masks and schedule are this suite's reading, and "
-    "there is no published number to compare with. Half of the budget trains under soft masks."
+    "there is no published number to compare with. A tenth of the budget trains under soft masks."
 )
 # The suite's proposal, to be comparable with Diff-Pruning; the paper's own recipe is not known.
 PUBLISHED = {"recovery": "finetune", "sparsities": (0.3,), "parameters": {"uniform": True}}

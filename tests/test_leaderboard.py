@@ -1,77 +1,59 @@
 """The leaderboard's arithmetic on known numbers, and its files as a pure function of the cells."""
 
 import io
-import json
 import math
 import statistics
 from pathlib import Path
 
+import examples
 import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
 
 from prunebench.errors import UserError
-from prunebench.leaderboard import build, collect, plots, tables
+from prunebench.leaderboard import build, collect, plots, tables, writers
+from prunebench.leaderboard.measures import MEASURES
+from prunebench.records import parts, schema, sealed
 
 DENSE = {"kind": "none", "title": "Dense", "control": True}
 STEPS = {"kind": "steps", "title": "Fewer steps", "control": True}
+MACS = 8_000_000
+LABELS = ("kind", "title", "control", "reconstruction", "bibtex", "notes", "recovered_by")
 
 
-def make_metrics(cell: dict, *, fid=10.0, ms=8.0, dense_ms=10.0, title="A method", kind="layers",
-                 control=False, reconstruction=False, steps=10, macs=6e6, parameters=450_000,
-                 recovery_images=0, samples=2048, failed=None, bibtex="",
-                 alone=None) -> dict:  # fmt: skip
-    """A metrics.json of schema 1; `failed` is (stage, error), `alone` whether it was timed so."""
-    latency = {"ms": ms, "iqr_ms": 0.1, "dense_ms": dense_ms, "ratio": ms / dense_ms}
-    images = {"student_forward": 0, "student_backward": 0, "teacher_forward": 0, "wall_s": 1.5}
-    size = {"parameters": parameters, "nonzero_parameters": parameters, "sparsity_reached": 0.25,
-            "dense_parameters": 600_000, "macs": macs, "macs_without_attention_products": macs,
-            "dense_macs": 8e6, "dense_macs_without_attention_products": 8e6}  # fmt: skip
-    labels = {"family": "dit", "objective": "flow", "kind": kind, "control": control, "notes": "",
-              "reconstruction": reconstruction, "title": title, "paper": "", "healing": "",
-              "bibtex": bibtex}  # fmt: skip
-    common = {
-        "schema": 1, "status": "failed" if failed else "ok", "cell": cell, "labels": labels,
-        "failure": None,
-        "provenance": {
-            "commit": "0123456789abcdef", "dirty": False, "code": "c0de", "config": "c0ff",
-            "date": f"2026-01-0{1 + cell['seed'] % 9}", "cpu": "AMD EPYC", "cores": 2, "gpu": None,
-            "os": "Linux", "python": "3.11", "packages": {"torch": "2.15.0"},
-        },
-    }  # fmt: skip
+def make_score(cell: dict, *, fid=10.0, ms=8.0, dense_ms=10.0, steps=10, macs=6_000_000,
+               recovery_images=0, samples=2048, failed=None, alone=None, qualities=None,
+               date=None, **changes) -> schema.Score | schema.Failed:  # fmt: skip
+    """The score of a cell; `failed` is (stage, error), `alone` whether it was timed so.
+
+    `changes` are labels and, else, fields of the record.
+    """
+    label = examples.labels(**{k: changes.pop(k) for k in LABELS if k in changes})
+    made = examples.provenance(date=date or f"2026-01-0{1 + cell['seed'] % 9}")
+    common = {"labels": label, "provenance": made} | changes
     if failed:
-        failure = {"stage": failed[0], "error": failed[1], "log": "runs/some/select.log"}
-        return common | {"failure": failure}
-    quality = {"fid": fid, "fid_cleanfid": fid, "kid": fid / 1e4, "precision": 0.7, "recall": 0.5,
-               "sfid": 2 * fid, "agreement": 0.9, "samples": samples,
-               "reference_samples": 10_000}  # fmt: skip
-    return common | {
-        "quality": quality,
-        "consistency": {"lpips": 0.1, "ssim": 0.8, "psnr": None if kind == "none" else 20.0},
-        "size": size,
-        "latency": {"forward_batch1": latency, "forward_batch": latency, "sampling": latency,
-                    "batch": 64, "threads": 1, "device": "cpu", "peak_memory_mb": 300.0,
-                    "load_average": 1.0, **_conditions(alone)},
-        "budget": {"selection": images,
-                   "recovery": images | {"student_forward": recovery_images}},
-        "sampling": {"steps": steps, "sampler": "ddim", "count": samples, "batch": 128},
-    }  # fmt: skip
+        failure = parts.Failure(stage=failed[0], error=failed[1], log="runs/some/select.log")
+        identity = parts.CellIdentity(stage="score", **cell)
+        return examples.failed(identity, failure=failure, **common)
+    quality = examples.quality(fid, **({"psnr": "infinite"} if label.kind == "none" else {}),
+                               **(qualities or {}))  # fmt: skip
+    spent = parts.Spent(selection=examples.budget(),
+                        recovery=examples.budget(student_forward=recovery_images))  # fmt: skip
+    known = {"quality": quality, "samples": samples, "size": examples.costs(macs),
+             "latency": examples.latency(ms, dense_ms, alone), "budget": spent, "stages": {},
+             "trainings": {}, "sampling": examples.sampling(steps, samples)}  # fmt: skip
+    return examples.score(cell, **{**known, **common})
 
 
-def _conditions(alone: bool | None) -> dict:
-    """What timing says of other load; nothing, like older records, where `alone` is None."""
-    during = {"cpu": 0.03 if alone else 1.5}
-    return {} if alone is None else {"alone": alone, "waited_s": 2.0, "others": {"during": during}}
-
-
-def write_cell(folder: Path, metrics: dict, grid: bytes | None = None) -> Path:
-    """Write metrics.json, and grid.png beside it, where a cell's outputs lie."""
-    file = folder / "/".join(str(part) for part in metrics["cell"].values()) / "metrics.json"
+def write_cell(folder: Path, score: schema.Sealed, grid: bytes | None = None) -> Path:
+    """Write score.json, and grid.png beside it, where a cell's outputs lie."""
+    names = [str(part) for part in score.identity.model_dump().values()]
+    file = folder / "/".join(names) / "score.json"
     file.parent.mkdir(parents=True)
-    file.write_text(json.dumps(metrics))
     if grid:
         file.with_name("grid.png").write_bytes(grid)
+    sealed.write(file, score, [file.with_name("grid.png")] if grid else [])
     return file
 
 
@@ -84,14 +66,14 @@ def a_grid(shade: int = 90) -> bytes:
 
 
 def a_cell(method: str, seed: int = 0, recovery: str = "none", sparsity: float = 0.25) -> dict:
-    return {"track": "embedded", "model": "sit", "method": method, "sparsity": sparsity,
-            "recovery": recovery, "seed": seed}  # fmt: skip
+    return examples.CELL | {"method": method, "sparsity": sparsity, "recovery": recovery,
+                            "seed": seed}  # fmt: skip
 
 
-def seeds(method: str, fids: list[float], recovery: str = "none", **changes) -> list[dict]:
+def seeds(method: str, fids: list[float], recovery: str = "none", **changes) -> list[schema.Sealed]:
     sparsity = 0.0 if changes.get("kind") in ("none", "steps") else 0.25
     return [
-        make_metrics(a_cell(method, k, recovery, sparsity), fid=fid, **changes)
+        make_score(a_cell(method, k, recovery, sparsity), fid=fid, **changes)
         for k, fid in enumerate(fids)
     ]
 
@@ -100,17 +82,18 @@ def small_board(folder: Path) -> tuple[list[Path], list[dict]]:
     """Two controls, two methods, dense with all and fewer steps; one failure, one absent cell."""
     entry = "@article{good2025,\n  title={Good 100\\% pruning}\n}"
     cells = [
-        *seeds("dense", [2.0, 2.1, 1.9], ms=10.0, macs=8e6, **DENSE),
-        *seeds("steps-5", [4.0, 4.2, 3.8], ms=5.0, steps=5, macs=8e6, **STEPS),
+        *seeds("dense", [2.0, 2.1, 1.9], ms=10.0, macs=MACS, **DENSE),
+        *seeds("steps-5", [4.0, 4.2, 3.8], ms=5.0, steps=5, macs=MACS, **STEPS),
         *seeds("good", [3.0, 3.1, 2.9], title="Good <b>50%_of</b> it", bibtex=entry),
         *seeds("good", [2.5, 2.6, 2.4], "finetune-low", title="Good <b>50%_of</b> it",
                bibtex=entry, recovery_images=12_800),
         *seeds("random", [9.0, 12.0, 30.0], title="Random", control=True),
-        *seeds("mask", [5.0, 5.5], title="Mask", kind="weights", macs=8e6, reconstruction=True),
+        *seeds("mask", [5.0, 5.5], title="Mask", kind="weights", macs=MACS, reconstruction=True),
         *seeds("broken", [0, 0, 0], title="Broken", failed=("select", "loss <NaN> at 50%_step")),
     ]  # fmt: skip
-    files = [write_cell(folder, metrics, a_grid()) for metrics in cells]
-    return files, [metrics["cell"] for metrics in cells] + [a_cell("mask", 2), a_cell("absent", 0)]
+    files = [write_cell(folder, score, a_grid()) for score in cells]
+    planned = [score.identity.model_dump(exclude={"stage"}) for score in cells]
+    return files, [*planned, a_cell("mask", 2), a_cell("absent", 0)]
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +105,9 @@ def board(tmp_path_factory) -> tuple[Path, list[Path], list[dict]]:
     return out, files, expected
 
 
-def rows_of(*groups: list[dict], expected=None) -> pd.DataFrame:
-    metrics = [cell for group in groups for cell in group]
-    sources = [collect.Source(Path("metrics.json"), b"", one) for one in metrics]
+def rows_of(*groups: list, expected=None) -> pd.DataFrame:
+    scores = [score for group in groups for score in group]
+    sources = [collect.Source(Path("score.json"), b"", one) for one in scores]
     return collect.aggregate(collect.cell_frame(sources, expected)).set_index("method")
 
 
@@ -141,12 +124,13 @@ def test_mean_and_sample_standard_deviation():
 
 
 def test_budget_sums_selection_and_recovery():
-    metrics = make_metrics(a_cell("a"), recovery_images=12_800)
-    metrics["budget"]["selection"] |= {"student_forward": 200}
-    assert rows_of([metrics]).loc["a"].student_images_mean == 13_000
+    spent = parts.Spent(selection=examples.budget(student_forward=200),
+                        recovery=examples.budget(student_forward=12_800))  # fmt: skip
+    score = make_score(a_cell("a"), budget=spent)
+    assert rows_of([score]).loc["a"].student_images_mean == 13_000
 
 
-def test_rank_counts_the_rows_welch_cannot_tell_apart():
+def test_rank_counts_the_rows_that_are_not_significantly_different():
     # a against b: t = -1/sqrt(2/3) on 4 degrees of freedom, p = 0.29; c lies 20 away from both
     rows = rows_of(
         seeds("a", [1.0, 2.0, 3.0]), seeds("b", [2.0, 3.0, 4.0]), seeds("c", [22.0, 23.0, 24.0])
@@ -171,13 +155,13 @@ def test_welch_on_either_side_of_the_critical_value(fids, other, told):
     assert collect.indistinguishable(rows.loc["a"], rows.loc["b"]) is not told
 
 
-def test_one_seed_cannot_be_told_from_any_and_zero_spread_is_exact():
+def test_one_seed_differs_from_none_and_zero_spread_is_exact():
     rows = rows_of(seeds("a", [1.0]), seeds("b", [5.0, 5.0]), seeds("c", [6.0, 6.0]))
     assert rows.ties.to_dict() == {"a": 2, "b": 1, "c": 1}
 
 
 def test_ranks_stay_inside_model_sparsity_and_recovery():
-    other = [make_metrics(a_cell("d", 0, "none", 0.5), fid=9.0)]
+    other = [make_score(a_cell("d", 0, "none", 0.5), fid=9.0)]
     rows = rows_of(seeds("a", [1.0]), seeds("b", [5.0]), seeds("c", [7.0], "finetune-low"), other)
     assert rows["rank"].dropna().to_dict() == {"a": 1, "b": 2}  # c and d are alone in theirs
 
@@ -216,8 +200,8 @@ def test_pareto_frontier_of_three_points():
 
 
 def test_masks_stand_at_the_dense_macs_and_fewer_steps_cost_less():
-    rows = rows_of(seeds("dense", [2.0], macs=8e6, **DENSE), seeds("m", [3.0], macs=8e6),
-                   seeds("s", [4.0], macs=8e6, steps=5, **STEPS))  # fmt: skip
+    rows = rows_of(seeds("dense", [2.0], macs=MACS, **DENSE), seeds("m", [3.0], macs=MACS),
+                   seeds("s", [4.0], macs=MACS, steps=5, **STEPS))  # fmt: skip
     cost = plots.cost_of(rows, plots.COSTS[0])
     assert cost.to_dict() == pytest.approx({"dense": 8e7, "m": 8e7, "s": 4e7})
 
@@ -248,7 +232,7 @@ def test_incomplete_smoke_and_reconstruction_are_marked():
 
 def test_csv_keeps_full_precision(tmp_path):
     fids = [1 / 3, 2 / 7, math.pi]
-    files = [write_cell(tmp_path, metrics) for metrics in seeds("a", fids)]
+    files = [write_cell(tmp_path, score) for score in seeds("a", fids)]
     build(files, tmp_path / "out", expected_cells=None, title="t")
     row = pd.read_csv(tmp_path / "out/leaderboard.csv", float_precision="round_trip").iloc[0]
     assert (row.fid_mean, row.fid_sd) == (statistics.mean(fids), statistics.stdev(fids))
@@ -258,13 +242,13 @@ def test_csv_keeps_full_precision(tmp_path):
 
 def test_rebuilding_gives_the_same_bytes_whatever_the_order(board, tmp_path):
     out, files, expected = board
-    stale = tmp_path / "raw/sit/gone/0.25/none/seed0.json"
-    stale.parent.mkdir(parents=True)
-    stale.write_text("{}")
     title = "Embedded <i>track</i>, 100%_real"
-    build(files[::-1], tmp_path, expected_cells=expected[::-1], title=title)
+    gone = write_cell(tmp_path / "runs", make_score(a_cell("gone")))
+    build([gone], tmp_path / "out", expected_cells=None, title=title)
+    assert (tmp_path / "out/raw/sit/gone/0.25/none/seed0.json").exists()
+    build(files[::-1], tmp_path / "out", expected_cells=expected[::-1], title=title)
     first, second = ({f.relative_to(folder): f.read_bytes() for f in folder.rglob("*")
-                      if f.is_file()} for folder in (out, tmp_path))  # fmt: skip
+                      if f.is_file()} for folder in (out, tmp_path / "out"))  # fmt: skip
     assert first == second
     names = {str(name) for name in first}
     assert {"leaderboard.html", "leaderboard.bib", "samples_sit.png", "pareto_sit_macs.svg",
@@ -287,7 +271,8 @@ def test_text_from_methods_is_escaped(board):
 def test_caption_names_code_date_hardware_and_sampling(board):
     text = (board[0] / "leaderboard.md").read_text()
     for fact in ("- **Date:** 2026-01-03", "- **Commit:** 0123456789", "torch 2.15.0",
-                 "AMD EPYC, 2 cores, no GPU", "2,048 images", "sit: ddim, 10 steps"):  # fmt: skip
+                 "AMD EPYC, 2 cores, no GPU", "2,048 images", "sit: ddim, 10 steps",
+                 "**Features:** domain classifier e3b0c442"):  # fmt: skip
         assert fact in text
     assert "Warning" not in text
 
@@ -295,9 +280,9 @@ def test_caption_names_code_date_hardware_and_sampling(board):
 def test_rows_timed_beside_other_load_are_marked(tmp_path):
     cells = [*seeds("loud", [1.0, 2.0], title="Loud", alone=False),
              *seeds("quiet", [2.0, 3.0], title="Quiet", alone=True),
-             make_metrics(a_cell("mixed", 0), title="Mixed", alone=True),
-             make_metrics(a_cell("mixed", 1), title="Mixed", alone=False),
-             make_metrics(a_cell("mixed", 2), title="Mixed"),
+             make_score(a_cell("mixed", 0), title="Mixed", alone=True),
+             make_score(a_cell("mixed", 1), title="Mixed", alone=False),
+             make_score(a_cell("mixed", 2), title="Mixed"),
              *seeds("old", [4.0], title="Old")]  # fmt: skip
     rows = rows_of(cells)
     told = {name: text_of(rows.loc[name], "alone") for name in rows.index}
@@ -318,14 +303,15 @@ def test_rows_timed_beside_other_load_are_marked(tmp_path):
 
 
 def test_variants_of_timing_have_columns_where_a_row_has_them(tmp_path):
-    fast, failed = make_metrics(a_cell("fast")), make_metrics(a_cell("failed"))
-    timing = {"ratio": 0.5, "images_per_s": 4000.0}
-    fast["latency"]["variants"] = {
-        "bf16": {"forward_batch1": timing, "forward_batch": timing, "alone": True},
-        "compiled": {"failure": "no compiler"},
-    }
-    failed["latency"]["variants"] = {"bf16": {"failure": "too large"}}
-    files = [write_cell(tmp_path, metrics) for metrics in (fast, failed)]
+    timing = examples.timing(5.0, 10.0).model_copy(update={"images_per_s": 4000.0})
+    told = parts.Variant(forward_batch1=timing, forward_batch=timing, alone=True)
+    ran = {"bf16": told, "compiled": parts.Variant(failure="no compiler")}
+    broke = {"bf16": parts.Variant(failure="too large")}
+    fast, failed = (
+        make_score(a_cell(name), latency=examples.latency().model_copy(update={"variants": found}))
+        for name, found in (("fast", ran), ("failed", broke))
+    )
+    files = [write_cell(tmp_path, score) for score in (fast, failed)]
     build(files, tmp_path / "out", expected_cells=None, title="t")
     rows = pd.read_csv(tmp_path / "out/leaderboard.csv").set_index("method")
     assert rows.loc["fast", "throughput_bf16_mean"] == 4000
@@ -334,34 +320,42 @@ def test_variants_of_timing_have_columns_where_a_row_has_them(tmp_path):
     assert not [name for name in rows.columns if "compiled" in name]
 
 
-def test_records_from_before_conditions_were_kept_are_read(board):
+def test_how_a_row_was_timed_may_not_be_known(board):
     assert "- **Timing:** 17 not recorded" in (board[0] / "leaderboard.md").read_text()
     assert "not recorded</td>" in (board[0] / "leaderboard.html").read_text().replace("\n", "")
     assert "others_cpu_mean" not in pd.read_csv(board[0] / "leaderboard.csv").columns
 
 
 def test_warnings_for_mixed_code_hardware_and_disagreeing_fid(tmp_path):
-    cells = seeds("a", [1.0, 2.0])
-    cells[1]["provenance"] |= {"code": "other", "cpu": "Intel", "dirty": True}
-    cells[0]["quality"]["fid_cleanfid"] = 1.0011
-    cells[1]["quality"]["fid_cleanfid"] = 2.0019
-    files = [write_cell(tmp_path, metrics) for metrics in cells]
+    packages = examples.PACKAGES | {"torch": "2.9.0"}
+    other = examples.provenance(code="other", cpu="Intel", dirty=True, packages=packages)
+    settings = {"latency": {"rounds": 7}}
+    cells = [
+        make_score(a_cell("a", 0), fid=1.0, qualities={"fid_cleanfid": 1.0011}),
+        make_score(a_cell("a", 1), fid=2.0, qualities={"fid_cleanfid": 2.0019}, provenance=other),
+        make_score(a_cell("a", 2), fid=2.0, settings=settings),
+        make_score(a_cell("a", 3), fid=2.0, settings={"latency": {"rounds": 9}}),
+    ]
+    files = [write_cell(tmp_path, score) for score in cells]
     build(files, tmp_path / "out", expected_cells=None, title="t")
     text = (tmp_path / "out/leaderboard.md").read_text()
-    assert text.count("**Warning:**") == 3
+    assert text.count("**Warning:**") == 5
     assert "2 different versions of the code" in text and "different hardware" in text
+    assert "different versions: torch 2.15.0, torch 2.9.0" in text
+    assert "Cells of sit were made with different settings: latency" in text
     assert "clean-fid disagrees with FID on sit/a/0.25/none/seed0: 1.0011 against 1.0000" in text
     assert "0123456789, 0123456789-dirty" in text
 
 
 def test_hardware_is_that_of_the_measurement(tmp_path):
     """Scores may be computed anywhere: the machine that timed a cell is what its row is about."""
-    cells = seeds("a", [1.0, 2.0])
-    timed = {"cpu": "EPYC", "cores": 8, "gpu": "H200"}
-    for metrics, scored_on in zip(cells, ("Intel", "AMD"), strict=True):
-        metrics["provenance"] |= {"cpu": scored_on}
-        metrics["stages"] = {"cost": {"wall_s": 1.0, "date": "", "code": "c", "machine": timed}}
-    files = [write_cell(tmp_path, metrics) for metrics in cells]
+    timed = examples.machine(cpu="EPYC", cores=8, gpu="H200")
+    stages = {"cost": parts.Stage(wall_s=1.0, date="", code="c0de", machine=timed)}
+    cells = [
+        make_score(a_cell("a", k), stages=stages, provenance=examples.provenance(cpu=scored_on))
+        for k, scored_on in enumerate(("Intel", "AMD"))
+    ]
+    files = [write_cell(tmp_path, score) for score in cells]
     build(files, tmp_path / "out", expected_cells=None, title="t")
     text = (tmp_path / "out/leaderboard.md").read_text()
     assert "EPYC, 8 cores, H200" in text
@@ -369,23 +363,15 @@ def test_hardware_is_that_of_the_measurement(tmp_path):
 
 
 def test_an_inception_score_that_is_not_available_is_said_never_shown(tmp_path):
-    cells = seeds("a", [1.0, 2.0])
     reason = {"inception_score": "the extractor's weights have no logits layer"}
-    for metrics in cells:
-        metrics["quality"] |= {"inception_score": None, "unavailable": reason}
-    build(
-        [write_cell(tmp_path, m) for m in cells], tmp_path / "out", expected_cells=None, title="t"
-    )
+    files = [write_cell(tmp_path, score) for score in seeds("a", [1.0, 2.0], qualities=reason)]
+    build(files, tmp_path / "out", expected_cells=None, title="t")
     text = (tmp_path / "out/leaderboard.md").read_text()
     assert "IS: the extractor's weights have no logits layer" in text
     assert "inception_score" not in (tmp_path / "out/leaderboard.csv").read_text()
-    cells[0]["quality"] |= {"inception_score": 8.9, "unavailable": {}}
-    build(
-        [write_cell(tmp_path / "b", m) for m in cells],
-        tmp_path / "out",
-        expected_cells=None,
-        title="t",
-    )
+    known = make_score(a_cell("b"), qualities={"inception_score": 8.9})
+    files.append(write_cell(tmp_path, known))
+    build(files, tmp_path / "out", expected_cells=None, title="t")
     assert "8.9" in (tmp_path / "out/leaderboard.csv").read_text()
 
 
@@ -400,47 +386,163 @@ def test_infinite_psnr_and_units():
     assert text_of(rows.loc["dense"], "psnr") == "∞"
     assert text_of(rows.loc["dense"], "parameters") == "0.450"
     assert text_of(rows.loc["dense"], "macs") == "6.00"
-    params = collect.METRICS["parameters"]
+    params = MEASURES["parameters"]
     assert tables.number(params, 675e6) == "675" and tables.number(params, 11.9e9) == "11,900"
 
 
+def without(name: str) -> dict:
+    return {key: value for key, value in examples.quality().items() if key != name}
+
+
+NO_FID = {**examples.quality(), "fid": parts.Quality(reason="no images")}
+
+
 @pytest.mark.parametrize(
-    "change, reason",
+    ("changes", "reason"),
     [
-        (lambda m: m.update(schema=2), "its schema is 2"),
-        (lambda m: m["quality"].pop("kid"), "quality.kid is missing"),
-        (lambda m: m["quality"].update(fid=None), "quality.fid is None"),
-        (lambda m: m["quality"].update(recall=math.nan), "quality.recall is nan"),
-        (lambda m: m["cell"].update(method="../x"), "cannot name a file"),
+        ({"quality": without("kid")}, "quality.kid is missing"),
+        ({"quality": NO_FID}, "quality.fid has no value .no images"),
+        ({"quality": examples.quality(recal=0.5)}, "quality.recal is of no metric; did you mean "
+         "'recall'"),
     ],
-)
-def test_a_broken_file_is_named(tmp_path, change, reason):
-    metrics = make_metrics(a_cell("a"))
-    change(metrics)
-    file = tmp_path / "metrics.json"
-    file.write_text(json.dumps(metrics))
+)  # fmt: skip
+def test_a_broken_file_is_named(tmp_path, changes, reason):
+    file = write_cell(tmp_path, make_score(a_cell("a"), **changes))
     with pytest.raises(UserError, match=reason) as error:
         collect.read_sources([file])
     assert str(file) in str(error.value)
 
 
 def test_unreadable_duplicate_and_mixed_track_files_are_named(tmp_path):
-    (tmp_path / "half.json").write_text('{"schema": 1,')
+    (tmp_path / "half.json").write_text('{"version": 2,')
     with pytest.raises(UserError, match=r"half\.json"):
         collect.read_sources([tmp_path / "half.json"])
     with pytest.raises(UserError, match=r"cannot read .*absent\.json"):
         collect.read_sources([tmp_path / "absent.json"])
-    file = write_cell(tmp_path, make_metrics(a_cell("a")))
+    file = write_cell(tmp_path, make_score(a_cell("a")))
     with pytest.raises(UserError, match="same cell"):
         collect.read_sources([file, file])
-    other = write_cell(tmp_path, make_metrics(a_cell("b") | {"track": "cifar"}))
-    with pytest.raises(UserError, match="one track"):
+    other = write_cell(tmp_path, make_score(a_cell("b") | {"track": "cifar"}))
+    with pytest.raises(UserError, match="their track differs"):
         collect.read_sources([file, other])
+    sample = tmp_path / "sample.json"
+    sealed.write(sample, examples.every()["sample"])
+    with pytest.raises(UserError, match=r"sample\.json is the record of sample"):
+        collect.read_sources([sample])
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"extractor": examples.extractor("1" * 64)}, "feature extractor"),
+        ({"samples": 1024}, "count of images"),
+        ({"reference_samples": 1000}, "count of reference images"),
+        ({"inputs": {"dense/model.safetensors": "1"}}, "dense model"),
+        ({"settings": {"model": {"recovery": {"batch": 8}}}}, "recovery settings"),
+    ],
+)
+def test_rows_that_can_not_be_compared_are_refused(tmp_path, changes, what):
+    cells = [make_score(a_cell("a")), make_score(a_cell("b"), **changes)]
+    files = [write_cell(tmp_path, score) for score in cells]
+    with pytest.raises(UserError, match=rf"/a/.* and .*/b/.*: their {what} differs"):
+        collect.read_sources(files)
+
+
+def test_other_dense_trainings_are_rows_of_their_own(tmp_path):
+    """Each is compared with its own dense model, and the board says so."""
+    cells = [
+        make_score(a_cell(method, k) | {"dense_seed": dense}, fid=fid + dense,
+                   inputs={"dense/model.safetensors": f"{dense}"}, **label)
+        for dense in (0, 1) for k in (0, 1)
+        for method, fid, label in (("dense", 1.0, DENSE), ("a", 2.0, {}), ("b", 3.0, {}))
+    ]  # fmt: skip
+    files = [write_cell(tmp_path / "runs", score, a_grid()) for score in cells]
+    build(files, tmp_path / "out", expected_cells=None, title="t")
+    rows = pd.read_csv(tmp_path / "out/leaderboard.csv")
+    found = rows[rows.method != "dense"].set_index(["dense_seed", "method"])
+    assert found["rank"].to_dict() == {(0, "a"): 1, (0, "b"): 2, (1, "a"): 1, (1, "b"): 2}
+    text = (tmp_path / "out/leaderboard.md").read_text()
+    assert "## sit-dense1, no recovery" in text and "sit: 2 trainings" in text
+    assert (tmp_path / "out/pareto_sit-dense1_macs.svg").exists()
+    assert (tmp_path / "out/raw/sit/dense1/a/0.25/none/seed1.json").exists()
+
+
+# What a build leaves alone
+
+
+def test_a_build_removes_only_what_an_earlier_one_wrote(tmp_path):
+    own = {
+        name: tmp_path / "out" / name
+        for name in ("raw/mine.json", "oracle.py", "samples_me.png", "raw/sit/a/notes")
+    }
+    for file in own.values():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("mine")
+    first, second = (write_cell(tmp_path / "runs", make_score(a_cell(n)), a_grid()) for n in "ab")
+    build([first], tmp_path / "out", expected_cells=None, title="t")
+    build([second], tmp_path / "out", expected_cells=None, title="t")
+    assert all(file.read_text() == "mine" for file in own.values())
+    assert not list((tmp_path / "out").rglob("raw/sit/a/0.25"))
+    assert (tmp_path / "out/raw/sit/b/0.25/none/seed0.json").exists()
+
+
+def test_a_build_that_fails_leaves_the_old_board(tmp_path, monkeypatch):
+    file = write_cell(tmp_path / "runs", make_score(a_cell("a")), a_grid())
+    build([file], tmp_path / "out", expected_cells=None, title="t")
+    before = {f: f.read_bytes() for f in (tmp_path / "out").rglob("*") if f.is_file()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(UserError, match="No space left"):
+        build([file], tmp_path / "out", expected_cells=None, title="other")
+    assert before == {f: f.read_bytes() for f in (tmp_path / "out").rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize("text", ["{}", "[", '{"files": ["../../a", "/etc/x", "", 1]}', "null"])
+def test_a_manifest_that_is_not_sound_removes_nothing(tmp_path, text):
+    (tmp_path / "a").write_text("mine")
+    out = tmp_path / "x/y"
+    out.mkdir(parents=True)
+    (out / "manifest.json").write_text(text)
+    file = write_cell(tmp_path / "runs", make_score(a_cell("a")))
+    build([file], out, expected_cells=None, title="t")
+    assert (tmp_path / "a").read_text() == "mine"
+
+
+# Texts of strangers
+
+
+def test_no_text_is_a_formula_a_command_or_unseen(tmp_path):
+    """A method's title, notes and BibTeX, and a failure's text, in every format."""
+    entry = "@misc{a\\input{secret}, title={x}}"
+    cells = [
+        make_score(
+            a_cell("a"), title="=HYPERLINK(1)", notes="+1\x00\x1b[31m\u202egnp", bibtex=entry
+        ),
+        make_score(a_cell("b"), title="@b" + "x" * 100_000),
+        make_score(a_cell("c"), failed=("select", "no /home/me/secret/data.npz here\x1b[2J")),
+    ]
+    files = [write_cell(tmp_path / "runs", score) for score in cells]
+    out = tmp_path / "out"
+    build(files, out, expected_cells=None, title="t")
+    for file in out.rglob("*.*"):
+        if file.suffix in (".csv", ".md", ".tex", ".bib", ".html", ".json"):
+            text = file.read_text()
+            assert not set("\x00\x1b\u202e") & set(text), file
+            assert "/home/me" not in text and "x" * 5000 not in text, file
+    table = (out / "leaderboard.csv").read_text()
+    assert "'=HYPERLINK" in table and "'@bx" in table and ",'+1" in table
+    assert "…/data.npz" in (out / "leaderboard.md").read_text()
+    assert "input" not in (out / "leaderboard.bib").read_text()
+    tex = (out / "leaderboard.tex").read_text()
+    assert "\\cite" not in tex and "its key is none" in tex
 
 
 def test_methods_sharing_a_bibtex_key_with_different_entries_are_told():
     entries = [seeds(name, [1.0], bibtex=f"@misc{{key, note={{{name}}}}}") for name in "ab"]
-    found, problems = tables.bibliography(rows_of(*entries))
+    found, problems = writers.bibliography(rows_of(*entries).bibtex.tolist())
     assert list(found) == ["key"] and problems == [
         "Two methods give the BibTeX key key different entries."
     ]
@@ -449,8 +551,8 @@ def test_methods_sharing_a_bibtex_key_with_different_entries_are_told():
 # Divisions: what differs between the rows that are ranked together.
 
 
-def _ranked(compares: str, *groups: list[dict]) -> dict:
-    sources = [collect.Source(Path("m.json"), b"", one) for group in groups for one in group]
+def _ranked(compares: str, *groups: list) -> dict:
+    sources = [collect.Source(Path("score.json"), b"", one) for group in groups for one in group]
     rows = collect.aggregate(collect.cell_frame(sources), compares)
     named = rows[rows["rank"].notna()]
     return dict(zip(zip(named.method, named.recovery, strict=True), named["rank"], strict=True))
@@ -478,9 +580,10 @@ def test_recoveries_are_ranked_inside_one_selection():
 
 @pytest.mark.parametrize("compares", collect.COMPARISONS)
 def test_plans_that_fix_their_own_share_are_ranked_apart(compares):
-    uniform = [seeds(name, [fid], kind="widths") for name, fid in (("u", 1.0), ("v", 2.0))]
-    for group in uniform:
-        group[0]["plan"] = {"pattern": "uniform", "notes": {}}
+    plan = examples.PLAN.model_copy(update={"pattern": "uniform"})
+    uniform = [
+        seeds(name, [fid], kind="widths", plan=plan) for name, fid in (("u", 1.0), ("v", 2.0))
+    ]
     plain = [seeds(name, [fid], kind="widths") for name, fid in (("p", 3.0), ("q", 4.0))]
     ranked = _ranked(compares, *uniform, *plain)
     alone = compares == "recoveries"  # every method is a group of its own there
@@ -488,13 +591,13 @@ def test_plans_that_fix_their_own_share_are_ranked_apart(compares):
     assert alone or ranked["u", "none"] == ranked["p", "none"] == 1
 
 
-def test_a_board_says_what_it_ranks_and_how_rows_were_healed(tmp_path):
-    own = seeds("own", [2.0, 2.1], "published-low", title="Own")
-    for metrics in own:
-        metrics["labels"]["healing"] = "normalised_kd"
-        metrics["plan"] = {"pattern": "uniform", "notes": {"summary": "joint/sum = 0.9"}}
+def test_a_board_says_what_it_ranks_and_how_rows_were_recovered(tmp_path):
+    notes = {"summary": "joint/sum = 0.9"}
+    plan = examples.PLAN.model_copy(update={"pattern": "uniform", "notes": notes})
+    own = seeds("own", [2.0, 2.1], "published-low", title="Own", plan=plan,
+                recovered_by="normalised_kd")  # fmt: skip
     cells = own + seeds("control", [3.0, 3.1], "finetune-low", title="Control")
-    files = [write_cell(tmp_path, metrics) for metrics in cells]
+    files = [write_cell(tmp_path, score) for score in cells]
     build(files, tmp_path / "out", expected_cells=None, title="t", compares="methods")
     text = (tmp_path / "out/leaderboard.md").read_text()
     assert "## sit, low" in text and "inside one model, sparsity and budget" in text
@@ -504,17 +607,16 @@ def test_a_board_says_what_it_ranks_and_how_rows_were_healed(tmp_path):
 
 
 def test_training_that_was_cut_into_parts_is_said_on_the_row(tmp_path):
-    metrics = make_metrics(a_cell("entpruner", recovery="finetune-low"))
-    plain = {"micro_batch": 64, "processes": 1, "resumed": 0}
-    metrics["settings"] = {"model": {"recovery": {"batch": 64}}}
-    for training, words in (
-        ({"select": plain | {"micro_batch": None}, "recover": plain}, ""),
-        ({"recover": plain | {"micro_batch": 16}}, "micro-batches of 16 for a batch of 64"),
-        ({"recover": plain | {"micro_batch": 32, "processes": 2}}, "trained on 2 GPUs"),
-    ):
-        metrics["training"] = training
-        file = tmp_path / "metrics.json"
-        file.write_text(json.dumps(metrics))
+    plain = examples.TRAINING
+    for number, (trainings, words) in enumerate((
+        ({"select": plain.model_copy(update={"micro_batch": None}), "recover": plain}, ""),
+        ({"recover": plain.model_copy(update={"micro_batch": 16})},
+         "micro-batches of 16 for a batch of 64"),
+        ({"recover": plain.model_copy(update={"micro_batch": 32, "processes": 2})},
+         "trained on 2 GPUs"),
+    )):  # fmt: skip
+        score = make_score(a_cell("entpruner", recovery="finetune-low"), trainings=trainings)
+        file = write_cell(tmp_path / f"{number}", score)
         (details,) = collect.cell_frame(collect.read_sources([file]))["details"]
         assert details == words
 
@@ -534,10 +636,9 @@ def test_nothing_is_ranked_until_the_dense_model_is_as_published(tmp_path, dense
         if fid is None:
             continue
         cell = a_cell(method) | ({"sparsity": 0.0} if label else {})
-        metrics = make_metrics(cell, fid=fid, **label)
-        expected = {"fid": 4.5, "tolerance": 0.15, "source": "the paper"}
-        metrics["settings"] = {"model": {"reference": expected, "recovery": {"batch": 8}}}
-        files.append(write_cell(tmp_path / "runs", metrics))
+        expected = parts.Expected(fid=4.5, tolerance=0.15, source="the paper")
+        score = make_score(cell, fid=fid, expected=expected, released=True, **label)
+        files.append(write_cell(tmp_path / "runs", score))
     out = tmp_path / "out"
     build(files, out, expected_cells=[], title="Gate")
     rows = pd.read_csv(out / "leaderboard.csv", keep_default_na=False).set_index("method")
@@ -548,24 +649,19 @@ def test_nothing_is_ranked_until_the_dense_model_is_as_published(tmp_path, dense
     assert "Not gated" not in table
 
 
-@pytest.mark.parametrize(
-    ("settings", "gated"),
-    [
-        ({"weights": {"asset": "sd15"}}, False),
-        ({"weights": {"asset": "a"}, "training": {"images": 8}}, True),  # nobody published it
-        ({"training": {"images": 8}}, True),
-        ({"weights": {"asset": "a"}, "reference": {"fid": 2, "tolerance": 9, "source": "s"}}, True),
-    ],
-)
-def test_a_released_model_without_a_published_fid_is_said_to_be_ungated(tmp_path, settings, gated):
+@pytest.mark.parametrize(("released", "published"), [(True, False), (True, True), (False, False)])
+def test_a_released_model_without_a_published_fid_is_said_to_be_ungated(
+    tmp_path, released, published
+):
+    expected = parts.Expected(fid=2.0, tolerance=9.0, source="s") if published else None
+    gate = {"released": released, "expected": expected}
     cells = [
-        make_metrics(a_cell("dense") | {"sparsity": 0.0}, fid=4.5, **DENSE),
-        make_metrics(a_cell("a")),
+        make_score(a_cell("dense") | {"sparsity": 0.0}, fid=4.5, **DENSE, **gate),
+        make_score(a_cell("a"), **gate),
     ]
-    for metrics in cells:
-        metrics["settings"] = {"model": {**settings, "recovery": {"batch": 8}}}
-    files = [write_cell(tmp_path / "runs", metrics) for metrics in cells]
+    files = [write_cell(tmp_path / "runs", score) for score in cells]
     build(files, tmp_path / "out", expected_cells=[], title="Gate")
+    told = released and not published
     for name in ("leaderboard.md", "leaderboard.html", "leaderboard.tex"):
         text = (tmp_path / "out" / name).read_text()
-        assert ("sit: ranked without a published FID to reach first" in text) != gated
+        assert ("sit: ranked without a published FID to reach first" in text) == told

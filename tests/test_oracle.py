@@ -1,12 +1,12 @@
 """The oracle: which masks there are, what one job records, and how selections are placed."""
 
 import itertools
-import json
 
+import examples
 import pandas as pd
 import pytest
 import tiny
-from test_leaderboard import a_cell, make_metrics, write_cell
+from test_leaderboard import a_cell, make_score, write_cell
 
 from prunebench import tracks
 from prunebench.errors import UserError
@@ -14,6 +14,7 @@ from prunebench.leaderboard import build
 from prunebench.leaderboard import oracle as board
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
+from prunebench.records import parts, sealed
 from prunebench.stages import oracle
 
 
@@ -46,33 +47,26 @@ def test_masks_of_unequal_layers_meet_the_target():
         assert abs(gone - 0.25 * before) <= largest
 
 
-def _record(mask: int, fid: float | None, seed: int = 0) -> dict:
-    return {
-        "status": "ok", "layers": [f"blocks.{mask}"], "masks": 5, "exhaustive": True, "fid": fid,
-        "budget": {"student_backward": 0},
-        "cell": {"track": "embedded", "model": "sit", "sparsity": 0.25, "recovery": "none",
-                 "seed": seed, "mask": mask},
-        "provenance": {},
-    }  # fmt: skip
-
-
 @pytest.fixture
 def written(tmp_path):
     files = []
     for mask, fid in enumerate([9.0, 3.0, 5.0, None, 7.0]):
         files.append(tmp_path / f"mask{mask}.json")
-        files[-1].write_text(json.dumps(_record(mask, fid)))
+        sealed.write(files[-1], examples.oracle(mask, fid))
     return files
 
 
 def test_a_selection_is_placed_among_the_other_masks(written, tmp_path):
-    chosen = {"a": "blocks.2", "b": "blocks.0", "t": "blocks.0"}
-    cells = [make_metrics(a_cell("a"), fid=5.0), make_metrics(a_cell("w"), fid=5.0, kind="widths")]
-    cells += [make_metrics(a_cell("b", seed=1), fid=6.0), make_metrics(a_cell("t"), fid=6.0)]
-    cells[-1]["budget"]["recovery"] |= {"student_backward": 7}  # it trained while it selected
-    for metrics in cells:
-        metrics["plan"] = {"layers": [chosen.get(metrics["cell"]["method"], "")], "pattern": None}
-    files = [write_cell(tmp_path, metrics) for metrics in cells]
+    chosen = {"a": "blocks.2", "b": "blocks.0", "t": "blocks.0", "w": ""}
+    plans = {name: examples.PLAN.model_copy(update={"layers": (layer,)})
+             for name, layer in chosen.items()}  # fmt: skip
+    trained = parts.Spent(selection=examples.budget(),  # while it selected
+                          recovery=examples.budget(student_backward=7))  # fmt: skip
+    cells = [make_score(a_cell("a"), fid=5.0, plan=plans["a"]),
+             make_score(a_cell("w"), fid=5.0, plan=plans["w"], kind="widths"),
+             make_score(a_cell("b", seed=1), fid=6.0, plan=plans["b"]),
+             make_score(a_cell("t"), fid=6.0, plan=plans["t"], budget=trained)]  # fmt: skip
+    files = [write_cell(tmp_path, score) for score in cells]
     out = tmp_path / "out"
     build(files, out, expected_cells=None, title="t", oracle_files=written)
     rows = pd.read_csv(out / "leaderboard.csv").set_index("method")
@@ -87,14 +81,21 @@ def test_a_selection_is_placed_among_the_other_masks(written, tmp_path):
     masks = pd.read_csv(out / "oracle.csv").set_index("mask")
     assert masks["rank"].sort_index().tolist()[:3] == [4, 1, 2]
     assert (
-        "| sit | 0.25 | none | 0 | 5 (all) | 3.00 | 6.00 | 9.00 | blocks.1 |"
+        "| sit | 0 | 0.25 | none | 0 | 5 (all) | 3.00 | 6.00 | 9.00 | blocks.1 |"
         in (out / "oracle.md").read_text()
     )
     assert (out / "raw/oracle/sit/none/seed0/mask4.json").read_bytes() == written[4].read_bytes()
 
 
+def test_masks_of_another_feature_extractor_are_refused(written, tmp_path):
+    score = make_score(a_cell("a"), extractor=examples.extractor("1" * 64))
+    file = write_cell(tmp_path, score)
+    with pytest.raises(UserError, match="another feature extractor"):
+        build([file], tmp_path / "out", expected_cells=None, title="t", oracle_files=written)
+
+
 def test_without_an_oracle_the_tables_do_not_speak_of_it(tmp_path):
-    file = write_cell(tmp_path, make_metrics(a_cell("a")))
+    file = write_cell(tmp_path, make_score(a_cell("a")))
     build([file], tmp_path / "out", expected_cells=None, title="t")
     for name in ("leaderboard.md", "leaderboard.tex", "leaderboard.html"):
         assert "Masks beaten" not in (tmp_path / "out" / name).read_text()
@@ -103,7 +104,10 @@ def test_without_an_oracle_the_tables_do_not_speak_of_it(tmp_path):
 
 def test_a_file_that_is_no_record_is_named(tmp_path):
     (tmp_path / "x.json").write_text("{}")
-    with pytest.raises(UserError, match=r"x\.json is not a record of the oracle: 'status'"):
+    with pytest.raises(UserError, match=r"x\.json has no checksum"):
+        board.read([tmp_path / "x.json"])
+    sealed.write(tmp_path / "x.json", examples.score())
+    with pytest.raises(UserError, match=r"x\.json is the record of score .*, not of a mask"):
         board.read([tmp_path / "x.json"])
 
 

@@ -18,16 +18,23 @@ from prunebench import tracks
 
 ROOT = Path(__file__).parents[1]
 SNAKEMAKE = Path(sys.executable).parent / "snakemake"
+METHODS = ("diff_pruning", "entpruner", "gradient_flow", "laptop_diff", "sparsedm", "taylor")
+CONTROLS = ("dense", "fewer_steps", "magnitude_2_4", "magnitude_layers", "magnitude_unstructured",
+            "magnitude_widths", "random_2_4", "random_layers", "random_widths",
+            "scratch")  # fmt: skip
 SHARE = 1 / 8
 SECONDS = 120
 
 
 def matrix(folder: Path, models: int) -> str:
     """A track in a copy of the workflow: smoke's models and two methods under new names."""
-    for part in ("Snakefile", "workflow", "config", "methods", "environment.yml", "envs"):
+    for part in ("Snakefile", "workflow", "config", "environment.yml", "envs"):
         copied = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
         copied(ROOT / part, folder / part)
-    (folder / "more").mkdir()
+    for name in ("methods", "more"):
+        (folder / name).mkdir()
+    for name in (*METHODS, *CONTROLS):
+        shutil.copy(ROOT / "methods" / f"{name}.py", folder / "methods")
     for name in ("taylor_a", "taylor_b"):
         shutil.copy(ROOT / "methods" / "taylor.py", folder / "more" / f"{name}.py")
     track = yaml.safe_load((ROOT / "config" / "smoke.yaml").read_text())

@@ -1,12 +1,11 @@
 """leaderboard.html in a real browser, opened from the disk with no network."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 from playwright.sync_api import Page, sync_playwright
-from test_leaderboard import a_grid, small_board, write_cell
+from test_leaderboard import DENSE, a_cell, a_grid, make_score, small_board, write_cell
 
 from prunebench.leaderboard import build
 
@@ -134,9 +133,8 @@ def test_the_page_itself_never_scrolls_sideways(page, tmp_path, width):
 
 def test_a_model_filter_hides_the_figures_of_other_models(browser, tmp_path):
     files, _ = small_board(tmp_path / "runs")
-    metrics = json.loads(files[0].read_text())
-    metrics["cell"]["model"] = "unet"
-    files.append(write_cell(tmp_path / "more", metrics, a_grid()))
+    score = make_score(a_cell("dense") | {"model": "unet"}, **DENSE)
+    files.append(write_cell(tmp_path / "more", score, a_grid()))
     build(files, tmp_path / "out", expected_cells=None, title="Two models")
     page = browser.new_page()
     page.goto((tmp_path / "out/leaderboard.html").as_uri())

@@ -1,16 +1,27 @@
 """The tables of an efficiency track: a pure function of its records."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-import jinja2
 import pandas as pd
 
-from prunebench.leaderboard.tables import NOTHING, escape_latex, escape_markdown, percent
-from prunebench.records.artefacts import read_record, write_atomically
+from prunebench.leaderboard import writers
+from prunebench.leaderboard.caption import commits, machine
+from prunebench.leaderboard.publish import publish
+from prunebench.leaderboard.tables import percent
+from prunebench.leaderboard.writers import (
+    NOTHING,
+    Column,
+    Document,
+    Ending,
+    Table,
+    escape_markdown,
+    plain_lines,
+)
+from prunebench.records import upgrade
+from prunebench.records.parts import Costs
+from prunebench.records.schema import Efficiency, ForwardTiming
 
-OWNED = "raw/**/*.json"
 NOT_HERE = "not measured here"
 KINDS = {"none": "dense", "layers": "layers", "widths": "widths", "uniform": "channels",
          "2:4": "2:4 mask"}  # fmt: skip
@@ -27,81 +38,72 @@ LEGEND = (
 )
 
 
-@dataclass(frozen=True)
-class Column:
-    label: str
-    text: Callable[[Mapping], str]
-    numeric: bool = True
+def _fewer(size: Costs) -> str:
+    return f"{size.dense_macs / size.macs:.2f}×"
 
 
-def _fewer(size: Mapping, name: str) -> str:
-    return f"{size[f'dense_{name}'] / size[name]:.2f}×"
+def _fewer_without(size: Costs) -> str:
+    dense = size.dense_macs_without_attention_products
+    return f"{dense / size.macs_without_attention_products:.2f}×"
 
 
-def _asked(record: Mapping) -> str:
-    asked = record["asked"]
-    if asked["kind"] == "none":
+def _asked(record: Efficiency) -> str:
+    asked = record.asked
+    if asked.kind == "none":
         return NOTHING
-    if "layers" in asked:
-        return f"{len(asked['layers'])} named layers"
-    share = f"{percent(asked['sparsity'])} " if "sparsity" in asked else ""
-    units = f" ({len(record['layers'])})" if record["layers"] else ""
-    return f"{share}{KINDS[asked['kind']]}{units}"
+    if asked.layers is not None:
+        return f"{len(asked.layers)} named layers"
+    share = f"{percent(asked.sparsity)} " if asked.sparsity is not None else ""
+    units = f" ({len(record.layers)})" if record.layers else ""
+    return f"{share}{KINDS[asked.kind]}{units}"
 
 
-COUNTED = (
-    Column("Plan", lambda r: r["row"]["plan"], False),
+COUNTED = (  # of a record
+    Column("Plan", lambda r: r.identity.plan, False),
     Column("Removed", _asked, False),
-    Column("Reached", lambda r: f"{r['size']['sparsity_reached']:.1%}"),
-    Column("Parameters", lambda r: f"{r['size']['parameters']:,}"),
-    Column("GMACs", lambda r: f"{r['size']['macs'] / 1e9:,.2f}"),
-    Column("Fewer", lambda r: _fewer(r["size"], "macs")),
+    Column("Reached", lambda r: f"{r.size.sparsity_reached:.1%}"),
+    Column("Parameters", lambda r: f"{r.size.parameters:,}"),
+    Column("GMACs", lambda r: f"{r.size.macs / 1e9:,.2f}"),
+    Column("Fewer", lambda r: _fewer(r.size)),
     Column(
         "GMACs without attention products",
-        lambda r: f"{r['size']['macs_without_attention_products'] / 1e9:,.2f}",
+        lambda r: f"{r.size.macs_without_attention_products / 1e9:,.2f}",
     ),
-    Column("Fewer without", lambda r: _fewer(r["size"], "macs_without_attention_products")),
+    Column("Fewer without", lambda r: _fewer_without(r.size)),
 )
-MEASURED = (
-    Column("Plan", lambda t: t["plan"], False),
-    Column("Precision", lambda t: t["precision"], False),
-    Column("Mode", lambda t: t["mode"], False),
-    Column("Batch", lambda t: f"{t['batch']}"),
-    Column("ms", lambda t: f"{t['ms']:.3g}"),
-    Column("IQR (ms)", lambda t: f"{t['iqr_ms']:.2g}"),
-    Column("Dense (ms)", lambda t: f"{t['dense_ms']:.3g}"),
-    Column("Speed-up", lambda t: f"{1 / t['ratio']:.2f}×"),
-    Column("Images/s", lambda t: f"{t['images_per_s']:.4g}"),
-    Column("Peak memory (MB)", lambda t: f"{t['peak_memory_mb']:,.0f}"),
-    Column("Dense peak (MB)", lambda t: f"{t['dense_peak_memory_mb']:,.0f}"),
-    Column("Alone", lambda t: {True: "yes", False: "no", None: NOTHING}[t["alone"]], False),
+MEASURED = (  # of a record and one of its timings
+    Column("Plan", lambda rt: rt[0].identity.plan, False),
+    Column("Precision", lambda rt: rt[1].precision, False),
+    Column("Mode", lambda rt: rt[1].mode, False),
+    Column("Batch", lambda rt: f"{rt[1].batch}"),
+    Column("ms", lambda rt: f"{rt[1].ms:.3g}"),
+    Column("IQR (ms)", lambda rt: f"{rt[1].iqr_ms:.2g}"),
+    Column("Dense (ms)", lambda rt: f"{rt[1].dense_ms:.3g}"),
+    Column("Speed-up", lambda rt: _speedup(rt[1])),
+    Column("Images/s", lambda rt: f"{rt[1].images_per_s:.4g}"),
+    Column("Peak memory (MB)", lambda rt: f"{rt[1].peak_memory_mb:,.0f}"),
+    Column("Dense peak (MB)", lambda rt: f"{rt[1].dense_peak_memory_mb:,.0f}"),
+    Column("Alone", lambda rt: {True: "yes", False: "no", None: NOTHING}[rt[1].alone], False),
 )
-CLAIMED = (
-    Column("Published", lambda c: c["title"], False),
-    Column("Speed-up", lambda c: f"{c['speedup']:.2f}×"),
-    Column("Measured here", lambda c: c["measured"]),
-    Column("Fewer MACs here", lambda c: c["fewer"]),
-    Column("Row", lambda c: f"{c['model']}, {c['plan']}", False),
-    Column("Measured at", lambda c: "{precision}, {mode}, batch {batch}".format_map(c["beside"]),
-           False),
-    Column("Source", lambda c: f"{c['paper']}: {c['source']}", False),
-    Column("Their conditions", lambda c: c["conditions"], False),
-    Column("Why they may differ", lambda c: c["differs"], False),
-)  # fmt: skip
+CLAIMED = (  # of a claim of the track, its record (or None) and the timing beside it (or None)
+    Column("Published", lambda c: c[0]["title"], False),
+    Column("Speed-up", lambda c: f"{c[0]['speedup']:.2f}×"),
+    Column("Measured here", lambda c: _speedup(c[2]) if c[2] else NOT_HERE),
+    Column("Fewer MACs here", lambda c: _fewer(c[1].size) if c[1] else NOTHING),
+    Column("Row", lambda c: f"{c[0]['model']}, {c[0]['plan']}", False),
+    Column(
+        "Measured at",
+        lambda c: "{precision}, {mode}, batch {batch}".format_map(c[0]["beside"]),
+        False,
+    ),
+    Column("Source", lambda c: f"{c[0]['paper']}: {c[0]['source']}", False),
+    Column("Their conditions", lambda c: c[0]["conditions"], False),
+    Column("Why they may differ", lambda c: c[0]["differs"], False),
+)
 
 
-@dataclass(frozen=True)
-class Table:
-    """A heading, a line of text (or none) and rows of texts under columns."""
-
-    title: str
-    columns: Sequence[Column]
-    rows: Sequence[Sequence[str]]
-    note: str = ""
-
-
-def _table(title: str, columns: Sequence[Column], content: Sequence[Mapping], note="") -> Table:
-    return Table(title, columns, [[c.text(entry) for c in columns] for entry in content], note)
+def _speedup(timing: ForwardTiming) -> str:
+    return f"{1 / timing.ratio:.2f}×"
 
 
 def build(track, files: Sequence[Path], out: Path) -> None:
@@ -110,161 +112,126 @@ def build(track, files: Sequence[Path], out: Path) -> None:
     Args:
         track: a `prunebench.tracks.efficiency.Track`.
         files: its records, or those that exist.
-        out: a folder; copies of records that no longer belong there are removed.
+        out: a folder; what an earlier build wrote there and no longer belongs there is removed.
+
+    Raises:
+        UserError: a file is no record of such a row.
     """
-    records = [read_record(file) for file in files]
-    texts = published(track, records)
-    raw = {_raw_name(r): Path(f).read_bytes() for r, f in zip(records, files, strict=True)}
-    for file in Path(out).glob(OWNED):
-        if file.relative_to(out).as_posix() not in raw:
-            file.unlink()
-    for name, content in {**{k: v.encode() for k, v in texts.items()}, **raw}.items():
-        write_atomically(Path(out) / name, lambda path, content=content: path.write_bytes(content))
+    contents = [Path(file).read_bytes() for file in files]
+    records = [upgrade.parse(file, content) for file, content in zip(files, contents, strict=True)]
+    raw = {_raw_name(r): content for r, content in zip(records, contents, strict=True)}
+    texts = {name: text.encode() for name, text in published(track, records).items()}
+    publish(out, texts | raw)
 
 
-def _raw_name(record: Mapping) -> str:
-    return f"raw/{record['row']['model']}/{record['row']['plan']}.json"
+def _raw_name(record: Efficiency) -> str:
+    return f"raw/{record.identity.model}/{record.identity.plan}.json"
 
 
-def published(track, records: Sequence[Mapping]) -> dict[str, str]:
+def published(track, records: Sequence[Efficiency]) -> dict[str, str]:
     """The texts by file name."""
-    title, found = track.content["title"], [r for r in records if r["status"] == "ok"]
-    tables = [_claims(track, found), *_of_models(found)]
-    notes = [*_conditions(records), *LEGEND]
-    problems = [
-        f"{r['row']['model']}, {r['row']['plan']}: {r['failure']}" for r in records
-        if r["status"] != "ok"
-    ]  # fmt: skip
-    problems += _failed_timings(found)
+    board = document(track, records)
+    page = writers.to_html("efficiency.html.j2", board=board)
+    return writers.formats(board, board, page, numbers(records))
+
+
+def document(track, records: Sequence[Efficiency]) -> Document:
+    """The board of a track's records."""
+    found = [record for record in records if record.size]
+    problems = [_name(r) + r.failure.error for r in records if r.failure] + _failed_timings(found)
     missing = len(track.rows()) - len(records)
     problems += [f"{missing} rows are not finished"] if missing else []
-    entries = [claim["bibtex"].strip() for claim in track.content.get("published", ())
-               if "bibtex" in claim]  # fmt: skip
-    return {
-        "leaderboard.csv": to_csv(records),
-        "leaderboard.md": to_markdown(title, tables, notes, problems),
-        "leaderboard.tex": to_latex(title, tables, notes),
-        "leaderboard.html": to_html(title, tables, notes, problems),
-        "leaderboard.bib": "".join(f"{entry}\n\n" for entry in entries),
-    }
+    claims = track.content.get("published", ())
+    entries, warnings = writers.bibliography([claim.get("bibtex", "") for claim in claims])
+    if len({record.provenance.code for record in records}) > 1:
+        warnings.append("The rows were made by different versions of the code.")
+    return Document(
+        title=track.content["title"],
+        tables=[_claims(claims, found), *_of_models(found)],
+        conditions=_conditions(records),
+        legend=LEGEND,
+        warnings=warnings,
+        endings=[Ending("Not there", [escape_markdown(p) for p in problems])] if problems else [],
+        wide=True,
+        entries=entries,
+    )
 
 
-def _claims(track, records: Sequence[Mapping]) -> Table:
+def _claims(claims: Sequence[Mapping], records: Sequence[Efficiency]) -> Table:
     """Published speed-ups beside what was measured of the row that comes closest."""
-    rows = {(r["row"]["model"], r["row"]["plan"]): r for r in records}
-    claims = []
-    for claim in track.content.get("published", ()):
-        record = rows.get((claim["model"], claim["plan"]), {})
-        times = [t for t in record.get("timings", ()) if _is_at(t, claim["beside"]) and "ms" in t]
-        measured = f"{1 / times[0]['ratio']:.2f}×" if times else NOT_HERE
-        fewer = _fewer(record["size"], "macs") if record else NOTHING
-        claims.append({**claim, "measured": measured, "fewer": fewer})
-    return _table("Published speed-ups", CLAIMED, claims)
+    rows = {(record.identity.model, record.identity.plan): record for record in records}
+    lines = []
+    for claim in claims:
+        record = rows.get((claim["model"], claim["plan"]))
+        timings = [t for r, t in _timings([record] if record else []) if _is_at(t, claim["beside"])]
+        lines.append((claim, record, timings[0] if timings else None))
+    return Table("Published speed-ups", CLAIMED, plain_lines(CLAIMED, lines), label="claims")
 
 
-def _is_at(timing: Mapping, place: Mapping) -> bool:
-    return all(timing[key] == value for key, value in place.items())
+def _is_at(timing: ForwardTiming, place: Mapping) -> bool:
+    return all(getattr(timing, key) == value for key, value in place.items())
 
 
-def _of_models(records: Sequence[Mapping]) -> list[Table]:
+def _timings(records: Sequence[Efficiency]) -> Iterator[tuple[Efficiency, ForwardTiming]]:
+    return ((record, t) for record in records for t in record.timings if t.failure is None)
+
+
+def _of_models(records: Sequence[Efficiency]) -> Iterator[Table]:
     """Per model one table of what was counted and, where it was, one of what was measured."""
-    tables = []
-    for model in dict.fromkeys(r["row"]["model"] for r in records):
-        own = [r for r in records if r["row"]["model"] == model]
-        title = f"{own[0]['title']} ({model})"
-        reasons = sorted({r["not_measured"] for r in own if r["not_measured"]})
+    for model in dict.fromkeys(record.identity.model for record in records):
+        own = [record for record in records if record.identity.model == model]
+        title = f"{own[0].title} ({model})"
+        reasons = sorted({record.not_measured for record in own if record.not_measured})
         note = f"Latency, throughput, peak memory: not measured: {', '.join(reasons)}."
-        tables.append(_table(title, COUNTED, own, note if reasons else ""))
-        times = [{**t, "plan": r["row"]["plan"]} for r in own for t in r["timings"] if "ms" in t]
+        lines = plain_lines(COUNTED, own)
+        yield Table(title, COUNTED, lines, note if reasons else "", label=model)
+        times = list(_timings(own))
         if times:
-            tables.append(_table(f"{title}, measured", MEASURED, times))
-    return tables
+            lines = plain_lines(MEASURED, times)
+            yield Table(f"{title}, measured", MEASURED, lines, label=f"{model}:measured")
 
 
-def _failed_timings(records: Sequence[Mapping]) -> list[str]:
+def _name(record: Efficiency) -> str:
+    return f"{record.identity.model}, {record.identity.plan}: "
+
+
+def _failed_timings(records: Sequence[Efficiency]) -> list[str]:
     return [
-        f"{r['row']['model']}, {r['row']['plan']}: not timed in {t['precision']}, {t['mode']}, "
-        f"batch {t['batch']}: {t['failure']}"
-        for r in records for t in r["timings"] if "failure" in t
+        f"{_name(record)}not timed in {t.precision}, {t.mode}, batch {t.batch}: {t.failure}"
+        for record in records for t in record.timings if t.failure
     ]  # fmt: skip
 
 
-def _conditions(records: Sequence[Mapping]) -> list[str]:
+def _conditions(records: Sequence[Efficiency]) -> dict[str, str]:
     """Where and with what the records were made."""
-    made = [r["provenance"] for r in records]
-    lines = []
-    for label, texts in {
-        "Machine": {f"{p['gpu'] or 'no GPU'}; {p['cpu']}, {p['cores']} cores" for p in made},
-        "Versions": {f"torch {p['packages']['torch']}, diffusers {p['packages']['diffusers']}, "
-                     f"timm {p['packages']['timm']}, Python {p['python']}" for p in made},
-        "Commit": {(p["commit"] or "none")[:12] + (", edited" if p["dirty"] else "")
-                   for p in made},
-        "Date": {p["date"][:10] for p in made},
-        "Seed": {str(r["seed"]) for r in records},
-    }.items():  # fmt: skip
-        lines.append(f"{label}: {'; '.join(sorted(texts))}.")
-    if len({p["code"] for p in made}) > 1:
-        lines.append("Warning: the rows were made by different versions of the code.")
-    return lines
+    made = [record.provenance for record in records]
+    told = {
+        "Machine": {machine(one) for one in made},
+        "Versions": {
+            ", ".join(f"{name} {one.packages[name]}" for name in ("torch", "diffusers", "timm"))
+            + f", Python {one.python}"
+            for one in made
+        },
+        "Commit": commits(made),
+        "Date": {one.date[:10] for one in made},
+        "Seed": {str(record.seed) for record in records},
+    }
+    return {label: "; ".join(sorted(texts)) for label, texts in told.items()}
 
 
-def to_csv(records: Sequence[Mapping]) -> str:
+def numbers(records: Sequence[Efficiency]) -> pd.DataFrame:
     """A line per row and condition of measurement; a row that was not measured has one, and why."""
     lines = []
     for record in records:
-        common = {**record["row"], "kind": record["asked"]["kind"],
-                  "sparsity": record["asked"].get("sparsity"), "status": record["status"],
-                  "failure": record["failure"], **record.get("size", {})}  # fmt: skip
-        reason = record.get("not_measured")
+        own = record.identity
+        common = {"track": own.track, "model": own.model, "plan": own.plan,
+                  "kind": record.asked.kind, "sparsity": record.asked.sparsity,
+                  "status": record.status,
+                  "failure": record.failure.error if record.failure else None,
+                  **(record.size.model_dump() if record.size else {})}  # fmt: skip
+        reason = record.not_measured
         common["not_measured"] = f"not measured: {reason}" if reason else None
-        for timing in record.get("timings") or [{}]:
-            numbers = {k: v for k, v in timing.items() if k not in ("kernels", "failure")}
-            lines.append({**common, **numbers, "timing_failure": timing.get("failure")})
-    return pd.DataFrame(lines).to_csv(index=False, lineterminator="\n")
-
-
-def to_markdown(title: str, tables: Sequence[Table], notes: Sequence[str],
-                problems: Sequence[str]) -> str:  # fmt: skip
-    blocks = [f"# {escape_markdown(title)}", _markdown_list(notes)]
-    for table in tables:
-        lines = [[column.label for column in table.columns],
-                 ["---:" if column.numeric else ":---" for column in table.columns]]  # fmt: skip
-        lines += [[escape_markdown(cell) for cell in row] for row in table.rows]
-        blocks += [f"## {escape_markdown(table.title)}", escape_markdown(table.note)]
-        blocks.append("\n".join("| " + " | ".join(line) + " |" for line in lines))
-    if problems:
-        blocks += ["## Not there", _markdown_list(problems)]
-    return "\n\n".join(filter(None, blocks)) + "\n"
-
-
-def _markdown_list(lines: Sequence[str]) -> str:
-    return "\n".join(f"- {escape_markdown(line)}" for line in lines)
-
-
-def to_latex(title: str, tables: Sequence[Table], notes: Sequence[str]) -> str:
-    """Tables to \\input; the document needs booktabs and graphicx. The first carries the notes."""
-    blocks = ["% \\usepackage{booktabs,graphicx}; entries in leaderboard.bib"]
-    for number, table in enumerate(tables):
-        text = " ".join([f"{title}: {table.title}.", table.note, *(notes if not number else ())])
-        form = "".join("r" if column.numeric else "l" for column in table.columns)
-        lines = [[column.label for column in table.columns], *table.rows]
-        head, *body = (" & ".join(map(escape_latex, line)) + r" \\" for line in lines)
-        blocks.append("\n".join([
-            r"\begin{table*}[t]", r"\centering", rf"\caption{{{escape_latex(text)}}}",
-            r"\smallskip", r"\resizebox{\textwidth}{!}{%",
-            rf"\begin{{tabular}}{{@{{}}{form}@{{}}}}", r"\toprule", head, r"\midrule", *body,
-            r"\bottomrule", r"\end{tabular}}", r"\end{table*}",
-        ]))  # fmt: skip
-    return "\n\n".join(blocks) + "\n"
-
-
-def to_html(title: str, tables: Sequence[Table], notes: Sequence[str],
-            problems: Sequence[str]) -> str:  # fmt: skip
-    """One self-contained page; all text is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
-        lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    return environment.get_template("efficiency.html.j2").render(
-        title=title, tables=tables, notes=notes, problems=problems
-    )
+        for timing in record.timings or (None,):
+            found = timing.model_dump(exclude={"kernels", "failure"}) if timing else {}
+            lines.append({**common, **found, "timing_failure": timing and timing.failure})
+    return pd.DataFrame(lines)

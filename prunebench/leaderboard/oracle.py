@@ -1,19 +1,27 @@
 """Where a layer selection stands among all masks of its sparsity: the oracle's records, read."""
 
-import io
-import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
 from prunebench.errors import UserError
-from prunebench.leaderboard.collect import Source, lookup
+from prunebench.leaderboard.collect import CELL, Source
+from prunebench.leaderboard.writers import (
+    NOTHING,
+    Column,
+    Document,
+    Table,
+    plain_lines,
+    to_csv,
+    to_markdown,
+)
+from prunebench.records import upgrade
+from prunebench.records.schema import Oracle, Score
 
-SCHEMA = 1
-KEY = ("model", "sparsity", "recovery", "seed")
-FIELDS = ("status", "cell", "layers", "masks", "exhaustive", "fid", "budget", "provenance")
+PLACE = ("model", "dense_seed", "sparsity", "recovery")  # whose masks are compared, under one seed
+KEY = (*PLACE, "seed")
 FRESH = ("scratch",)  # keeps nothing of the dense model: its mask is no selection to place
 
 
@@ -22,21 +30,26 @@ class Mask:
     """One record: a mask of the oracle and its FID (None where its training failed)."""
 
     content: bytes
-    record: dict
+    record: Oracle
 
     @property
     def key(self) -> tuple:
-        return tuple(self.record["cell"][name] for name in KEY)
+        return tuple(getattr(self.record.identity, name) for name in KEY)
+
+    @property
+    def fid(self) -> float | None:
+        return self.record.fid.value
 
     @property
     def spent(self) -> int:
         """Images its recovery trained on; its forwards include those of sampling."""
-        return self.record["budget"]["student_backward"]
+        return self.record.budget.student_backward
 
     @property
     def name(self) -> str:
-        model, _, recovery, seed = self.key
-        return f"raw/oracle/{model}/{recovery}/seed{seed}/mask{self.record['cell']['mask']}.json"
+        own = self.record.identity
+        seed = f"dense{own.dense_seed}/" if own.dense_seed else ""
+        return f"raw/oracle/{own.model}/{seed}{own.recovery}/seed{own.seed}/mask{own.mask}.json"
 
 
 def read(files: Iterable[Path]) -> list[Mask]:
@@ -45,46 +58,64 @@ def read(files: Iterable[Path]) -> list[Mask]:
     for file in map(Path, files):
         try:
             content = file.read_bytes()
-            record = json.loads(content)
-            for field in FIELDS:
-                lookup(record, field)
-        except (OSError, ValueError, KeyError) as error:
-            raise UserError(f"{file} is not a record of the oracle: {error}; delete it") from error
+        except OSError as error:
+            raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+        record = upgrade.parse(file, content)
+        if not isinstance(record, Oracle):
+            raise UserError(f"{file} is the record of {record.identity}, not of a mask; delete it")
         masks.append(Mask(content, record))
-    return sorted(masks, key=lambda mask: (*mask.key, mask.record["cell"]["mask"]))
+    return sorted(masks, key=lambda mask: (*mask.key, mask.record.identity.mask))
 
 
-def attach(sources: list[Source], masks: list[Mask]) -> None:
-    """Say of every cell that removed layers how many masks it beats and how far the best is.
+def _check_comparable(scores: Iterable[Score], masks: list[Mask]) -> None:
+    found = {score.extractor.sha256 for score in scores}
+    for mask in masks:
+        if found and mask.record.extractor not in found:
+            raise UserError(
+                f"{mask.record.identity} was scored with another feature extractor "
+                f"({mask.record.extractor[:8]}) than the cells; delete its record and run again"
+            )
+
+
+def attached(cells: pd.DataFrame, sources: list[Source], masks: list[Mask]) -> pd.DataFrame:
+    """`cells` with how many masks each beats and how far the best is.
 
     Compared are masks of the cell's sparsity and recovery, under its own seed where the oracle has
     it, else under the oracle's first. A cell whose whole budget went into recovery is its mask: the
     mask's own FID is placed, on the same noise as the others. A method that trained while selecting
     is placed with its own FID. The mask that it chose is never among the others.
     """
-    complete = _complete(masks)
-    for source in sources:
-        cell, metrics = source.metrics["cell"], source.metrics
-        known = metrics["status"] == "ok" and metrics["labels"]["kind"] == "layers"
-        if not known or cell["method"] in FRESH:
-            continue
-        seeds = sorted(s for *place, s in complete if place == [cell[name] for name in KEY[:3]])
-        if seeds:
-            seed = cell["seed"] if cell["seed"] in seeds else seeds[0]
-            found = complete[(*(cell[name] for name in KEY[:3]), seed)]
-            metrics["oracle"] = placed(metrics, found)
+    cells, complete = cells.copy(), _complete(masks)
+    known = {source.key: source.record for source in sources if isinstance(source.record, Score)}
+    _check_comparable(known.values(), masks)
+    for index, cell in cells.iterrows():
+        score = known.get(tuple(cell[CELL]))
+        found = _masks_for(score, complete) if score else []
+        if found:
+            cells.loc[index, ["oracle_beaten", "oracle_gap"]] = placed(score, found)
+    return cells
 
 
-def placed(metrics: Mapping, found: list[Mask]) -> dict:
+def _masks_for(score: Score, complete: dict[tuple, list[Mask]]) -> list[Mask]:
+    own = score.identity
+    if score.labels.kind != "layers" or own.method in FRESH:
+        return []
+    place = tuple(getattr(own, name) for name in PLACE)
+    seeds = sorted(seed for *where, seed in complete if tuple(where) == place)
+    if not seeds:
+        return []
+    return complete[(*place, own.seed if own.seed in seeds else seeds[0])]
+
+
+def placed(score: Score, found: list[Mask]) -> tuple[float, float]:
     """The share of the other masks whose FID is worse, and the distance to the best of all."""
-    chosen = sorted(metrics["plan"]["layers"])
-    fids = {tuple(sorted(mask.record["layers"])): mask for mask in found}
-    own, fid = fids.pop(tuple(chosen), None), metrics["quality"]["fid"]
-    if own and own.spent == metrics["budget"]["recovery"]["student_backward"]:
-        fid = own.record["fid"]
-    others = [mask.record["fid"] for mask in fids.values() if mask.record["fid"] is not None]
-    best = min(mask.record["fid"] for mask in found if mask.record["fid"] is not None)
-    return {"beaten": sum(o > fid for o in others) / max(1, len(others)), "gap": fid - best}
+    masks = {tuple(sorted(mask.record.layers)): mask for mask in found}
+    own, fid = masks.pop(tuple(sorted(score.plan.layers)), None), score.quality["fid"].value
+    if own and own.spent == score.budget.recovery.student_backward:
+        fid = own.fid
+    others = [mask.fid for mask in masks.values() if mask.fid is not None]
+    best = min(mask.fid for mask in found if mask.fid is not None)
+    return sum(other > fid for other in others) / max(1, len(others)), fid - best
 
 
 def _complete(masks: list[Mask]) -> dict[tuple, list[Mask]]:
@@ -92,60 +123,85 @@ def _complete(masks: list[Mask]) -> dict[tuple, list[Mask]]:
     groups: dict[tuple, list[Mask]] = {}
     for mask in masks:
         groups.setdefault(mask.key, []).append(mask)
-    return {key: group for key, group in groups.items() if len(group) == group[0].record["masks"]}
+    return {key: group for key, group in groups.items() if len(group) == group[0].record.masks}
 
 
-def published(masks: list[Mask]) -> dict[str, bytes]:
-    """oracle.csv, every mask with its FID, oracle.md, their distribution, and the raw records."""
+def published(masks: list[Mask], fid: str) -> dict[str, bytes]:
+    """oracle.csv, every mask with its FID, oracle.md, their distribution, and the raw records.
+
+    Args:
+        fid: FID and whose features it is of.
+    """
     if not masks:
         return {}
     frame = table(masks)
     raw = {mask.name: mask.content for mask in masks}
-    csv = frame.to_csv(index=False, lineterminator="\n").encode()
-    return {"oracle.csv": csv, "oracle.md": summary(frame).encode()} | raw
+    texts = {"oracle.csv": to_csv(frame), "oracle.md": to_markdown(summary(frame, fid))}
+    return {name: text.encode() for name, text in texts.items()} | raw
 
 
 def table(masks: list[Mask]) -> pd.DataFrame:
     """One line per mask: its cell, the layers it removes, its FID and its rank among its kind."""
     frame = pd.DataFrame(
         {
-            **{name: mask.record["cell"][name] for name in (*KEY, "mask")},
-            "layers": " ".join(mask.record["layers"]),
-            "masks": mask.record["masks"],
-            "exhaustive": mask.record["exhaustive"],
-            "fid": mask.record["fid"],
+            **{name: getattr(mask.record.identity, name) for name in (*KEY, "mask")},
+            "layers": " ".join(mask.record.layers),
+            "masks": mask.record.masks,
+            "exhaustive": mask.record.exhaustive,
+            "fid": mask.fid,
         }
         for mask in masks
-    )
+    ).astype({"fid": float})
     frame["rank"] = frame.groupby(list(KEY)).fid.rank(method="min").astype("Int64")
     return frame.sort_values([*KEY, "rank"])
 
 
-def summary(frame: pd.DataFrame) -> str:
+def _kind(masks: pd.DataFrame) -> str:
+    what = "all" if masks.exhaustive.all() else "random"
+    if len(masks) < masks.masks.iloc[0]:
+        what = f"unfinished, of {masks.masks.iloc[0]}"
+    return f"{len(masks)} ({what})"
+
+
+def _best(masks: pd.DataFrame) -> str:
+    return masks.loc[masks.fid.idxmin(), "layers"] if masks.fid.notna().any() else NOTHING
+
+
+COLUMNS = (
+    Column("Model", lambda masks: masks.model.iloc[0], False),
+    Column("Dense seed", lambda masks: f"{masks.dense_seed.iloc[0]}"),
+    Column("Sparsity", lambda masks: f"{masks.sparsity.iloc[0]:g}"),
+    Column("Recovery", lambda masks: masks.recovery.iloc[0], False),
+    Column("Seed", lambda masks: f"{masks.seed.iloc[0]}"),
+    Column("Masks", _kind),
+    Column("Best", lambda masks: f"{masks.fid.min():.2f}"),
+    Column("Median", lambda masks: f"{masks.fid.median():.2f}"),
+    Column("Worst", lambda masks: f"{masks.fid.max():.2f}"),
+    Column("Best mask", _best, False),
+)
+
+
+def summary(frame: pd.DataFrame, fid: str) -> Document:
     """The distribution of FID over masks, and how well no recovery predicts recovery."""
-    buffer = io.StringIO()
-    buffer.write(
-        "# Every layer mask\n\nFID of the masks of one sparsity, each run like a cell.\n\n"
-        "| Model | Sparsity | Recovery | Seed | Masks | Best | Median | Worst | Best mask |\n"
-        "|:---|---:|:---|---:|---:|---:|---:|---:|:---|\n"
+    groups = [group for _, group in frame.groupby(list(KEY))]
+    return Document(
+        title="Every layer mask",
+        tables=[Table("Distribution", COLUMNS, plain_lines(COLUMNS, groups))],
+        conditions={"Quality": fid},
+        legend=["FID of the masks of one sparsity, each run like a cell.", *_correlations(frame)],
     )
-    for (model, sparsity, recovery, seed), group in frame.groupby(list(KEY)):
-        fid, what = group.fid, "all" if group.exhaustive.all() else "random"
-        if len(group) < group.masks.iloc[0]:
-            what = f"unfinished, of {group.masks.iloc[0]}"
-        best = group.loc[fid.idxmin(), "layers"] if fid.notna().any() else "—"
-        buffer.write(
-            f"| {model} | {sparsity:g} | {recovery} | {seed} | {len(group)} ({what}) "
-            f"| {fid.min():.2f} | {fid.median():.2f} | {fid.max():.2f} | {best} |\n"
-        )
-    wide = frame.pivot_table(index=["model", "seed", "layers"], columns="recovery", values="fid")
-    healed = [name for name in wide.columns if name != "none"]
-    if "none" in wide and healed:
-        buffer.write("\nSpearman correlation of a mask's FID without recovery and with it: ")
-        told = [
-            f"{model} {part['none'].corr(part[name], method='spearman'):.2f} ({name})"
-            for model, part in wide.groupby("model")
-            for name in healed
-        ]
-        buffer.write(", ".join(told) + ".\n")
-    return buffer.getvalue()
+
+
+def _correlations(frame: pd.DataFrame) -> list[str]:
+    own = ["model", "dense_seed", "seed", "layers"]
+    wide = frame.pivot_table(index=own, columns="recovery", values="fid")
+    recovered = [name for name in wide.columns if name != "none"]
+    if "none" not in wide or not recovered:
+        return []
+    told = [
+        f"{model} {part['none'].corr(part[name], method='spearman'):.2f} ({name})"
+        for model, part in wide.groupby("model")
+        for name in recovered
+    ]
+    words = "Spearman correlation of a mask's FID without recovery and with it"
+    return [f"{words}: {', '.join(told)}."]

@@ -16,13 +16,14 @@ from matplotlib.ticker import EngFormatter, FormatStrFormatter, LogLocator, Null
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from prunebench.leaderboard.collect import (
-    METRICS,
     REFERENCE_KINDS,
+    ROW,
     is_reference,
     recovery_order,
     worse_by,
 )
-from prunebench.leaderboard.tables import number, percent, title
+from prunebench.leaderboard.measures import MEASURES
+from prunebench.leaderboard.tables import fid_label, number, percent, title
 
 # Okabe and Ito's palette without its yellow, which vanishes on white; black is the dense model's.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A5195")
@@ -86,7 +87,7 @@ def pareto_plots(rows: pd.DataFrame) -> dict[str, bytes]:
     """pareto_<model>_<cost>.svg and .png by file name."""
     styles, files = method_styles(rows), {}
     finished = rows[rows.status == "ok"]
-    for model, of_model in finished.groupby("model"):
+    for model, of_model in finished.groupby("base"):
         for cost in COSTS:
             drawn = of_model[cost_of(of_model, cost).notna()]
             if len(drawn):
@@ -107,8 +108,8 @@ def _pareto_plot(rows: pd.DataFrame, cost: Cost, styles: dict, form: str) -> byt
         _draw_references(axes, rows[is_reference(rows)], x)
         _scale(axes.xaxis, x)
         _scale(axes.yaxis, y)
-        axes.set(xlabel=cost.label, ylabel="FID (lower is better)")
-        axes.set_title(rows.model.iloc[0], loc="left", fontsize=11, fontweight="bold", color=INK)
+        axes.set(xlabel=cost.label, ylabel=f"{fid_label(rows)}, lower is better")
+        axes.set_title(rows.base.iloc[0], loc="left", fontsize=11, fontweight="bold", color=INK)
         _draw_legend(figure, rows, styles, fills)
         return _saved(figure, form)
 
@@ -211,7 +212,7 @@ def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
 def sample_grids(rows: pd.DataFrame, grids: dict[tuple, bytes]) -> dict[str, bytes]:
     """samples_<model>.png by file name, from the grid of each row's lowest finished seed."""
     files = {}
-    for model, of_model in rows[rows.status == "ok"].groupby("model"):
+    for model, of_model in rows[rows.status == "ok"].groupby("base"):
         sections = _sections(of_model, grids)
         if sections:
             files[f"samples_{model}.png"] = _assemble(sections)
@@ -222,7 +223,7 @@ def _sections(rows: pd.DataFrame, grids: dict[tuple, bytes]) -> list[tuple[str, 
     """(heading, tiles) for the references and then each recovery; a tile is (row, image)."""
     sections: dict[str, list] = {}
     for _, row in rows.iterrows():
-        grid = grids.get((row.model, row.method, row.sparsity, row.recovery))
+        grid = grids.get(tuple(row[ROW]))
         name = "No recovery" if row.recovery == "none" else row.recovery
         name = "Dense" if row.kind in REFERENCE_KINDS else name
         if grid:
@@ -272,7 +273,7 @@ def _grey_if_possible(image: Image.Image) -> Image.Image:
 def _draw_label(draw: ImageDraw.ImageDraw, corner: tuple[int, int], row: pd.Series,
                 width: int) -> None:  # fmt: skip
     left, top = corner
-    fid = f"FID {number(METRICS['fid'], row.fid_mean)}"
+    fid = f"FID {number(MEASURES['fid'], row.fid_mean)}"
     dense = row.kind in REFERENCE_KINDS
     what = f"{int(row.steps)} steps" if dense else percent(row.sparsity)
     bold = _font(14, bold=True)

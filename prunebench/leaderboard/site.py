@@ -6,23 +6,24 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import jinja2
 import pandas as pd
 
-from prunebench.leaderboard import oracle, plots, tables
+from prunebench.leaderboard import oracle, plots, tables, writers
+from prunebench.leaderboard.caption import caption, warnings
 from prunebench.leaderboard.collect import (
+    CELL,
+    REFERENCE_KINDS,
+    ROW,
     Source,
     aggregate,
-    caption,
     cell_frame,
     cell_name,
     read_sources,
     recovery_order,
-    warnings,
 )
-from prunebench.records.artefacts import write_atomically
+from prunebench.leaderboard.publish import publish
+from prunebench.leaderboard.writers import Column, Document, Ending, escape_markdown
 
-OWNED = ("pareto_*.svg", "pareto_*.png", "samples_*.png", "raw/**/*.json", "oracle.*")
 MIME = {".svg": "image/svg+xml", ".png": "image/png"}
 
 
@@ -45,27 +46,63 @@ class Board:
         return caption(self.sources, self.cells)
 
     @cached_property
+    def _bibliography(self) -> tuple[dict[str, str], list[str]]:
+        return writers.bibliography(self.rows.bibtex.tolist())
+
+    @property
     def entries(self) -> dict[str, str]:
-        return tables.bibliography(self.rows)[0]
+        return self._bibliography[0]
 
     @cached_property
     def warnings(self) -> list[str]:
-        return warnings(self.sources, self.cells, self.rows) + tables.bibliography(self.rows)[1]
+        return warnings(self.sources, self.cells, self.rows) + self._bibliography[1]
 
     @cached_property
     def failed(self) -> list[dict]:
         failed = self.cells[self.cells.status == "failed"]
-        failures = {source.key: source.metrics["failure"] for source in self.sources}
-        keys = failed[["model", "method", "sparsity", "recovery", "seed"]].itertuples(index=False)
-        return [{"name": cell_name(key), **failures[tuple(key)]} for key in keys]
+        failures = {source.key: source.record.failure for source in self.sources}
+        keys = failed[CELL].itertuples(index=False)
+        return [{"name": cell_name(key), **failures[tuple(key)].model_dump()} for key in keys]
 
     @cached_property
     def missing(self) -> list[str]:
         return [cell_name(cell) for cell in self.cells[self.cells.status == "missing"].itertuples()]
 
+    @property
+    def unfinished(self) -> str:
+        """Where to look for the reasons: logs of this moment are no part of a leaderboard."""
+        return (
+            f"{len(self.missing):,} cells wait for jobs that have not run, are running or were "
+            f"lost to the machine; `prunebench progress --track {self.caption['Track']} "
+            "--division all` says which, why and names the logs."
+        )
+
+    def document(self, shown: list[Column]) -> Document:
+        """The board as text, with tables of these columns."""
+        endings = []
+        if self.failed:
+            endings.append(Ending("Failed cells", [_failure(cell) for cell in self.failed]))
+        if self.missing:
+            names = [f"`{name}`" for name in self.missing]
+            endings.append(Ending("Cells not finished", names, self.unfinished))
+        return Document(
+            title=self.title,
+            tables=tables.tables(self.rows, shown),
+            conditions=self.caption,
+            legend=tables.legend(self.compares),
+            warnings=self.warnings,
+            endings=endings,
+            entries=self.entries,
+        )
+
+
+def _failure(cell: dict) -> str:
+    where = f"`{cell['name']}` failed in {escape_markdown(cell['stage'])}"
+    return f"{where}: {escape_markdown(cell['error'])} (log: {escape_markdown(cell['log'])})"
+
 
 def build(
-    metrics_files: list[Path],
+    scores: list[Path],
     out: Path,
     *,
     expected_cells: list[dict] | None,
@@ -76,8 +113,8 @@ def build(
     """Write the leaderboard's tables, plots, page and raw copies; same inputs, same bytes.
 
     Args:
-        metrics_files: metrics.json of every scored or failed cell; grid.png may lie beside each.
-        out: a folder; files of an earlier build that no longer belong there are removed.
+        scores: score.json of every scored or failed cell; grid.png may lie beside each.
+        out: a folder; what an earlier build wrote there and no longer belongs there is removed.
         expected_cells: every planned cell (model, method, sparsity, recovery, seed); those not
             among the files are listed as not finished. None expects what was found.
         title: heading of the page and the tables.
@@ -85,27 +122,13 @@ def build(
         oracle_files: records of layer masks, to place the layer selections among.
 
     Raises:
-        UserError: a file is unreadable, not a metrics.json, a duplicate or of another track.
+        UserError: a file is unreadable, no score, a duplicate or can't be compared with another.
     """
-    sources, masks = read_sources(metrics_files), oracle.read(oracle_files)
-    oracle.attach(sources, masks)
-    frame = cell_frame(sources, expected_cells)
+    sources, masks = read_sources(scores), oracle.read(oracle_files)
+    frame = oracle.attached(cell_frame(sources, expected_cells), sources, masks)
     board = Board(title, sources, frame, read_grids(sources), compares)
-    files = published(board) | oracle.published(masks)
-    for pattern in OWNED:
-        for file in sorted(Path(out).glob(pattern)):
-            if file.relative_to(out).as_posix() not in files:
-                file.unlink()
-                _remove_empty(file.parent, out)
-    for name, content in files.items():
-        write_atomically(Path(out) / name, lambda path, content=content: path.write_bytes(content))
-
-
-def _remove_empty(folder: Path, out: Path) -> None:
-    """Remove the folders that a deleted method's records leave empty."""
-    while folder != Path(out) and not any(folder.iterdir()):
-        folder.rmdir()
-        folder = folder.parent
+    fid = tables.fid_label(board.rows)
+    publish(out, published(board) | oracle.published(masks, fid))
 
 
 def read_grids(sources: list[Source]) -> dict[tuple, bytes]:
@@ -113,53 +136,47 @@ def read_grids(sources: list[Source]) -> dict[tuple, bytes]:
     grids = {}
     for source in sources:
         file = source.path.with_name("grid.png")
-        if source.metrics["status"] == "ok" and file.exists():
+        if source.record.status == "ok" and file.exists():
             grids.setdefault(source.key[:-1], file.read_bytes())
     return grids
 
 
-def raw_name(key: tuple) -> str:
-    """Where the copy of a cell's metrics.json lies, relative to the page."""
-    model, method, sparsity, recovery, seed = key
-    return f"raw/{model}/{method}/{sparsity:g}/{recovery}/seed{seed}.json"
+def raw_name(cell) -> str:
+    """Where the copy of a cell's score.json lies, relative to the page."""
+    seed = f"dense{cell.dense_seed}/" if cell.dense_seed else ""
+    return (f"raw/{cell.model}/{seed}{cell.method}/{cell.sparsity:g}/{cell.recovery}/"
+            f"seed{cell.seed}.json")  # fmt: skip
 
 
 def published(board: Board) -> dict[str, bytes]:
     """Every file of the leaderboard by its path inside the output folder."""
-    rows, told = board.rows, (board.caption, board.warnings)
+    rows = board.rows
     images = plots.pareto_plots(rows) | plots.sample_grids(rows, board.grids)
-    markdown = tables.to_markdown(board.title, rows, *told, board.failed, board.missing,
-                                  board.compares)  # fmt: skip
-    texts = {
-        "leaderboard.csv": tables.to_csv(rows),
-        "leaderboard.md": markdown,
-        "leaderboard.tex": tables.to_latex(board.title, rows, *told, board.compares),
-        "leaderboard.bib": tables.to_bibtex(board.entries),
-        "leaderboard.html": to_html(board, images),
-    }
-    raw = {raw_name(source.key): source.content for source in board.sources}
+    texts = writers.formats(
+        board.document(tables.readable(rows)),
+        board.document(tables.printed(rows)),
+        to_html(board, images),
+        tables.numbers(rows),
+    )
+    raw = {raw_name(source.cell): source.content for source in board.sources}
     return {name: text.encode() for name, text in texts.items()} | images | raw
 
 
 def to_html(board: Board, images: Mapping[str, bytes]) -> str:
     """One self-contained page: style, script and images are inside, and all text is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
-        lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-    )  # fmt: skip
-    models = list(board.rows.model.unique())
-    return environment.get_template("leaderboard.html.j2").render(
+    bases = list(board.rows.base.unique())
+    return writers.to_html(
+        "leaderboard.html.j2",
         board=board,
-        columns=tables.present(tables.COLUMNS, board.rows),
+        columns=tables.columns(board.rows),
         legend=tables.legend(board.compares),
-        models=models,
+        models=bases,
         recoveries=recovery_order(board.rows),
         rows=_table(board),
         plots=[_figure(images, name) for name in images if name.endswith(".svg")],
-        samples=[_figure(images, f"samples_{m}.png") for m in models
-                 if f"samples_{m}.png" in images],
-        bibliography=tables.to_bibtex(board.entries).strip(),
-        unfinished=tables.unfinished(len(board.missing), board.caption["Track"]),
+        samples=[_figure(images, f"samples_{base}.png") for base in bases
+                 if f"samples_{base}.png" in images],
+        bibliography=writers.to_bibtex(board.entries).strip(),
     )  # fmt: skip
 
 
@@ -179,11 +196,11 @@ def _figure(images: Mapping[str, bytes], name: str) -> dict:
 def _table(board: Board) -> list[dict]:
     links: dict[tuple, list] = {}
     for source in board.sources:
-        links.setdefault(source.key[:-1], []).append((source.key[-1], raw_name(source.key)))
-    previous, table = None, []
+        links.setdefault(source.key[:-1], []).append((source.cell.seed, raw_name(source.cell)))
+    previous, table, shown = None, [], tables.columns(board.rows)
     for _, row in board.rows.iterrows():
-        reference = row.kind in tables.REFERENCE_KINDS
-        group = (row.model, reference or (row.section, row.sparsity, row["share"]))
+        reference = row.kind in REFERENCE_KINDS
+        group = (row.base, reference or (row.section, row.sparsity, row["share"]))
         table.append({
             "row": row,
             "title": tables.title(row),
@@ -191,14 +208,14 @@ def _table(board: Board) -> list[dict]:
             "first": group != previous,
             "reference": reference,
             "best": tables.is_best(row),
-            "cells": [_cell(column, row) for column in tables.present(tables.COLUMNS, board.rows)],
-            "raw": links.get((row.model, row.method, row.sparsity, row.recovery), []),
+            "cells": [_cell(column, row) for column in shown],
+            "raw": links.get(tuple(row[ROW]), []),
         })  # fmt: skip
         previous = group
     return table
 
 
-def _cell(column: tables.Column, row: pd.Series) -> dict:
+def _cell(column: Column, row: pd.Series) -> dict:
     value = column.value(row)
     empty = pd.isna(value) or (column.numeric and row.status != "ok" and column.name != "sparsity")
     text, _, sd = column.text(row).partition(" ± ")

@@ -4,9 +4,41 @@ Everything is frozen and refuses unknown keys, other types (an integer does for 
 and infinity, so that what is written can be read and what is read means what this file says.
 """
 
+import re
+import unicodedata
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
+
+LONGEST = 4000  # letters of a text that are kept
+# Bidirectional controls reorder what a reader sees, and some letters have no width.
+UNSEEN = re.compile("[\u200b-\u200f\u202a-\u202e\u2060-\u2069\ufeff]")
+FOLDERS = re.compile(r"(?<![\w/.:])/(?:[\w.+@-]+/)+")  # of an absolute path
+
+
+def tidy(text: str) -> str:
+    """Without control letters (but line breaks and tabs) and bidirectional ones, and not endless.
+
+    A method's texts go into pages, papers and terminals.
+    """
+    kept = "".join(c for c in text if unicodedata.category(c) != "Cc" or c in "\n\t")
+    kept = UNSEEN.sub("", kept)
+    return kept if len(kept) <= LONGEST else f"{kept[: LONGEST - 1]}…"
+
+
+def placeless(text: str) -> str:
+    """`tidy` and without the folders of absolute paths, which say who ran it and where."""
+    return tidy(FOLDERS.sub("…/", text))
+
+
+Text = Annotated[str, AfterValidator(tidy)]
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=200)]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -149,7 +181,7 @@ class Failure(Part):
     """Why a cell has no result."""
 
     stage: Name
-    error: str
+    error: Annotated[str, AfterValidator(placeless)]
     log: str | None
 
 
@@ -317,17 +349,17 @@ class Labels(Part):
     """What is printed of a method and a model."""
 
     family: Name
-    objective: str
-    recovered_by: str
+    objective: Text
+    recovered_by: Text
     """Module of prunebench/recovery that trained the cell, or "none"."""
     kind: Literal["none", "layers", "widths", "weights", "steps"]
     control: bool
     reconstruction: bool
-    title: str
-    paper: str
-    bibtex: str
-    notes: str
-    idea: str
+    title: Text
+    paper: Text
+    bibtex: Text
+    notes: Text
+    idea: Text
 
 
 class Weights(Part):
