@@ -1,5 +1,8 @@
 """One thread per test process: they are more than the cores, and results do not depend on it."""
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -43,5 +46,18 @@ def register(monkeypatch, tmp_path):
         entry = assets.Asset(name=name, files=files, **fields)
         monkeypatch.setitem(assets.ASSETS, name, entry)
         return entry
+
+    return add
+
+
+@pytest.fixture
+def added(monkeypatch, tmp_path):
+    """Adds the one Python file that a page of the docs shows to a package, under a name."""
+
+    def add(page, package, name):
+        text = (Path(__file__).parents[1] / page).read_text()
+        (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        (tmp_path / name).write_text(code)
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(tmp_path)])
 
     return add

@@ -286,3 +286,12 @@ def test_the_least_images_are_enough(features, metric):
         Evidence(generated=features(least, 1), reference=features(least, 2))
     )
     assert isinstance(found, Missing | float)
+
+
+def test_the_metric_of_the_docs_takes_one_file(added):
+    """Both reference clusters have 6 images; the generated ones are at one of them."""
+    added("docs/add_a_metric.md", metrics, "coverage.py")
+    near = torch.arange(6.0)[:, None]
+    found = of({"features": near + 0.1}, {"features": torch.cat([near, near + 100])})
+    assert found["coverage"] == 0.5
+    assert list(found)[-1] == "coverage" and metrics.metric("coverage").label == "Coverage"

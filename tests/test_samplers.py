@@ -396,3 +396,18 @@ def test_what_cannot_be_sampled_is_refused_by_name(asked, message):
     name, steps, options, goal = asked
     with pytest.raises(UserError, match=message):
         samplers.checked(name, steps, options, goal, T if goal == "noise" else None)
+
+
+def test_the_sampler_of_the_docs_takes_one_file(added):
+    added("docs/add_a_sampler.md", samplers, "midpoint.py")
+    for steps in (1, 7, 67):
+        x, h = np.array([1.0, 0.0]), 1 / steps
+        for i in range(steps):
+            half = x - h / 2 * at(velocity(1 - i * h), x)
+            x = x - h * at(velocity(1 - (i + 0.5) * h), half)
+        found = affine(drawn("midpoint", steps, {}, FlowMatching()))
+        np.testing.assert_allclose(found, x, rtol=1e-6, atol=1e-9)
+    with pytest.raises(UserError, match=r"options\.look_ahead: 2: .*less than or equal to 1"):
+        samplers.checked("midpoint", 4, {"look_ahead": 2}, "flow", None)
+    with pytest.raises(UserError, match="'midpoint' does not sample objective 'noise'"):
+        samplers.checked("midpoint", 4, {}, "noise", T)

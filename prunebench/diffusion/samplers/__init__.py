@@ -14,7 +14,6 @@ imported inside `denoise`.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -71,7 +70,6 @@ class Entry:
     options: type[Options] = Options
 
 
-@functools.cache
 def _modules() -> dict[str, ModuleType]:
     names = [module.name for module in pkgutil.iter_modules(__path__)]
     modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
