@@ -448,6 +448,16 @@ def test_rows_that_can_not_be_compared_are_refused(tmp_path, changes, what):
         collect.read_sources(files)
 
 
+def test_a_copied_cell_and_a_changed_picture_are_refused(tmp_path):
+    file = write_cell(tmp_path, make_score(a_cell("a")), a_grid())
+    with pytest.raises(UserError, match=r"score of embedded/sit/0/a/.*, which is none of the"):
+        build([file], tmp_path / "out", expected_cells=[a_cell("b")], title="t")
+    file.with_name("grid.png").write_bytes(a_grid(91))
+    with pytest.raises(UserError, match=r"grid\.png is not the one of .*score\.json"):
+        build([file], tmp_path / "out", expected_cells=[a_cell("a")], title="t")
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_dense_trainings_are_rows_of_their_own(tmp_path):
     """Each is compared with its own dense model, and the board says so."""
     cells = [
@@ -640,7 +650,7 @@ def test_nothing_is_ranked_until_the_dense_model_is_as_published(tmp_path, dense
         score = make_score(cell, fid=fid, expected=expected, released=True, **label)
         files.append(write_cell(tmp_path / "runs", score))
     out = tmp_path / "out"
-    build(files, out, expected_cells=[], title="Gate")
+    build(files, out, expected_cells=None, title="Gate")
     rows = pd.read_csv(out / "leaderboard.csv", keep_default_na=False).set_index("method")
     table = (out / "leaderboard.md").read_text()
     assert [rows["rank"][name] for name in ("a", "b")] == (["", ""] if reason else ["1", "2"])
@@ -660,7 +670,7 @@ def test_a_released_model_without_a_published_fid_is_said_to_be_ungated(
         make_score(a_cell("a"), **gate),
     ]
     files = [write_cell(tmp_path / "runs", score) for score in cells]
-    build(files, tmp_path / "out", expected_cells=[], title="Gate")
+    build(files, tmp_path / "out", expected_cells=None, title="Gate")
     told = released and not published
     for name in ("leaderboard.md", "leaderboard.html", "leaderboard.tex"):
         text = (tmp_path / "out" / name).read_text()

@@ -1,4 +1,4 @@
-"""The leaderboard: a pure function of metrics.json files and the grid.png beside them."""
+"""The leaderboard: a pure function of score.json files and the grid.png beside them."""
 
 from prunebench.leaderboard.site import build
 

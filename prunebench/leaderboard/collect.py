@@ -97,16 +97,24 @@ def cell_name(cell) -> str:
     return own if not cell.dense_seed else f"{own} (dense seed {cell.dense_seed})"
 
 
-def read_sources(files: Iterable[Path]) -> list[Source]:
+def read_sources(files: Iterable[Path], expected: Iterable[Mapping] | None = None) -> list[Source]:
     """Read and check score.json files, in the order of their cells.
 
+    Args:
+        expected: the planned cells, of which each file has to be one; None takes any.
+
     Raises:
-        UserError: a file is unreadable, no score, repeats a cell, or was made from what makes it
-            incomparable with another.
+        UserError: a file is unreadable, no score, repeats a cell, is of a cell that was not
+            planned, or was made from what makes it incomparable with another.
     """
-    sources = {}
+    sources, planned = {}, None if expected is None else set(map(cell_key, expected))
     for file in map(Path, files):
         source = _read_source(file)
+        if planned is not None and source.key not in planned:
+            raise UserError(
+                f"{file} is the record of {source.record.identity}, which is none of the planned "
+                f"cells; was its folder copied? If not moved by you, {sealed.AGAIN}"
+            )
         if source.key in sources:
             raise UserError(
                 f"{file} and {sources[source.key].path} are the same cell; keep one of them"

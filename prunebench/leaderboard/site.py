@@ -1,6 +1,7 @@
 """Everything a leaderboard publishes, above all one HTML page that works from a disk, offline."""
 
 import base64
+import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from prunebench.errors import UserError
 from prunebench.leaderboard import oracle, plots, tables, writers
 from prunebench.leaderboard.caption import caption, warnings
 from prunebench.leaderboard.collect import (
@@ -23,6 +25,8 @@ from prunebench.leaderboard.collect import (
 )
 from prunebench.leaderboard.publish import publish
 from prunebench.leaderboard.writers import Column, Document, Ending, escape_markdown
+from prunebench.records import sealed
+from prunebench.records.parts import placeless
 
 MIME = {".svg": "image/svg+xml", ".png": "image/png"}
 
@@ -98,7 +102,8 @@ class Board:
 
 def _failure(cell: dict) -> str:
     where = f"`{cell['name']}` failed in {escape_markdown(cell['stage'])}"
-    return f"{where}: {escape_markdown(cell['error'])} (log: {escape_markdown(cell['log'])})"
+    log = escape_markdown(placeless(cell["log"] or "none"))
+    return f"{where}: {escape_markdown(cell['error'])} (log: {log})"
 
 
 def build(
@@ -116,7 +121,8 @@ def build(
         scores: score.json of every scored or failed cell; grid.png may lie beside each.
         out: a folder; what an earlier build wrote there and no longer belongs there is removed.
         expected_cells: every planned cell (model, method, sparsity, recovery, seed); those not
-            among the files are listed as not finished. None expects what was found.
+            among the files are listed as not finished, a file of another is refused. None expects
+            what was found.
         title: heading of the page and the tables.
         compares: what differs between ranked rows, a key of collect.COMPARISONS.
         oracle_files: records of layer masks, to place the layer selections among.
@@ -124,7 +130,7 @@ def build(
     Raises:
         UserError: a file is unreadable, no score, a duplicate or can't be compared with another.
     """
-    sources, masks = read_sources(scores), oracle.read(oracle_files)
+    sources, masks = read_sources(scores, expected_cells), oracle.read(oracle_files)
     frame = oracle.attached(cell_frame(sources, expected_cells), sources, masks)
     board = Board(title, sources, frame, read_grids(sources), compares)
     fid = tables.fid_label(board.rows)
@@ -137,7 +143,10 @@ def read_grids(sources: list[Source]) -> dict[tuple, bytes]:
     for source in sources:
         file = source.path.with_name("grid.png")
         if source.record.status == "ok" and file.exists():
-            grids.setdefault(source.key[:-1], file.read_bytes())
+            content = file.read_bytes()
+            if source.record.files.get(file.name) != hashlib.sha256(content).hexdigest():
+                raise UserError(f"{file} is not the one of {source.path}; {sealed.AGAIN}")
+            grids.setdefault(source.key[:-1], content)
     return grids
 
 
