@@ -12,7 +12,9 @@ from prunebench.tracks import methods
 from prunebench.tracks.cells import PUBLISHED, REFERENCES, Cell
 from prunebench.tracks.checks import check_recovery
 from prunebench.tracks.layout import RUNS, Paths
-from prunebench.tracks.stages import DEPENDS, needs_of
+from prunebench.tracks.stages import STAGES, needs_of
+
+ROW = ("model", "method", "sparsity", "recovery")
 
 
 def _published_sparsities(method: methods.Method) -> tuple[float, ...]:
@@ -36,6 +38,29 @@ class Track:
             known = ", ".join(self.content["models"])
             raise UserError(f"unknown model '{name}' in track {self.name}; known: {known}")
         return self.content["models"][name]
+
+    @property
+    def dense_seeds(self) -> tuple[int, ...]:
+        """Seeds of the dense models' trainings; every cell is run on each."""
+        return tuple(self.content.get("dense_seeds", (0,)))
+
+    def dense_seed(self, given: int | None) -> int:
+        """Check a dense seed that was given by hand; None stands for the only one."""
+        known = ", ".join(map(str, self.dense_seeds))
+        if given is None and len(self.dense_seeds) > 1:
+            raise UserError(f"--dense-seed: track {self.name} has several; give one of {known}")
+        if given not in (None, *self.dense_seeds):
+            raise UserError(f"--dense-seed {given}: not a dense seed of {self.name}; known: {known}")
+        return self.dense_seeds[0] if given is None else given
+
+    def coder(self, name: str) -> tuple[str, Mapping]:
+        """The kind, "autoencoder" or "text_encoder", and the settings of what encodes data."""
+        for kind in ("autoencoder", "text_encoder"):
+            if name in self.content.get(f"{kind}s", {}):
+                return kind, self.content[f"{kind}s"][name]
+        entries = (*self.content.get("autoencoders", ()), *self.content.get("text_encoders", ()))
+        known = ", ".join(entries) or "none"
+        raise UserError(f"unknown coder '{name}' in track {self.name}; known: {known}")
 
     def autoencoder(self, name: str) -> Mapping:
         return self._coder("autoencoder", name)
@@ -68,7 +93,15 @@ class Track:
             return (self.method(cell.method).published or {}).get("recovery", "finetune")
         return cell.recovery.rpartition("-")[0] or cell.recovery
 
-    def cell(self, model: str, method: str, sparsity: float, recovery: str, seed: int) -> Cell:
+    def cell(
+        self,
+        model: str,
+        method: str,
+        sparsity: float,
+        recovery: str,
+        seed: int,
+        dense_seed: int | None = None,
+    ) -> Cell:
         """A cell given by hand, which need not be one of the track's own.
 
         Raises:
@@ -79,7 +112,15 @@ class Track:
         if not (0 < sparsity < 1 or (kind == "none" and sparsity == 0)):
             raise UserError(f"sparsity {sparsity} is impossible for {method}: it must be in (0, 1)")
         check_recovery("--recovery", recovery, self.content["budgets"])
-        return Cell(self.name, model, method, sparsity, recovery, seed)
+        return Cell(
+            track=self.name,
+            model=model,
+            dense_seed=self.dense_seed(dense_seed),
+            method=method,
+            sparsity=sparsity,
+            recovery=recovery,
+            seed=seed,
+        )
 
     @property
     def divisions(self) -> Mapping[str, Mapping]:
@@ -97,11 +138,16 @@ class Track:
             known = ", ".join(self.divisions)
             raise UserError(f"unknown division '{division}' in track {self.name}; known: {known}")
         rows = dict.fromkeys(self._rows(self.divisions[division]))
-        return [Cell(self.name, *row, seed) for row in rows for seed in self.content["seeds"]]
+        return [
+            Cell(track=self.name, **dict(zip(ROW, row, strict=True)), dense_seed=dense, seed=seed)
+            for row in rows
+            for dense in self.dense_seeds
+            for seed in self.content["seeds"]
+        ]
 
     def records(self, division: str, runs: Path = RUNS) -> list[str]:
         """What the table of a division is made of."""
-        return [Paths(self, cell, runs).metrics for cell in self.cells(division)]
+        return [Paths(self, cell, runs).score for cell in self.cells(division)]
 
     def _rows(self, division: Mapping) -> Iterator[tuple[str, str, float, str]]:
         for model, settings in self.content["models"].items():
@@ -168,13 +214,19 @@ class Track:
                 f"--shard {index}: track {self.name} draws a cell in {split} (sampling.shards)"
             )
 
-    def oracle(self) -> list[tuple[str, str, int, int]]:
-        """(model, recovery, seed, mask) of every job of the oracle."""
+    def oracle(self) -> list[dict]:
+        """What every job of the oracle is called with: model, dense_seed, recovery, seed, mask."""
         settings = self.content.get("oracle")
         if not settings:
             return []
-        places = (settings["models"], settings["recoveries"], settings["seeds"])
-        return list(itertools.product(*places, range(settings["masks"])))
+        axes = {
+            "model": settings["models"],
+            "dense_seed": settings.get("dense_seeds", self.dense_seeds[:1]),
+            "recovery": settings["recoveries"],
+            "seed": settings["seeds"],
+            "mask": range(settings["masks"]),
+        }
+        return [dict(zip(axes, place, strict=True)) for place in itertools.product(*axes.values())]
 
     def assets(self) -> list[str]:
         """Names of everything from outside that the track's stages read."""
@@ -196,28 +248,27 @@ class Track:
         """Images the student may train on, in selection and recovery together."""
         return 0 if cell.recovery == "none" else self.content["budgets"][cell.budget]
 
-    def needs(self, rule: str) -> dict[str, int]:
-        """What a job of a rule needs: mem_mb, runtime (minutes), gpu, cpus."""
-        return needs_of(self.content, rule)
+    def needs(self, stage: str) -> dict[str, int]:
+        """What a job of a stage needs: mem_mb, runtime (minutes), gpu, cpus."""
+        return needs_of(self.content, stage)
 
-    def fingerprint(
-        self,
-        stage: str,
-        model: str = "",
-        method: str = "",
-        autoencoder: str = "",
-        text_encoder: str = "",
-    ) -> str:
-        """Hash of the settings a stage depends on; a change of it recomputes the stage."""
-        uses = autoencoder or self.content["models"].get(model, {}).get("autoencoder", "")
-        names = {"models": model, "methods": method, "autoencoders": uses}
-        names["text_encoders"] = text_encoder
+    def fingerprint(self, stage: str, **names: object) -> str:
+        """Hash of the settings a stage depends on; a change of it recomputes the stage.
+
+        Args:
+            names: what the stage is called with; only model, dense_seed, method and coder count.
+        """
+        model, method = names.get("model", ""), names.get("method", "")
+        own = self.content["models"].get(model, {}).get("autoencoder", "")
+        coder = names.get("coder", "")
+        stars = {"models": model, "methods": method}
+        stars |= {"autoencoders": coder or own, "text_encoders": coder}
         trains = stage == "select" and method in self.methods and self.methods[method].trains
-        parts = []
-        for dotted in (*DEPENDS[stage], *(DEPENDS["recover"] if trains else ())):
+        parts: list[object] = [int(names["dense_seed"])] if stage == "dense" else []
+        for dotted in (*STAGES[stage].depends, *(STAGES["recover"].depends if trains else ())):
             entry: object = self.content
             keys = dotted.split(".")
             for key in keys:
-                entry = entry.get(names[keys[0]] if key == "*" else key, {}) if entry else {}
+                entry = entry.get(stars[keys[0]] if key == "*" else key, {}) if entry else {}
             parts.append(entry)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]

@@ -4,17 +4,30 @@ from dataclasses import asdict, dataclass
 
 REFERENCES = ("none", "steps")  # kinds of methods that only show the dense model
 PUBLISHED = "published"  # the recovery that stands for each method's own recipe
+# Axes of a cell that have a folder only where a track has several values of them.
+AXES = ("dense_seed", "precision", "sampling")
+PRECISIONS, SAMPLINGS = ("fp32",), ("default",)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One measurement: a row of the leaderboard and a seed."""
+    """One measurement: a row of the leaderboard and the seeds of one repetition.
+
+    Attributes:
+        dense_seed: of the dense model's training.
+        precision: of the pruned model's weights and activations; one of PRECISIONS.
+        sampling: the sampler it is drawn with; one of SAMPLINGS.
+        seed: of everything that is drawn after that training.
+    """
 
     track: str
     model: str
+    dense_seed: int = 0
     method: str
     sparsity: float
     recovery: str
+    precision: str = PRECISIONS[0]
+    sampling: str = SAMPLINGS[0]
     seed: int
 
     @property

@@ -14,7 +14,7 @@ from prunebench.errors import UserError
 from prunebench.runtime import resources
 from prunebench.tracks import methods
 from prunebench.tracks.cells import PUBLISHED
-from prunebench.tracks.stages import NEEDS, RESERVED, SEVERAL_GPUS, needs_of
+from prunebench.tracks.stages import FOLDERS, NEEDY, RESERVED, SEVERAL_GPUS, needs_of
 
 SCHEMA = resources.root() / "workflow" / "schemas" / "track.schema.yaml"
 FLOW_SAMPLERS = ("euler", "heun", "euler-maruyama")
@@ -169,6 +169,8 @@ def check_schema(file: Path, content: object, schema: Path) -> None:
 def validate(file: Path, content: object) -> None:
     check_schema(file, content, SCHEMA)
     for name, model in content["models"].items():
+        if name in FOLDERS:
+            raise UserError(f"{file}: models.{name}: the name is taken; choose another")
         take_published(f"{file}: models.{name}", model)
         _check_model(file, name, model, content)
     extractor, lpips = content["extractor"], content["evaluation"]["lpips"]
@@ -187,6 +189,9 @@ def validate(file: Path, content: object) -> None:
             check_recovery(f"{file}: divisions.{division}", name, content["budgets"])
     for kind in ("autoencoder", "text_encoder"):
         _check_coders(file, content, kind)
+    for name in content.get("autoencoders", {}):
+        if name in content.get("text_encoders", {}):
+            raise UserError(f"{file}: text_encoders.{name}: an autoencoder has that name; rename it")
     _check_shards(file, content["sampling"])
     _check_oracle(file, content)
     check_needs(file, content.get("needs", {}))
@@ -208,9 +213,9 @@ def _check_shared_batches(file: Path, content: Mapping) -> None:
 
 def check_needs(file: Path, needs: Mapping) -> None:
     for rule, given in needs.items():
-        if rule not in ("default", *NEEDS):
-            known = ", ".join(("default", *NEEDS))
-            raise UserError(f"{file}: needs: unknown rule '{rule}'; known: {known}")
+        if rule not in ("default", *NEEDY):
+            known = ", ".join(("default", *NEEDY))
+            raise UserError(f"{file}: needs: unknown stage '{rule}'; known: {known}")
         if given.get("gpu", 0) > 1 and rule not in SEVERAL_GPUS:
             able = " and ".join(SEVERAL_GPUS)
             raise UserError(f"{file}: needs.{rule}.gpu: only {able} can use more than one GPU")

@@ -14,7 +14,7 @@ from prunebench import models
 from prunebench.errors import UserError
 from prunebench.tracks import checks, stages
 from prunebench.tracks.files import read
-from prunebench.tracks.layout import RUNS
+from prunebench.tracks.layout import RUNS, Layout
 
 SCHEMA = checks.SCHEMA.with_name("efficiency.schema.yaml")
 DENSE = "dense"  # the plan that removes nothing, a row of every model
@@ -33,6 +33,7 @@ class Track:
     divisions = (DIVISION,)
     default_division = DIVISION
     shards = 1
+    dense_seeds = (0,)
 
     def assets(self) -> list[str]:
         return []
@@ -40,9 +41,9 @@ class Track:
     def oracle(self) -> list:
         return []
 
-    def needs(self, rule: str) -> dict[str, int]:
-        """What a job of a rule needs: mem_mb, runtime (minutes), gpu, cpus."""
-        return stages.needs_of(self.content, rule)
+    def needs(self, stage: str) -> dict[str, int]:
+        """What a job of a stage needs: mem_mb, runtime (minutes), gpu, cpus."""
+        return stages.needs_of(self.content, stage)
 
     def model(self, name: str) -> Mapping:
         return _named("model", name, self.content["models"], f"track {self.name}")
@@ -70,7 +71,7 @@ class Track:
         ]
 
     def record(self, model: str, plan: str, runs: Path = RUNS) -> str:
-        return f"{runs}/{self.name}/{model}/{plan}/efficiency.json"
+        return Layout(self, runs).record("efficiency", model=model, plan=plan)
 
     def records(self, division: str = DIVISION, runs: Path = RUNS) -> list[str]:
         """What the table is made of."""

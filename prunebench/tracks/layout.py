@@ -1,96 +1,100 @@
-"""Where each artefact of a track lies."""
+"""Where each artefact of a track lies. The tree stands as literal paths in the Snakefile too."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from prunebench.tracks.cells import Cell
-
-if TYPE_CHECKING:
-    from prunebench.tracks.benchmark import Track
+from prunebench.tracks.cells import AXES, PRECISIONS, PUBLISHED, SAMPLINGS, Cell, as_dict
+from prunebench.tracks.stages import LOGS, STAGES
 
 RUNS = Path("runs")
 
 
 class Layout:
-    """Where artefacts lie, as strings. Fields may be Snakemake wildcards such as "{model}"."""
+    """Where the records of a track lie, as strings; what a record vouches for lies beside it."""
 
-    def __init__(self, track: str, runs: Path = RUNS):
-        self.root = f"{runs}/{track}"
-        self.assets = f"{self.root}/assets.json"
-        self.extractor = f"{self.root}/extractor/extractor.json"
+    def __init__(self, track, runs: Path = RUNS):
+        self.track, self.root = track, f"{runs}/{track.name}"
+        self.assets, self.extractor = self.record("assets"), self.record("extractor")
 
-    def trained(self, model: str) -> str:
-        return f"{self.root}/{model}/trained/dense.json"
+    def record(self, stage: str, **names: object) -> str:
+        """Record of a stage that is called with `names`; see Stage.names.
 
-    def latents(self, autoencoder: str) -> str:
-        return f"{self.root}/latents/{autoencoder}/latents.json"
+        An axis that is not named has the track's first value.
+        """
+        return f"{self.root}/{STAGES[stage].record.format_map(self.wildcards(names))}"
 
-    def prompts(self, text_encoder: str) -> str:
-        return f"{self.root}/prompts/{text_encoder}/prompts.json"
+    def wildcards(self, names: Mapping[str, object]) -> dict[str, object]:
+        """The wildcards of a record's path, which `names_of` reads back."""
+        axes = {axis: self._folder(axis, names.get(axis, v[0])) for axis, v in self._axes.items()}
+        found = {**names, **axes, "shards": self.track.shards}
+        if "method" in names:
+            recovery = str(names["recovery"])
+            own = self.track.method(names["method"]).trains or recovery.startswith(f"{PUBLISHED}-")
+            found["selection"] = f"selection-{recovery}" if own else "selection"
+        return found
+
+    def names_of(self, wildcards: Mapping[str, str]) -> dict[str, object]:
+        """What a stage is called with, by the wildcards of its record's path."""
+        names: dict[str, object] = dict(wildcards)
+        for axis, values in self._axes.items():
+            if axis in names:
+                names[axis] = wildcards[axis].removeprefix(f"/{axis}-") or values[0]
+        if "selection" in names:  # which names a recovery only where it depends on it
+            names["recovery"] = names.pop("selection").removeprefix("selection").lstrip("-")
+            names["recovery"] = names["recovery"] or "none"
+        return names
+
+    def _folder(self, axis: str, value: object) -> str:
+        """Nothing where the track has one value of an axis."""
+        return "" if len(self._axes[axis]) == 1 else f"/{axis}-{value}"
+
+    @cached_property
+    def _axes(self) -> dict[str, tuple]:
+        values = (tuple(self.track.dense_seeds), PRECISIONS, SAMPLINGS)
+        return dict(zip(AXES, values, strict=True))
+
+    def encode(self, coder: str) -> str:
+        return self.record("encode", coder=coder)
 
     def encoded(self, model: Mapping) -> tuple[str, ...]:
         """The latents and prompts that a model of these settings trains on, of those it has."""
-        records = {"autoencoder": self.latents, "text_encoder": self.prompts}
-        return tuple(record(model[kind]) for kind, record in records.items() if kind in model)
+        kinds = ("autoencoder", "text_encoder")
+        return tuple(self.encode(model[kind]) for kind in kinds if kind in model)
 
-    def selection(
-        self, stage: str, model: str, method: str, sparsity: object, seed: object, kind: str
-    ) -> str:
-        """Record of "select" or "cost"; `kind` is "selection", or names its training budget."""
-        return f"{self.root}/{model}/{method}/{sparsity}/{kind}/seed{seed}/{stage}.json"
+    def dense(self, model: str, dense_seed: int) -> str:
+        return self.record("dense", model=model, dense_seed=dense_seed)
 
-    def cell(
-        self, stage: str, model: str, method: str, sparsity: object, recovery: str, seed: object
-    ) -> str:
-        """Record of "recover", "sample" or "metrics"."""
-        return f"{self.root}/{model}/{method}/{sparsity}/{recovery}/seed{seed}/{stage}.json"
+    def leaderboard(self, division: str) -> str:
+        """Folder of a division's leaderboard."""
+        return str(Path(self.record("leaderboard", division=division)).parent)
 
-    def shard(
-        self,
-        index: object,
-        count: int,
-        model: str,
-        method: str,
-        sparsity: object,
-        recovery: str,
-        seed: object,
-    ) -> tuple[str, str]:
-        """Record and images of one of the `count` shards that a cell is drawn in."""
-        name = f"shard{index}of{count}"
-        record = self.cell(name, model, method, sparsity, recovery, seed)
-        return record, record.removesuffix("json") + "safetensors"
-
-    def results(self, division: str, default: str) -> str:
-        """Folder of a division's leaderboard: the default division's is the track's own."""
-        folder = f"results/{Path(self.root).name}"
-        return folder if division == default else f"{folder}/{division}"
-
-    def oracle(self, model: str, recovery: str, seed: object, mask: object) -> str:
-        """Record of one layer mask of the oracle."""
-        return f"{self.root}/oracle/{model}/{recovery}/seed{seed}/mask{mask}.json"
-
-    def log(self, stage: str, *fields: object) -> str:
-        return "/".join(map(str, (self.root, "logs", stage, *fields))) + ".log"
+    def log(self, record: str) -> str:
+        """Where the output of the job goes that writes a record."""
+        return f"{self.root}/{LOGS}{record[len(self.root) :].rpartition('.')[0]}.log"
 
 
 class Paths:
-    """The artefacts of one cell."""
+    """The records of one cell and those that it rests on, by the names of their stages."""
 
-    def __init__(self, track: "Track", cell: Cell, runs: Path = RUNS):
-        self.layout = layout = Layout(track.name, runs)
-        own = track.method(cell.method).trains or cell.published
-        kind = f"selection-{cell.recovery}" if own else "selection"
-        shared = (cell.model, cell.method, cell.sparsity)
-        self.extractor, self.trained = layout.extractor, layout.trained(cell.model)
-        self.select = layout.selection("select", *shared, cell.seed, kind)
-        self.cost = layout.selection("cost", *shared, cell.seed, kind)
-        self.recover = layout.cell("recover", *shared, cell.recovery, cell.seed)
-        self.sample = layout.cell("sample", *shared, cell.recovery, cell.seed)
-        self.shards = [  # none where the cell is drawn in one piece
-            layout.shard(index, track.shards, *shared, cell.recovery, cell.seed)
-            for index in range(track.shards if track.shards > 1 else 0)
-        ]
-        self.metrics = layout.cell("metrics", *shared, cell.recovery, cell.seed)
+    def __init__(self, track, cell: Cell, runs: Path = RUNS):
+        self.layout = layout = Layout(track, runs)
+        names = as_dict(cell)
+
+        def record(stage: str, **more: object) -> str:
+            return layout.record(stage, **names, **more)
+
+        self.extractor, self.dense = layout.extractor, record("dense")
+        self.select, self.cost, self.recover = map(record, ("select", "cost", "recover"))
+        self.sample, self.score = record("sample"), record("score")
+        # Records and images; none where the cell is drawn in one piece.
+        shards = range(track.shards if track.shards > 1 else 0)
+        self.shards = [(r, images_of(r)) for r in (record("shard", shard=i) for i in shards)]
         self.checkpoint = self.select if cell.recovery == "none" else self.recover
-        self.dense_sample = layout.cell("sample", cell.model, "dense", 0.0, "none", cell.seed)
+        names |= {"method": "dense", "sparsity": 0.0, "recovery": "none"}
+        self.dense_sample = record("sample")
+
+
+def images_of(shard: str) -> str:
+    """The images beside the record of a shard."""
+    return shard.removesuffix("json") + "safetensors"

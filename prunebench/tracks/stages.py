@@ -1,85 +1,198 @@
-"""The stages: what of a track each depends on, and what it needs of a machine."""
+"""The table of the stages: what each writes, depends on and needs, and which function runs it.
 
+Command line, rules, layout and the live view derive from it. Free of torch: only the command line
+imports the functions.
+"""
+
+import string
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-# What of a track each stage depends on, besides its input files: editing one of these entries
-# recomputes the stage, editing anything else does not. "*" stands for the cell's model or method.
-DEPENDS = {
-    "extractor": ("dataset", "extractor"),
-    "encode": ("dataset", "autoencoders.*", "text_encoders.*"),
-    "dense": (
-        "dataset",
-        "models.*.family",
-        "models.*.config",
-        "models.*.objective",
-        "models.*.training",
-        "models.*.weights",
-        "models.*.autoencoder",
-        "models.*.text_encoder",
-    ),
-    "select": ("models.*.sampling", "methods.parameters.*"),
-    "recover": ("budgets", "models.*.recovery"),
-    "sample": (
-        "models.*.sampling",
-        "sampling.count",
-        "sampling.lanes",
-        "sampling.size",
-        "autoencoders.*",
-    ),
-    "cost": (  # but not latency.wait, which changes no result
-        "models.*.sampling",
-        "latency.batch",
-        "latency.rounds",
-        "latency.warmup",
-        "latency.images",
-        "latency.variants",
-    ),
-    "score": ("evaluation", "models.*.reference"),
-    "oracle": (
-        "models.*.recovery",
-        "models.*.sampling",
-        "budgets",
-        "oracle.sparsity",
-        "oracle.masks",
-        "sampling.count",
-        "sampling.lanes",
-        "sampling.size",
-        "autoencoders.*",
-        "evaluation.batch",
-    ),
+MODEL = ("model", "dense_seed")
+CELL = (*MODEL, "method", "sparsity", "recovery", "seed")  # its other axes have one value each
+SELECTED = "{model}{dense_seed}/{method}/{sparsity}/{selection}"
+RECOVERED = "{model}{dense_seed}/{method}/{sparsity}/{recovery}"
+LOGS = "logs"  # folder of a track, as the records' folders are
+
+
+def _needs(runtime: int) -> dict[str, int]:
+    """What a job needs of a cluster where the track's `needs` say nothing.
+
+    Enough for the embedded track on one CPU core, several times over; a track of larger models
+    states its own. Memory (MB): a job peaks at 1,000 to 1,200, most of it imports, and Snakemake's
+    own two processes in a Slurm job take 250. Time (minutes): several times the longest job's on
+    one slow core.
+    """
+    return {"mem_mb": 2000, "runtime": runtime, "gpu": 0, "cpus": 1}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of the work, called the same as rule, command, record, function and in the docs.
+
+    Attributes:
+        help: what it does, as the command line says it.
+        record: where its record lies beneath the track's folder, with the names of wildcards as in
+            the Snakefile. An axis of which the track has one value has no folder.
+        names: what it is called with; each is an option of its command.
+        depends: keys of the track that it depends on besides its input files. Editing one of them
+            recomputes the stage, editing anything else does not. "*" stands for the job's model,
+            method or coder.
+        needs: what a job needs of a machine: mem_mb, runtime (minutes), gpu and cpus.
+        several_gpus: it trains data-parallel; a job of another stage uses one GPU at most.
+    """
+
+    name: str
+    help: str
+    record: str
+    names: tuple[str, ...] = ()
+    depends: tuple[str, ...] = ()
+    needs: Mapping[str, int] = field(default_factory=lambda: _needs(20))
+    several_gpus: bool = False
+
+    @property
+    def function(self) -> str:
+        """What runs it, as "module:name"."""
+        return f"prunebench.stages.{self.name}:{self.name}"
+
+    @property
+    def of_cells(self) -> bool:
+        return "method" in self.names
+
+    @property
+    def wildcards(self) -> tuple[str, ...]:
+        """Names of the wildcards in its record's path, in their order."""
+        return tuple(name for _, name, _, _ in string.Formatter().parse(self.record) if name)
+
+
+_TRAINED = ("budgets", "models.*.recovery")
+_DRAWN = ("models.*.sampling", "sampling.count", "sampling.lanes", "sampling.size", "autoencoders.*")
+
+# In the order of the work.
+STAGES: dict[str, Stage] = {
+    stage.name: stage
+    for stage in (
+        Stage(
+            "assets",
+            "list, fetch or verify what is downloaded",
+            "assets.json",
+        ),
+        Stage(
+            "extractor",
+            "train or take the feature extractor",
+            "extractor/extractor.json",
+            depends=("dataset", "extractor"),
+        ),
+        Stage(
+            "encode",
+            "encode the training images by an autoencoder, or the captions, once",
+            "encode/{coder}/encode.json",
+            names=("coder",),
+            depends=("dataset", "autoencoders.*", "text_encoders.*"),
+        ),
+        Stage(
+            "dense",
+            "train a dense model, or take a released one",
+            "{model}{dense_seed}/dense/dense.json",
+            names=MODEL,
+            depends=(
+                "dataset",
+                "models.*.family",
+                "models.*.config",
+                "models.*.objective",
+                "models.*.training",
+                "models.*.weights",
+                "models.*.autoencoder",
+                "models.*.text_encoder",
+            ),
+            several_gpus=True,
+        ),
+        Stage(
+            "select",
+            "run a method on the dense model",
+            f"{SELECTED}/seed{{seed}}/select.json",
+            names=CELL,
+            depends=("models.*.sampling", "methods.parameters.*"),
+        ),
+        Stage(
+            "cost",
+            "measure multiply-accumulates, memory and latency",
+            f"{SELECTED}{{precision}}{{sampling}}/seed{{seed}}/cost.json",
+            names=CELL,
+            depends=(  # but not latency.wait, which changes no result
+                "models.*.sampling",
+                "latency.batch",
+                "latency.rounds",
+                "latency.warmup",
+                "latency.images",
+                "latency.variants",
+            ),
+            needs=_needs(10),
+        ),
+        Stage(
+            "recover",
+            "train a pruned model on what is left of its budget",
+            f"{RECOVERED}/seed{{seed}}/recover.json",
+            names=CELL,
+            depends=_TRAINED,
+            several_gpus=True,
+        ),
+        Stage(
+            "shard",
+            "draw a part of a cell's images, where sampling.shards asks for several",
+            f"{RECOVERED}{{precision}}{{sampling}}/seed{{seed}}/shard{{shard}}of{{shards}}.json",
+            names=(*CELL, "shard"),
+            depends=_DRAWN,
+            needs=_needs(10),
+        ),
+        Stage(
+            "sample",
+            "draw a cell's images, or gather what its shards drew",
+            f"{RECOVERED}{{precision}}{{sampling}}/seed{{seed}}/sample.json",
+            names=CELL,
+            depends=_DRAWN,
+            needs=_needs(10),
+        ),
+        Stage(
+            "score",
+            "compute quality and gather everything that is known of a cell",
+            f"{RECOVERED}{{precision}}{{sampling}}/seed{{seed}}/score.json",
+            names=CELL,
+            depends=("evaluation", "models.*.reference"),
+            needs=_needs(10),
+        ),
+        Stage(
+            "oracle",
+            "run one of all layer masks of the oracle's sparsity",
+            "oracle/{model}{dense_seed}/{recovery}/seed{seed}/mask{mask}/oracle.json",
+            names=(*MODEL, "recovery", "seed", "mask"),
+            depends=(*_TRAINED, *_DRAWN, "oracle.sparsity", "oracle.masks", "evaluation.batch"),
+        ),
+        Stage(
+            "efficiency",
+            "count, and on a GPU measure, a row of an efficiency track",
+            "{model}/{plan}/efficiency.json",
+            names=("model", "plan"),
+        ),
+        Stage(
+            "leaderboard",
+            "build the tables, plots and page of a division",
+            "leaderboard/{division}/leaderboard.csv",
+            names=("division",),
+        ),
+    )
 }
 
-
-# What a job of each rule needs of a cluster where the track's `needs` say nothing. Enough for the
-# embedded track on one CPU core, several times over; a track of larger models states its own.
-# Memory (MB): a job peaks at 1,000 to 1,200, most of it imports, and Snakemake's own two processes
-# in a Slurm job take 250. Time (minutes): several times the longest job's on one slow core.
-NEEDS = {
-    "extractor": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
-    "encode": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
-    "dense": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
-    "select": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
-    "recover": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
-    "sample": {"mem_mb": 2000, "runtime": 10, "gpu": 0, "cpus": 1},
-    "gather": {"mem_mb": 2000, "runtime": 10, "gpu": 0, "cpus": 1},  # `sample`, drawn in shards
-    "cost": {"mem_mb": 2000, "runtime": 10, "gpu": 0, "cpus": 1},
-    "score": {"mem_mb": 2000, "runtime": 10, "gpu": 0, "cpus": 1},
-    "mask": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},
-    "efficiency": {"mem_mb": 2000, "runtime": 20, "gpu": 0, "cpus": 1},  # of a track of that kind
-}
-SEVERAL_GPUS = ("dense", "recover")  # rules that train data-parallel; one job of another uses one
+SEVERAL_GPUS = tuple(name for name, stage in STAGES.items() if stage.several_gpus)
+# Jobs of these are of a track and may ask for something; the others run where Snakemake does.
+NEEDY = tuple(name for name in STAGES if name not in ("assets", "leaderboard"))
+# Folders of a track beside those of its models, which no model may be called.
+FOLDERS = (LOGS, *(s.record.split("/")[0] for s in STAGES.values() if "{" not in s.record.split("/")[0]))
+# Targets and rules of the workflow, which no division may be called.
+RESERVED = ("all", "everything", "partial", "masks", "fetch", *STAGES)
 
 
-# Targets and rules of the workflow and folders of results, which no division may be called.
-RESERVED = (
-    *("all", "everything", "partial", "assets", "fetch", "oracle", "mask", "raw", "shard"),
-    "prompts",
-    "efficiency",
-    *DEPENDS,
-)
-
-
-def needs_of(content: Mapping, rule: str) -> dict[str, int]:
-    """What a job of a rule needs, by the content of a track of either kind."""
+def needs_of(content: Mapping, stage: str) -> dict[str, int]:
+    """What a job of a stage needs, by the content of a track of either kind."""
     given = content.get("needs", {})
-    return {**NEEDS[rule], **given.get("default", {}), **given.get(rule, {})}
+    return {**STAGES[stage].needs, **given.get("default", {}), **given.get(stage, {})}

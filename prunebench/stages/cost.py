@@ -1,0 +1,85 @@
+"""Cost: what a pruned architecture costs beside the dense one."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from prunebench.diffusion.sampling import Sampler
+from prunebench.evaluation import cost as counts
+from prunebench.evaluation import latency, semi_structured, variants
+from prunebench.models.conditions import Condition
+from prunebench.pruning import surgery
+from prunebench.pruning.plan import Plan
+from prunebench.stages.inputs import sampler_for
+from prunebench.stages.job import Job, upstream
+from prunebench.training import parallel
+
+
+def cost(job: Job) -> None:
+    """Measure MACs, memory and latency of the pruned architecture beside the dense one."""
+    chosen = upstream(job.paths.select)
+    pruned, plan = surgery.load(Path(job.paths.select).parent)
+    pruned, whole = pruned.to(parallel.device()), job.dense().to(parallel.device())
+    fast, plain, kernels = semi_structured.contestants(pruned, whole, plan)
+    samplers = sampler_for(job, fast, plan), sampler_for(job, plain, Plan())
+    settings = job.content["latency"]
+    sizes = {"forward_batch1": 1, "forward_batch": settings["batch"]}
+    inputs = {name: _inputs(samplers[0], size) for name, size in sizes.items()}
+    report = _timed(settings, (fast, plain), samplers, inputs, sizes)
+    full = functools.partial(pruned, *inputs["forward_batch"])
+    report |= {"peak_memory_mb": counts.peak_memory(full, pruned), "kernels": kernels}
+    macs = counts.count_macs(pruned, *inputs["forward_batch1"])
+    theirs = counts.count_macs(whole, *inputs["forward_batch1"])
+    size = {**chosen["size"], **macs, **{f"dense_{name}": value for name, value in theirs.items()}}
+    job.finish([], latency=report, size=size)
+
+
+def _timed(
+    settings: dict,
+    pair: tuple[nn.Module, nn.Module],
+    samplers: tuple[Sampler, Sampler],
+    inputs: dict[str, tuple],
+    sizes: dict[str, int],
+) -> dict:
+    """Times of forwards and of whole samplings, pruned and dense in turns, and the conditions."""
+    images, device = settings["images"], parallel.device()
+    timed = functools.partial(
+        latency.interleaved_latency,
+        rounds=settings["rounds"],
+        warmup=settings["warmup"],
+        device=device,
+    )
+    sampling = [_whole_sampling(sampler, images) for sampler in samplers]
+    with latency.conditions(device, settings.get("wait", latency.WAIT)) as conditions:
+        times = {
+            name: latency.with_throughput(timed(*_forwards(pair, inputs[name])), size)
+            for name, size in sizes.items()
+        }
+        times["sampling"] = _per_image(timed(*sampling), images)
+    report = {**times, "batch": settings["batch"], **conditions}
+    if wanted := settings.get("variants"):
+        report["variants"] = variants.measure(wanted, pair, inputs, timed)
+    return report
+
+
+def _inputs(sampler: Sampler, size: int) -> tuple[Tensor, Tensor, Condition]:
+    """Noise, the noisiest time and conditions of `size` images, as the denoiser takes them."""
+    x = torch.randn(size, *sampler.shape, generator=torch.Generator().manual_seed(0))
+    time_ = sampler.objective.model_time(sampler.objective.grid(2)[-1:]).expand(size)
+    return x.to(sampler.device), time_.to(sampler.device), sampler.asked(range(size))
+
+
+def _forwards(pair: tuple[nn.Module, nn.Module], inputs: tuple) -> list[Callable[[], Tensor]]:
+    return [functools.partial(model, *inputs) for model in pair]
+
+
+def _whole_sampling(sampler: Sampler, size: int) -> Callable[[], Tensor]:
+    x, _, y = _inputs(sampler, size)
+    return functools.partial(sampler.denoise, x, y)
+
+
+def _per_image(timing: dict, images: int) -> dict:
+    return {k: v if k == "ratio" else v / images for k, v in timing.items()}

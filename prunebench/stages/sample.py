@@ -1,0 +1,52 @@
+"""The images of a cell: image i depends on seed and i only."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prunebench.errors import UserError
+from prunebench.records import artefacts
+from prunebench.stages.job import Job, upstream
+from prunebench.stages.shard import draw, origin
+
+IMAGES = "images.safetensors"
+
+
+def sample(job: Job) -> None:
+    """Draw the cell's images, or gather what its shards drew: the same file, byte by byte."""
+    checkpoint, seconds = upstream(job.paths.checkpoint), 0.0
+    if job.paths.shards:  # wall_s is the compute, as if one job had drawn all
+        drawn, report, seconds = _gathered(job, origin(job, checkpoint))
+    else:
+        drawn, report = draw(job, range(job.content["sampling"]["count"]))
+    file = job.file(IMAGES)
+    artefacts.write_tensors(file, drawn)
+    job.finish([file], seconds, sampling=report, shards=job.track.shards)
+    _forget_other_shards(job)
+
+
+def _gathered(job: Job, came_from: dict) -> tuple[dict[str, Tensor], dict, float]:
+    """As `draw`, out of the shards' files, and the seconds that drawing them took."""
+    shards = job.paths.shards
+    records = [upstream(record) for record, _ in shards]
+    drawn_from = zip(shards, records, strict=True)
+    stale = [file for (file, _), record in drawn_from if record["origin"] != came_from]
+    for file in stale:
+        Path(file).unlink(missing_ok=True)
+    if stale:
+        raise UserError(
+            f"{', '.join(stale)} was drawn from another checkpoint, track or code than there is "
+            "now; it was removed, run the same command again"
+        )
+    parts = [artefacts.read_tensors(Path(images)) for _, images in shards]
+    drawn = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    return drawn, records[0]["sampling"], sum(record["wall_s"] for record in records)
+
+
+def _forget_other_shards(job: Job) -> None:
+    """Remove what a killed run with another number of shards left."""
+    own = {Path(file).name for files in job.paths.shards for file in files}
+    for file in job.record.parent.glob("shard*of*"):
+        if file.name not in own:
+            file.unlink(missing_ok=True)

@@ -1,0 +1,68 @@
+"""Selection: a method decides what goes."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from prunebench.errors import UserError
+from prunebench.records import artefacts
+from prunebench.selection import checks as selection
+from prunebench.stages.inputs import training_data
+from prunebench.stages.job import Job, sizes, training_report
+from prunebench.tracks import methods
+from prunebench.training import loop, parallel
+from prunebench.training.budget import BudgetMeter
+
+AVERAGE = "average.safetensors"  # of a training that selection began
+
+
+def select(job: Job) -> None:
+    """Run a method on the dense model and save what its plan leaves."""
+    method, cell, whole = job.track.method(job.cell.method), job.cell, job.dense()
+    meter, record = BudgetMeter(), job.layout.record("dense", **job.names)
+    checkpoints = job.checkpoints(record, method.file)
+    context = selection.Context(
+        whole,
+        job.family,
+        job.settings["config"],
+        training_data(job),
+        sparsity=cell.sparsity,
+        seed=cell.seed,
+        method=method.name,
+        meter=meter,
+        settings=loop.Settings(**job.settings["recovery"]),
+        train_images=job.track.budget(cell) if method.trains else 0,
+        checkpoints=checkpoints,
+        device=parallel.device(),
+    )
+    with meter.clock(), _unedited(method.file):
+        plan, pruned = selection.select(
+            context, methods.load(method), method.kind, job.track.parameters(cell)
+        )
+    files = job.save(pruned, plan)
+    if average := selection.averaged(context, plan):
+        files.append(job.file(AVERAGE))
+        artefacts.write_tensors(files[-1], average)
+    job.finish(
+        files,
+        checkpoints.earlier_s,
+        budget=meter.report(),
+        trained_images=context.trained_images,
+        training=training_report(context.progress, checkpoints),
+        size=sizes(whole, pruned, plan),
+    )
+
+
+@contextlib.contextmanager
+def _unedited(file: Path) -> Iterator[None]:
+    """Else the record would be newer than an edit that it knows nothing of.
+
+    Raises:
+        UserError: the method's file is no longer what it was.
+    """
+    before = artefacts.sha256(file)
+    try:
+        yield
+    finally:
+        if artefacts.sha256(file) != before:
+            raise UserError(f"{file} was edited while it ran; run the same command again")
