@@ -1,70 +1,89 @@
 # snakemake --cores all                           the embedded track's first division (matched)
 # snakemake --cores all published recovery        other divisions of the track
-# snakemake --cores all oracle                    every layer mask of one sparsity
+# snakemake --cores all masks                     the oracle: every layer mask of one sparsity
 # snakemake --cores all everything                all divisions and the oracle
 # snakemake --cores all --config track=smoke      another track: config/<track>.yaml, or a YAML file
 # snakemake --cores all --config track=efficiency parameters, MACs and, on a GPU, speed at full size
 # snakemake --cores all partial                   the leaderboards of what is finished so far
-# snakemake --cores all assets                    only download what the track needs
+# snakemake --cores all fetch                     only download what the track needs
 
 
 include: "workflow/rules/common.smk"
 
 
+# What a run leaves: a record per job, called as its stage, and beside it the files it vouches for.
+# {dense_seed}, {precision} and {sampling} are folders, such as /dense_seed-1, and empty where the
+# track has one value; {selection} names the recovery where a method trains while it selects.
+RUN = LAYOUT.root  # runs/<track>
+ASSETS = RUN + "/assets.json"
+EXTRACTOR = RUN + "/extractor/extractor.json"  # the features of the reference images
+ENCODE = RUN + "/encode/{coder}/encode.json"  # latents or embeddings
+DENSE = RUN + "/{model}{dense_seed}/dense/dense.json"  # model.safetensors
+PRUNED = RUN + "/{model}{dense_seed}/{method}/{sparsity}"
+SELECT = PRUNED + "/{selection}/seed{seed}/select.json"  # plan.json, model.safetensors
+COST = PRUNED + "/{selection}{precision}{sampling}/seed{seed}/cost.json"
+RECOVER = PRUNED + "/{recovery}/seed{seed}/recover.json"  # model.safetensors
+SHARD = PRUNED + "/{recovery}{precision}{sampling}/seed{seed}/shard{shard}of{shards}.json"
+SAMPLE = PRUNED + "/{recovery}{precision}{sampling}/seed{seed}/sample.json"  # images.safetensors
+SCORE = PRUNED + "/{recovery}{precision}{sampling}/seed{seed}/score.json"  # grid.png
+ORACLE = RUN + "/oracle/{model}{dense_seed}/{recovery}/seed{seed}/mask{mask}/oracle.json"
+EFFICIENCY = RUN + "/{model}/{plan}/efficiency.json"
+LEADERBOARD = RUN + "/leaderboard/{division}/leaderboard.csv"  # .md, .tex, .html, .bib, raw/
+
+
 wildcard_constraints:
+    coder="[a-z][a-z0-9_]*",
     model="[a-z][a-z0-9_]*",
+    dense_seed="(/dense_seed-[0-9]+)?",
     method="[a-z][a-z0-9_]*",
     sparsity=r"0\.[0-9]+",
-    recovery="none|[a-z][a-z0-9_]*-[a-z0-9]+",
     selection="selection(-[a-z0-9_-]+)?",
+    recovery="none|[a-z][a-z0-9_]*-[a-z0-9]+",
+    precision="(/precision-[a-z0-9]+)?",
+    sampling="(/sampling-[a-z0-9_]+)?",
     seed="[0-9]+",
-    mask="[0-9]+",
     shard="[0-9]+",
+    shards=str(TRACK.shards),
+    mask="[0-9]+",
     plan="[a-z][a-z0-9_]*",
-    autoencoder="[a-z][a-z0-9_]*",
-    text_encoder="[a-z][a-z0-9_]*",
 
 
 onstart:
-    plan_at_events_only()
-    if workflow.local_exec:
-        prepare_machine()
-    elif workflow.executor_plugin.name == "slurm":
-        cancel_leftover_jobs()
-    adopt_unseen_records()
+    run.plan_at_events_only(workflow.scheduler)
+    prepare()
     # For `prunebench progress`.
-    activity.mark_run(TRACK.name, workflow.local_exec, workflow.cores)
+    run.mark_run(TRACK.name, workflow.local_exec, workflow.cores)
 
 
 onsuccess:
-    activity.unmark_run()
+    run.unmark_run()
     report_failed_cells()
 
 
 onerror:
-    activity.unmark_run()
+    run.unmark_run()
     report_unfinished_run()
 
 
 localrules:
     all,
     everything,
-    oracle,
+    masks,
     partial,
 
 
 rule all:
     default_target: True
     input:
-        METRICS[TRACK.default_division],  # targets of their own: a deleted record is made again
-        LEADERBOARD[TRACK.default_division],
+        SCORES[TRACK.default_division],  # targets of their own: a deleted record is made again
+        BOARDS[TRACK.default_division],
 
 
 rule everything:
     input:
-        METRICS.values(),
-        LEADERBOARD.values(),
-        f"{LAYOUT.root}/oracle/done" if ORACLE else [],
+        SCORES.values(),
+        BOARDS.values(),
+        f"{RUN}/oracle/done" if MASKS else [],
 
 
 rule partial:
@@ -72,14 +91,14 @@ rule partial:
         partial_leaderboards,
 
 
-for division in METRICS:
+for division in SCORES:
 
     rule:
         name:
             division
         input:
-            METRICS[division],
-            LEADERBOARD[division],
+            SCORES[division],
+            BOARDS[division],
 
 
 include: "workflow/rules/assets.smk"
@@ -88,6 +107,6 @@ include: "workflow/rules/select.smk"
 include: "workflow/rules/recover.smk"
 include: "workflow/rules/sample.smk"
 include: "workflow/rules/score.smk"
-include: "workflow/rules/leaderboard.smk"
 include: "workflow/rules/oracle.smk"
+include: "workflow/rules/leaderboard.smk"
 include: "workflow/rules/efficiency.smk"

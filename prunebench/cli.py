@@ -7,25 +7,35 @@ contract (`check`), 2 something the user can mend.
 import argparse
 import contextlib
 import ctypes
+import importlib
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from prunebench import __version__, tracks
 from prunebench.errors import UserError
-from prunebench.runtime import gpus
+from prunebench.records.provenance import config_hash
+from prunebench.runtime import gpus, run
 from prunebench.runtime.offline import forbid_network
+from prunebench.tracks.stages import NEEDY, SEVERAL_GPUS, STAGES, Stage
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
-CELL_STAGES = {
-    "select": ("select", "run a method on the dense model"),
-    "recover": ("recover", "heal a pruned model by training"),
-    "sample": ("sample", "draw images"),
-    "cost": ("cost", "measure MACs, memory and latency"),
-    "score": ("metrics", "compute quality and write metrics.json"),
+# What stages are called with: type and help of each option.
+NAMES: Mapping[str, tuple[Callable, str]] = {
+    "coder": (str, "an autoencoder or a text encoder of the track"),
+    "model": (str, "a model of the track"),
+    "dense_seed": (int, "of the dense model's training; default: the track's only one"),
+    "method": (str, "see `prunebench methods`"),
+    "sparsity": (float, "share of the parameters to remove, of dense 0"),
+    "recovery": (str, '"none" or "<recovery>-<budget>"'),
+    "seed": (int, "of everything after the dense model's training"),
+    "shard": (int, "one of sampling.shards, counted from 0"),
+    "mask": (int, "one of oracle.masks, counted from 0"),
+    "plan": (str, "a plan of the track, or dense"),
 }
+OPTIONAL = {"dense_seed": None, "recovery": "none"}  # name -> default
 
 
 def main(argv: list[str]) -> int:
@@ -35,11 +45,14 @@ def main(argv: list[str]) -> int:
     arguments = parser().parse_args(argv)
     try:
         if arguments.gpus is not None:
-            gpus.prepare(arguments.gpus, argv, arguments.stage in tracks.stages.SEVERAL_GPUS)
+            gpus.prepare(arguments.gpus, argv, arguments.stage in SEVERAL_GPUS)
         return arguments.run(arguments) or 0
     except UserError as error:
         sys.stderr.write(f"prunebench: {error}\n")
         return 2
+
+
+# ---- the parser
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,69 +60,120 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=__version__)
     top.set_defaults(gpus=None)
     commands = top.add_subparsers(required=True, metavar="STAGE")
-
-    def command(name: str, run, help_: str) -> argparse.ArgumentParser:
-        sub = commands.add_parser(name, help=help_, description=help_)
-        sub.add_argument("--track", default="embedded", help="a track of config/, or a YAML file")
-        sub.add_argument("--runs", type=Path, default=tracks.RUNS, help="folder of the artefacts")
-        sub.add_argument("--gpus", type=int, help="how many the workflow gave the command")
-        sub.set_defaults(run=run, stage=name)
-        return sub
-
-    command("extractor", _extractor, "train or take the feature extractor")
-    encode = command("encode", _encode, "encode images by an autoencoder, or captions, once")
-    coders = encode.add_mutually_exclusive_group(required=True)
-    coders.add_argument("--autoencoder", help="of the track: encodes the training images")
-    coders.add_argument("--text-encoder", help="of the track: encodes the captions")
-    dense = command("dense", _dense, "train a dense model")
-    dense.add_argument("--model", required=True)
-    for name, (_, help_) in CELL_STAGES.items():
-        _cell_arguments(command(name, _cell_stage, help_))
-    mask = command("oracle", _oracle, "run one of all layer masks of the oracle's sparsity")
-    for name, kind in (("model", str), ("recovery", str), ("seed", int), ("mask", int)):
-        mask.add_argument(f"--{name}", type=kind, required=True)
-    row = command("efficiency", _efficiency, "count, and on a GPU measure, a row of such a track")
-    row.add_argument("--model", required=True)
-    row.add_argument("--plan", required=True, help="a plan of the track, or dense")
-    row.set_defaults(track="efficiency")
-    board = command("leaderboard", _leaderboard, "build the tables, plots and page of a track")
-    board.add_argument("--division", help="a division of the track; default: its first")
-    board.add_argument("--out", type=Path, help="default: results/<track>[/<division>]")
-    board.add_argument("--partial", action="store_true", help="build from what is finished")
-    view = command("progress", _progress, "print how far a run is: from disk, queue and processes")
-    view.add_argument("--division", help="a division of the track, or all; default: its first")
-    view.add_argument("--watch", type=float, metavar="SECONDS", help="look again every so often")
+    for name in NEEDY:
+        _stage_command(commands, STAGES[name])
+    _leaderboard_command(commands)
+    _assets_command(commands)
+    _progress_command(commands)
     listing = commands.add_parser("methods", help="list the methods of a track")
     listing.add_argument("--track", default="embedded")
     listing.set_defaults(run=_methods, stage="methods")
     contract = commands.add_parser("check", help="try the contract on methods, on tiny networks")
     contract.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a method's file")
     contract.set_defaults(run=_check, stage="check")
-    _asset_arguments(commands.add_parser("assets", help="list, fetch or verify what is downloaded"))
     return top
 
 
-def _asset_arguments(sub: argparse.ArgumentParser) -> None:
+def _command(commands, name: str, run_: Callable, help_: str) -> argparse.ArgumentParser:
+    sub = commands.add_parser(name, help=help_, description=help_)
+    sub.add_argument("--track", default="embedded", help="a track of config/, or a YAML file")
+    sub.add_argument("--runs", type=Path, default=tracks.RUNS, help="folder of the artefacts")
+    sub.set_defaults(run=run_, stage=name)
+    return sub
+
+
+def _stage_command(commands, stage: Stage) -> None:
+    sub = _command(commands, stage.name, _run_stage, stage.help)
+    for name in stage.names:
+        kind, help_ = NAMES[name]
+        needed = {"default": OPTIONAL[name]} if name in OPTIONAL else {"required": True}
+        sub.add_argument(f"--{name.replace('_', '-')}", type=kind, help=help_, **needed)
+    sub.add_argument("--gpus", type=int, help="how many the workflow gave the command")
+    sub.add_argument("--log", help="where the output goes; named on the row of a failed cell")
+    if stage.name in ("sample", "shard"):
+        sub.add_argument("--batch", type=int, help="images in memory; they do not depend on it")
+    if stage.name == "efficiency":
+        sub.set_defaults(track="efficiency")
+
+
+def _leaderboard_command(commands) -> None:
+    board = _command(commands, "leaderboard", _run_leaderboard, STAGES["leaderboard"].help)
+    board.add_argument("--division", help="a division of the track; default: its first")
+    board.add_argument("--out", type=Path, help="default: <runs>/<track>/leaderboard/<division>")
+    board.add_argument("--partial", action="store_true", help="build from what is finished")
+
+
+def _assets_command(commands) -> None:
+    sub = commands.add_parser("assets", help=STAGES["assets"].help)
     sub.add_argument("action", choices=("list", "fetch", "verify"))
-    sub.add_argument("names", nargs="*", metavar="NAME", help="see `prunebench assets list`")
+    sub.add_argument("assets", nargs="*", metavar="NAME", help="see `prunebench assets list`")
     sub.add_argument("--track", help="the assets of a track of config/, or of a YAML file")
     sub.add_argument("--record", type=Path, help="fetch: write the files' hashes here")
-    sub.set_defaults(run=_assets, stage="assets")
+    sub.set_defaults(run=_run_assets, stage="assets")
 
 
-def _cell_arguments(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--model", required=True)
-    sub.add_argument("--method", required=True)
-    sub.add_argument("--sparsity", type=float, required=True)
-    sub.add_argument("--recovery", default="none", help='"none" or "<recovery>-<budget>"')
-    sub.add_argument("--seed", type=int, required=True)
-    sub.add_argument("--log", help="where the output goes; named on the row of a failed cell")
-    if sub.get_default("stage") == "sample":
-        sub.add_argument(
-            "--batch", type=int, help="images in memory; the images do not depend on it"
-        )
-        sub.add_argument(
-            "--shard", type=int, help="draw only this one of sampling.shards, counted from 0"
+def _progress_command(commands) -> None:
+    help_ = "print how far a run is: from disk, queue and processes"
+    view = _command(commands, "progress", _progress, help_)
+    view.add_argument("--division", help="a division of the track, or all; default: its first")
+    view.add_argument("--watch", type=float, metavar="SECONDS", help="look again every so often")
+
+
+# ---- running a command
+
+
+def _run_stage(arguments: argparse.Namespace) -> None:
+    stage = STAGES[arguments.stage]
+    track = (tracks.load_any if stage.name == "efficiency" else tracks.load)(arguments.track)
+    run.check_planned(config_hash(track.content), arguments.track)
+    names = {name: getattr(arguments, name) for name in stage.names}
+    names = _checked(track, stage, names)
+    if getattr(arguments, "batch", None):
+        _check_batch(track, stage)
+        names["batch"] = arguments.batch
+    _prepare()
+    function = _function(stage)
+    from prunebench.stages.job import Job
+
+    job = Job(stage.name, track, names, arguments.runs, arguments.log)
+    if stage.of_cells:
+        from prunebench.stages.work import guarded
+
+        guarded(function, job)
+    else:
+        function(job)
+
+
+def _checked(track, stage: Stage, names: Mapping) -> dict:
+    """What the command line says, complete, and known to the track.
+
+    Raises:
+        UserError: the track knows one of the names not, or does not allow it.
+    """
+    found = dict(names)
+    if stage.of_cells:
+        axes = {name: value for name, value in names.items() if name != "shard"}
+        found |= tracks.as_dict(track.cell(**axes))
+        del found["track"]
+    elif "plan" in names:
+        track.plan(**names)
+    elif "model" in names:
+        track.model(names["model"])
+        found["dense_seed"] = track.dense_seed(names["dense_seed"])
+    if "coder" in names:
+        track.coder(names["coder"])
+    if "shard" in names:
+        track.shard(names["shard"])
+    if "mask" in names:
+        track.mask(names["model"], names["recovery"], names["mask"])
+    return found
+
+
+def _check_batch(track: tracks.Track, stage: Stage) -> None:
+    if stage.name == "sample" and track.shards > 1:
+        raise UserError(
+            f"--batch: track {track.name} draws a cell in {track.shards} shards (sampling.shards); "
+            "give it to `prunebench shard`, gathering them draws nothing"
         )
 
 
@@ -132,141 +196,27 @@ def _prepare() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
-def _extractor(arguments: argparse.Namespace) -> None:
-    track = tracks.load(arguments.track)
-    _prepare()
-    from prunebench.stages import score as judging
-
-    judging.extractor(track, tracks.Layout(track.name, arguments.runs))
+def _function(stage: Stage) -> Callable:
+    module, _, name = stage.function.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
-def _encode(arguments: argparse.Namespace) -> None:
-    track = tracks.load(arguments.track)
-    layout = tracks.Layout(track.name, arguments.runs)
-    find = track.text_encoder if arguments.text_encoder else track.autoencoder
-    find(arguments.text_encoder or arguments.autoencoder)
-    _prepare()
-    from prunebench.stages import common as stages
-
-    if arguments.text_encoder:
-        stages.encode_prompts(track, layout, arguments.text_encoder)
-    else:
-        stages.encode(track, layout, arguments.autoencoder)
+def _run_leaderboard(arguments: argparse.Namespace) -> None:
+    names = {name: getattr(arguments, name) for name in ("division", "out", "partial")}
+    _run_light(arguments, tracks.load_any(arguments.track), names, arguments.runs)
 
 
-def _dense(arguments: argparse.Namespace) -> None:
-    track = tracks.load(arguments.track)
-    track.model(arguments.model)
-    _prepare()
-    from prunebench.stages import common as stages
-
-    stages.dense(track, tracks.Layout(track.name, arguments.runs), arguments.model)
+def _run_assets(arguments: argparse.Namespace) -> None:
+    names = {name: getattr(arguments, name) for name in ("action", "assets", "record")}
+    track = tracks.load_any(arguments.track) if arguments.track else None
+    _run_light(arguments, track, names, tracks.RUNS)
 
 
-def _cell_stage(arguments: argparse.Namespace) -> None:
-    track = tracks.load(arguments.track)
-    cell = track.cell(
-        arguments.model,
-        arguments.method,
-        arguments.sparsity,
-        arguments.recovery,
-        arguments.seed,
-    )
-    options = _sampling_options(track, arguments) if arguments.stage == "sample" else {}
-    _prepare()
-    from prunebench.stages import common as stages
+def _run_light(arguments: argparse.Namespace, track, names: Mapping, runs: Path) -> None:
+    """A stage that computes nothing, and needs no torch."""
+    from prunebench.stages.job import Job
 
-    paths = tracks.Paths(track, cell, arguments.runs)
-    stage, record = _function(arguments.stage), getattr(paths, CELL_STAGES[arguments.stage][0])
-    if "index" in options:
-        stage, record = stages.shard, paths.shards[options["index"]][0]
-    stages.guarded(stage, track, cell, paths, record, arguments.log, **options)
-
-
-def _function(name: str) -> Callable:
-    """What runs a stage of CELL_STAGES."""
-    if name == "score":
-        from prunebench.stages import score as judging
-
-        return judging.score
-    from prunebench.stages import common as stages
-
-    return {
-        "select": stages.select,
-        "recover": stages.recover,
-        "sample": stages.sample,
-        "cost": stages.measure,
-    }[name]
-
-
-def _sampling_options(track: tracks.Track, arguments: argparse.Namespace) -> dict:
-    if arguments.shard is not None:
-        track.shard(arguments.shard)
-        return {"index": arguments.shard, "batch": arguments.batch}
-    if arguments.batch and track.shards > 1:
-        raise UserError(
-            f"--batch: track {track.name} draws a cell in {track.shards} shards (sampling.shards); "
-            "give it with --shard, gathering them draws nothing"
-        )
-    return {"batch": arguments.batch}
-
-
-def _oracle(arguments: argparse.Namespace) -> None:
-    track = tracks.load(arguments.track)
-    track.mask(arguments.model, arguments.recovery, arguments.mask)
-    _prepare()
-    from prunebench.stages import oracle
-
-    layout = tracks.Layout(track.name, arguments.runs)
-    oracle.evaluate(track, layout, arguments.model, arguments.recovery, arguments.seed,
-                    arguments.mask)  # fmt: skip
-
-
-def _efficiency(arguments: argparse.Namespace) -> None:
-    from prunebench.tracks import efficiency
-
-    track = efficiency.load(arguments.track)
-    track.plan(arguments.model, arguments.plan)
-    _prepare()
-    from prunebench.stages import efficiency as stage
-
-    stage.measure(track, arguments.model, arguments.plan, arguments.runs)
-
-
-def _leaderboard(arguments: argparse.Namespace) -> None:
-    track = tracks.load_any(arguments.track)
-    division = arguments.division or track.default_division
-    files = [Path(record) for record in track.records(division, arguments.runs)]
-    if arguments.partial:
-        files = [file for file in files if file.exists()]
-    layout = tracks.Layout(track.name, arguments.runs)
-    out = arguments.out or Path(layout.results(division, track.default_division))
-    {"benchmark": _benchmark_board, "efficiency": _efficiency_board}[track.kind](
-        track, division, files, out, layout
-    )
-
-
-def _benchmark_board(
-    track: tracks.Track, division: str, files: list[Path], out: Path, layout: tracks.Layout
-) -> None:
-    from prunebench import leaderboard
-
-    own = division == track.default_division  # the one whose selections the oracle is about
-    masks = [Path(layout.oracle(*place)) for place in track.oracle() if own]
-    leaderboard.build(
-        files,
-        out,
-        expected_cells=[tracks.as_dict(cell) for cell in track.cells(division)],
-        title=f"{track.content['title']}: {division}",
-        compares=track.divisions[division]["compares"],
-        oracle_files=[file for file in masks if file.exists()],
-    )
-
-
-def _efficiency_board(track, division: str, files: list[Path], out: Path, layout) -> None:
-    from prunebench.leaderboard import efficiency
-
-    efficiency.build(track, files, out)
+    _function(STAGES[arguments.stage])(Job(arguments.stage, track, names, runs))
 
 
 def _progress(arguments: argparse.Namespace) -> None:
@@ -293,20 +243,3 @@ def _check(arguments: argparse.Namespace) -> int:
         return 0 if check(arguments.files, sys.stdout.write) else 1
     finally:
         logging.disable(logging.NOTSET)
-
-
-def _assets(arguments: argparse.Namespace) -> None:
-    from prunebench.stages import assets as commands
-
-    names = [
-        *arguments.names,
-        *(tracks.load_any(arguments.track).assets() if arguments.track else ()),
-    ]
-    if arguments.action == "fetch":
-        if not (names or arguments.track):
-            raise UserError("assets fetch: name assets, or a track with --track")
-        commands.fetch_assets(names, arguments.record)
-    elif arguments.action == "list":
-        commands.list_assets(names)
-    else:
-        commands.verify_assets(names)

@@ -58,12 +58,13 @@ class Project:
         return {
             file: file.read_bytes()
             for file in files
-            if file.name != "plan.json" and "training" not in file.parts
+            if file.name != "plan.json" and not {"training", "leaderboard"} & {*file.parts}
         }
 
-    def metrics(self, track: str = "smoke") -> list[Path]:
-        return sorted((self.folder / "runs" / track).rglob("metrics.json"))
+    def scores(self, track: str = "smoke") -> list[Path]:
+        return sorted((self.folder / "runs" / track).rglob("score.json"))
 
-    def rows(self, track: str = "smoke") -> list[dict]:
-        with (self.folder / "results" / track / "leaderboard.csv").open() as handle:
+    def rows(self, track: str = "smoke", division: str = "matched") -> list[dict]:
+        folder = self.folder / "runs" / track / "leaderboard" / division
+        with (folder / "leaderboard.csv").open() as handle:
             return list(csv.DictReader(handle))

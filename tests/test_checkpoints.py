@@ -289,7 +289,7 @@ def test_stages_of_one_folder_clean_up_beside_each_other(tmp_path, monkeypatch):
         monkeypatch.setattr(Path, "iterdir", lambda _: iter(()))  # seen before the other began
 
     monkeypatch.setattr(shutil, "rmtree", removes_and_begins)
-    Checkpoints(training_folder(records[0])).discard()
+    artefacts.forget_training(records[0])
     assert training_folder(records[1]).is_dir()
 
 
@@ -307,9 +307,9 @@ def test_files_are_few_and_go_with_the_record(tmp_path):
     for _ in range(2):  # a training in two parts
         train(tiny.dense("dit"), checkpoints)
         assert len(list(training_folder(record).iterdir())) == 2 * checkpoints._parts
-    checkpoints.discard()
+    artefacts.forget_training(record)
     assert not list(record.parent.iterdir())
-    Checkpoints(training_folder(record)).discard()  # nothing there is no error
+    artefacts.forget_training(record)  # nothing there is no error
 
 
 class Small(nn.Module):
@@ -458,7 +458,7 @@ def test_a_stage_killed_five_times_writes_the_same_weights(tmp_path):
         command = [sys.executable, "-m", "prunebench", "dense", "--model", "dit",
                    "--track", "track.yaml", "--runs", runs]  # fmt: skip
         process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-        return process, tmp_path / runs / "track" / "dit" / "trained"
+        return process, tmp_path / runs / "track" / "dit" / "dense"
 
     process, whole = start("whole")
     assert process.wait(120) == 0

@@ -85,7 +85,7 @@ def run(track: efficiency.Track, folder: Path, *plans: str) -> list[dict]:
     """Records of the named plans of the first model; of all without names."""
     model = next(iter(track.content["models"]))
     for plan in plans or [plan for _, plan in track.rows()]:
-        stage.measure(track, model, plan, folder)
+        tiny.run("efficiency", track, folder, model=model, plan=plan)
     names = plans or [plan for _, plan in track.rows()]
     return [json.loads(Path(track.record(model, plan, folder)).read_text()) for plan in names]
 
@@ -128,7 +128,7 @@ REFUSED = {
     ),
     "model of a plan": ({"plans.named.models": ["sit"]}, r"plans\.named\.models: unknown .*'sit'"),
     "unknown key": ({"latency": {}}, "'latency' was unexpected"),
-    "unknown rule": ({"needs": {"costs": {"gpu": 1}}}, r"needs: unknown rule 'costs'"),
+    "unknown rule": ({"needs": {"costs": {"gpu": 1}}}, r"needs: unknown stage 'costs'"),
     "claim of no row": ({"published.0.plan": "half"}, r"published\.0: unknown plan 'half'"),
     "claim of no condition": (
         {"published.0.beside.batch": 64},

@@ -19,8 +19,9 @@ from prunebench.diffusion.autoencoder import WEIGHTS, Autoencoder
 from prunebench.errors import CellError, UserError
 from prunebench.models.unet import EARLY
 from prunebench.records import artefacts
-from prunebench.stages import common as stages
-from prunebench.stages import score as judging
+from prunebench.stages import dense as stage
+from prunebench.stages.inputs import dataset, training_data
+from prunebench.stages.sample import IMAGES
 from prunebench.training import latents, rows
 
 SMOKE = tiny.smoke()
@@ -302,67 +303,59 @@ def _with(track: tracks.Track, shards: int) -> tracks.Track:
 
 
 def test_a_latent_track_runs_through_all_stages(track, tmp_path):
-    layout = tracks.Layout(track.name, tmp_path)
-    with pytest.raises(UserError, match=r"latents\.json does not exist"):
-        stages.dense(track, layout, "dit")
-    judging.extractor(track, layout)
-    stages.encode(track, layout, "tiny")
-    record = artefacts.read_record(layout.latents("tiny"))
+    with pytest.raises(UserError, match=r"encode\.json does not exist"):
+        tiny.run("dense", track, tmp_path, model="dit")
+    tiny.run("extractor", track, tmp_path)
+    record = artefacts.read_record(tiny.run("encode", track, tmp_path, coder="tiny"))
     assert record["autoencoder"]["images"] == 60 and list(record["files"]) == [rows.INDEX]
-    stages.dense(track, layout, "dit")
+    tiny.run("dense", track, tmp_path, model="dit")
     dense = track.cell("dit", "dense", 0.0, "none", 0)
     cell = track.cell("dit", "random_layers", 0.25, "finetune-low", 0)
     for one in (dense, cell):
         paths = tiny.run_stages(track, tmp_path, one)
-    judging.score(track, cell, paths)
-    metrics = artefacts.read_record(paths.metrics)
-    assert metrics["status"] == "ok" and metrics["quality"]["samples"] == 34
-    assert metrics["settings"]["autoencoder"]["scale"] == SCALE
-    drawn = artefacts.read_tensors(Path(paths.sample).parent / stages.IMAGES)["images"]
+    scored = artefacts.read_record(tiny.run("score", track, tmp_path, cell))
+    assert scored["status"] == "ok" and scored["quality"]["samples"] == 34
+    assert scored["settings"]["autoencoder"]["scale"] == SCALE
+    drawn = artefacts.read_tensors(Path(paths.sample).parent / IMAGES)["images"]
     assert drawn.shape == (34, 1, 16, 16) and drawn.dtype == torch.uint8
     assert len({image.numpy().tobytes() for image in drawn}) == 34
     for shards, batch in itertools.product((1, 2, 4), (1, 13)):
         split = _with(track, shards)
-        where = tracks.Paths(split, cell, tmp_path)
-        if shards == 1:
-            stages.sample(split, cell, where, batch)
-        else:
-            for index in range(shards):
-                stages.shard(split, cell, where, index, batch)
-            stages.sample(split, cell, where)
-        again = artefacts.read_tensors(Path(paths.sample).parent / stages.IMAGES)["images"]
+        for index in range(shards if shards > 1 else 0):
+            tiny.run("shard", split, tmp_path, cell, shard=index, batch=batch)
+        tiny.run("sample", split, tmp_path, cell, batch=batch)
+        again = artefacts.read_tensors(Path(paths.sample).parent / IMAGES)["images"]
         assert torch.equal(again, drawn)
 
 
 def test_latent_training_data_are_latents(track, tmp_path):
-    layout = tracks.Layout(track.name, tmp_path)
-    stages.encode(track, layout, "tiny")
-    data = stages.training_data(track, layout, "dit")
+    record = tiny.run("encode", track, tmp_path, coder="tiny")
+    job = tiny.job("dense", track, tmp_path, model="dit")
+    data = training_data(job)
     batch = data.draw(6, torch.Generator().manual_seed(0), torch.device("cpu"))
     assert batch.x0.shape == batch.noised.shape == (6, 2, 8, 8) and batch.y.shape == (6,)
-    labels = stages.dataset(track).train_labels
-    assert torch.equal(data.labels, labels)
-    Path(layout.latents("tiny")).with_name(rows.INDEX).write_bytes(b"")
+    assert torch.equal(data.labels, dataset(job).train_labels)
+    record.with_name(rows.INDEX).write_bytes(b"")
     with pytest.raises(UserError, match=r"index\.safetensors is corrupt"):
-        stages.training_data(track, layout, "dit")
+        training_data(job)
 
 
 def test_a_training_does_not_go_on_with_other_latents(track, tmp_path, monkeypatch):
-    layout, inputs = tracks.Layout(track.name, tmp_path), []
+    inputs = []
 
     def begun(*_, checkpoints, **__):
         inputs.append(checkpoints.identity["inputs"])
         raise CellError("killed")
 
-    monkeypatch.setattr(stages.loop, "train", begun)
+    monkeypatch.setattr(stage.loop, "train", begun)
     for scale in (SCALE, 2 * SCALE):
         track.content["autoencoders"]["tiny"]["scale"] = scale
-        stages.encode(track, layout, "tiny")
+        record = tiny.run("encode", track, tmp_path, coder="tiny")
         for _ in range(2):
             with pytest.raises(UserError, match="killed"):
-                stages.dense(track, layout, "dit")
+                tiny.run("dense", track, tmp_path, model="dit")
     assert inputs[0] == inputs[1] != inputs[2] == inputs[3]
-    assert [*inputs[0]] == [layout.latents("tiny")]
+    assert [*inputs[0]] == [str(record)]
 
 
 # Tracks.
@@ -399,12 +392,12 @@ def test_what_a_track_says_of_autoencoders_is_checked(tmp_path):
 
     track = loaded(good)
     assert "sd_vae_ft_ema" in track.assets()
-    prints = [track.fingerprint("sample", model) for model in ("dit", "sit")]
+    prints = [track.fingerprint("sample", model=model) for model in ("dit", "sit")]
     entry["scale"] = 0.2
     other = loaded(good)
-    assert other.fingerprint("sample", "dit") != prints[0]
-    with pytest.raises(UserError, match="unknown autoencoder 'none' in track mine; known: sd"):
-        track.autoencoder("none")
+    assert other.fingerprint("sample", model="dit") != prints[0]
+    with pytest.raises(UserError, match="unknown coder 'none' in track mine; known: sd"):
+        track.coder("none")
     for change, words in (
         (unknown, r"models\.dit\.autoencoder: unknown autoencoder 'sd'; known: none"),
         (neither, r"autoencoders\.sd: needs either the key 'asset' or 'folder'"),

@@ -36,7 +36,6 @@ from prunebench.evaluation.cost import count_macs
 from prunebench.models import official
 from prunebench.pruning import surgery
 from prunebench.records import artefacts
-from prunebench.stages import common as stages
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = ("conditional_unet", "dit", "unet", "uvit")
@@ -722,20 +721,19 @@ def _track(tmp_path: Path, **changes) -> Path:
 def test_dense_takes_the_checkpoint_of_the_track(tmp_path):
     weights = {"file": str(_written(tmp_path, _dit())), "layout": "dit"}
     track = tracks.load(str(_track(tmp_path, weights=weights)))
-    layout = tracks.Layout(track.name, tmp_path / "runs")
-    stages.dense(track, layout, "dit")
-    record = artefacts.read_record(Path(layout.trained("dit")))
+    dense = tiny.run("dense", track, tmp_path / "runs", model="dit")
+    record = artefacts.read_record(dense)
     assert record["status"] == "ok" and record["budget"]["student_backward"] == 0
     assert record["weights"]["sha256"] == artefacts.sha256(Path(weights["file"]))
     assert record["weights"]["layout"] == "dit"
-    network, plan = surgery.load(Path(layout.trained("dit")).parent)
+    network, plan = surgery.load(dense.parent)
     assert plan == surgery.Plan()
     x, y = _batch()
     t = torch.tensor([0.0, 250.0, 999.0])
     with torch.no_grad():
         _close(network(x, t, y), releases.dit(_dit(), DIT, x, t, y))
     # The suite's own file is a layout too.
-    own = Path(layout.trained("dit")).parent / surgery.WEIGHTS
+    own = dense.parent / surgery.WEIGHTS
     again = official.load("dit", DIT, own, official.SUITE)
     assert torch.equal(network(x, t, y), again(x, t, y))
 
@@ -751,12 +749,11 @@ def test_a_checkpoint_is_fine_tuned_on_other_classes(tmp_path, classes):
     weights = {"file": str(tmp_path / "release.safetensors"), "layout": "suite", "classes": classes}
     training = {"images": 32, "batch": 16, "learning_rate": 1e-6}
     track = tracks.load(str(_track(tmp_path, config=ours, weights=weights, training=training)))
-    layout = tracks.Layout(track.name, tmp_path / "runs")
-    stages.dense(track, layout, "dit")
-    record = artefacts.read_record(Path(layout.trained("dit")))
+    dense = tiny.run("dense", track, tmp_path / "runs", model="dit")
+    record = artefacts.read_record(dense)
     assert record["budget"]["student_backward"] == 32
     assert record["weights"]["sha256"] == artefacts.sha256(Path(weights["file"]))
-    network, _ = surgery.load(Path(layout.trained("dit")).parent)
+    network, _ = surgery.load(dense.parent)
     state, old = network.state_dict(), released.state_dict()
     table, before = (s.pop("y_embedder.embedding_table.weight") for s in (state, old))
     near = {"rtol": 0, "atol": 1e-5}
@@ -817,7 +814,7 @@ def test_wrong_entries_are_refused(tmp_path, changes, words):
 def test_another_checkpoint_makes_dense_anew(tmp_path):
     prints = [
         tracks.load(str(_track(tmp_path, weights={"file": file, "layout": "dit"}))).fingerprint(
-            "dense", "dit"
+            "dense", model="dit", dense_seed=0
         )
         for file in ("a", "b")
     ]

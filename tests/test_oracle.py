@@ -1,6 +1,7 @@
 """The oracle: which masks there are, what one job records, and how selections are placed."""
 
 import itertools
+from pathlib import Path
 
 import examples
 import pandas as pd
@@ -14,7 +15,7 @@ from prunebench.leaderboard import build
 from prunebench.leaderboard import oracle as board
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
-from prunebench.records import parts, sealed
+from prunebench.records import artefacts, parts, sealed
 from prunebench.stages import oracle
 
 
@@ -114,13 +115,11 @@ def test_a_file_that_is_no_record_is_named(tmp_path):
 def test_a_mask_that_does_not_exist_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tiny.ROOT)
     track = tracks.load("smoke")
-    layout = tracks.Layout("smoke", tmp_path)
-    folder = tmp_path / "smoke/dit/trained"
-    settings = track.model("dit")
-    family = tiny.models.family(settings["family"])
-    model = family.build(settings["config"])
-    surgery.save(folder, model, Plan(), settings["family"], settings["config"])
-    (folder / "dense.json").write_text("{}")
-    count = len(oracle.masks(model, family, 0.25, 4)[0])
+    job = tiny.job("oracle", track, tmp_path, model="dit", recovery="none", seed=0, mask=99)
+    model = job.family.build(job.settings["config"])
+    dense = Path(job.layout.dense("dit", 0))
+    files = surgery.save(dense.parent, model, Plan(), "dit", job.settings["config"])
+    artefacts.write_record(dense, {"status": "ok"}, files)
+    count = len(oracle.masks(model, job.family, 0.25, 4)[0])
     with pytest.raises(UserError, match=f"model 'dit' has only {count} masks"):
-        oracle.evaluate(track, layout, "dit", "none", 0, 99)
+        oracle.oracle(job)

@@ -13,9 +13,7 @@ from prunebench import tracks
 from prunebench.pruning import surgery
 from prunebench.records import artefacts
 from prunebench.selection import scores
-from prunebench.stages import common as stages
-
-IMAGES = stages.IMAGES
+from prunebench.stages.sample import IMAGES
 
 
 def _half(name: str) -> nn.Module:
@@ -103,18 +101,16 @@ def _track(tmp_path: Path, **weights) -> tracks.Track:
 
 @pytest.mark.parametrize("method", ["magnitude_2_4", "taylor"])
 def test_a_track_prunes_and_samples_weights_in_half_precision(tmp_path, method):
-    track, layout = _track(tmp_path, dtype="bfloat16"), tracks.Layout("track", tmp_path / "runs")
-    assert track.fingerprint("dense", "dit") != _track(tmp_path).fingerprint("dense", "dit")
-    stages.dense(track, layout, "dit")
-    assert artefacts.read_record(layout.trained("dit"))["weights"]["dtype"] == "bfloat16"
+    track, runs = _track(tmp_path, dtype="bfloat16"), tmp_path / "runs"
+    names = {"model": "dit", "dense_seed": 0}
+    assert track.fingerprint("dense", **names) != _track(tmp_path).fingerprint("dense", **names)
+    dense = tiny.run("dense", track, runs, **names)
+    assert artefacts.read_record(dense)["weights"]["dtype"] == "bfloat16"
     sparsity = 0.5 if method == "magnitude_2_4" else 0.25
     cell = track.cell("dit", method, sparsity, "none", 0)
-    paths = tracks.Paths(track, cell, tmp_path / "runs")
-    stages.select(track, cell, paths)
-    for record in (layout.trained("dit"), paths.select):
+    paths = tiny.run_stages(track, runs, cell)
+    for record in (dense, paths.select):
         state = load_file(Path(record).parent / surgery.WEIGHTS)
         assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
-    stages.measure(track, cell, paths)
-    stages.sample(track, cell, paths)
     drawn = artefacts.read_tensors(Path(paths.sample).parent / IMAGES)["images"]
     assert drawn.dtype == torch.uint8 and len(drawn.unique()) > 20

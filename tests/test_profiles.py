@@ -24,8 +24,8 @@ def test_every_job_states_its_needs(tmp_path, profile):
     file = tmp_path / "config" / "smoke.yaml"
     file.write_text(file.read_text().replace("sampling: {count", "sampling: {shards: 2, count"))
     targets = [
-        "runs/smoke/dit/taylor/0.25/finetune-low/seed0/metrics.json",
-        "runs/smoke/oracle/dit/none/seed0/mask0.json",
+        "runs/smoke/dit/taylor/0.25/finetune-low/seed0/score.json",
+        "runs/smoke/oracle/dit/none/seed0/mask0/oracle.json",
     ]
     command = [SNAKEMAKE, *targets, "-n", "--cores", "all", "--profile", profile]
     done = subprocess.run(
@@ -41,12 +41,11 @@ def test_every_job_states_its_needs(tmp_path, profile):
     found = re.findall(r"rule (\w+):\n(?:    .*\n)*?    resources: (.*)\n", done.stdout)
     stated = {rule: dict(pair.split("=") for pair in line.split(", ")) for rule, line in found}
     track = tracks.load(str(ROOT / "config" / "smoke.yaml"))
-    del stated["fetch"]  # runs beside Snakemake, where there is a network
-    named = {"shard": "sample", "sample": "gather"}  # whose needs rules state, where not their own
-    others = {"encode", "efficiency"}  # rules of other kinds of tracks
-    assert {named.get(rule, rule) for rule in stated} == tracks.stages.NEEDS.keys() - others
+    del stated["assets"]  # runs beside Snakemake, where there is a network
+    others = {"encode", "efficiency"}  # of other kinds of tracks
+    assert stated.keys() == set(tracks.stages.NEEDY) - others
     for rule, resources in stated.items():
-        needs = track.needs(named.get(rule, rule))
+        needs = track.needs(rule)
         asked = {name: resources[name] for name in ("mem_mb", "runtime", "gpu", "nodes")}
         expected = {name: needs[name] for name in ("mem_mb", "runtime", "gpu")} | {"nodes": 1}
         assert asked == {name: str(value) for name, value in expected.items()}

@@ -16,7 +16,9 @@ from prunebench import cli, progress, tracks
 from prunebench.errors import CellError
 from prunebench.progress import activity, jobs, view
 from prunebench.records import artefacts
-from prunebench.stages import common as stages
+from prunebench.runtime import run as life
+from prunebench.stages.job import Job
+from prunebench.stages.work import guarded
 from prunebench.tracks import Cell, Paths
 
 ROOT = Path(__file__).parents[1]
@@ -68,12 +70,12 @@ def write_log(track: tracks.Track, runs: Path, record: str, text: str) -> str:
 
 def a_cell(track: tracks.Track, method: str, seed: int = 0, recovery: str = "none") -> Cell:
     sparsity = 0.0 if method == "dense" else 0.25
-    return Cell(track.name, "dit", method, sparsity, recovery, seed)
+    return track.cell("dit", method, sparsity, recovery, seed)
 
 
 def finish_cell(track: tracks.Track, cell: Cell, runs: Path, **stage) -> None:
     paths = Paths(track, cell, runs)
-    for record in (paths.select, paths.cost, paths.sample, paths.metrics):
+    for record in (paths.select, paths.cost, paths.sample, paths.score):
         write_stage(record, **stage)
 
 
@@ -96,18 +98,16 @@ def table_of(text: str) -> dict[str, dict[str, str]]:
 def test_every_state_of_a_cell_and_its_stage(track, tmp_path):
     runs = tmp_path / "runs"
     write_stage(f"{runs}/small/extractor/extractor.json")
-    write_stage(f"{runs}/small/dit/trained/dense.json")
+    write_stage(f"{runs}/small/dit/dense/dense.json")
     finish_cell(track, a_cell(track, "dense"), runs)
     cell = a_cell(track, "entpruner")
-    failing, lost = (Paths(track, c, runs) for c in (cell, a_cell(track, "random_layers")))
+    lost = Paths(track, a_cell(track, "random_layers"), runs)
 
-    def broken(track, cell, paths):
+    def broken(job):
         raise CellError("no such luck")
 
-    for record in (failing.select, failing.cost, failing.sample, failing.metrics):
-        assert not stages.guarded(
-            broken, track, a_cell(track, "entpruner"), failing, record, "a.log"
-        )
+    for stage in ("select", "cost", "sample", "score"):
+        assert not guarded(broken, Job(stage, track, tracks.as_dict(cell), runs, "a.log"))
     write_stage(lost.select)
     log = write_log(track, runs, lost.sample, "07:00:01 40 of 80 images\nMemoryError: 3 GiB\n")
 
@@ -128,7 +128,7 @@ def test_every_state_of_a_cell_and_its_stage(track, tmp_path):
     assert "1 x sample: MemoryError: 3 GiB" in text
     assert "cells that wait for it: 1; for example dit/random_layers/0.25/none/seed0" in text
     assert f"log: {log}" in text
-    assert "1 x broken: no such luck" in text
+    assert "1 x select: no such luck" in text
     assert "log: a.log" in text
     assert "\033" not in text
 
@@ -152,7 +152,7 @@ def test_nothing_on_disk_is_everything_waiting_and_no_estimate(track, tmp_path):
 
 
 def test_a_stopped_dense_model_says_how_many_cells_wait(track, tmp_path):
-    record = f"{tmp_path}/runs/small/sit/trained/dense.json"
+    record = f"{tmp_path}/runs/small/sit/dense/dense.json"
     write_log(track, tmp_path / "runs", record, "prunebench: cannot write x: No space left\n")
     text = progress.show(track, None, tmp_path / "runs")
     assert "1 x dense: prunebench: cannot write x: No space left" in text
@@ -162,19 +162,19 @@ def test_a_stopped_dense_model_says_how_many_cells_wait(track, tmp_path):
 
 def test_all_divisions_share_cells_and_bring_the_oracle(track, tmp_path):
     runs = tmp_path / "runs"
-    write_stage(tracks.Layout(track.name, runs).oracle("dit", "none", 0, 0), 7200.0)
+    write_stage(tracks.Layout(track, runs).record("oracle", **track.oracle()[0]), 7200.0)
     text = progress.show(track, "all", runs)
     union = {cell for division in track.divisions for cell in track.cells(division)}
     assert len(union) < sum(len(track.cells(division)) for division in track.divisions)
     assert f"0 of {len(union)} cells done" in text
-    masks = table_of(text)["mask"]
+    masks = table_of(text)["oracle"]
     assert (masks["finished"], masks["hours"]) == (f"1/{len(track.oracle())}", "2.00")
 
 
 def test_hours_on_gpus_count_every_process(track, tmp_path):
     runs, paths = tmp_path / "runs", Paths(track, a_cell(track, "entpruner"), tmp_path / "runs")
     gpu = {"gpu": "NVIDIA H200"}
-    write_stage(paths.trained, 3600.0, **gpu, training={"processes": 4, "resumed": False})
+    write_stage(paths.dense, 3600.0, **gpu, training={"processes": 4, "resumed": False})
     write_stage(paths.select, 1800.0, **gpu)
     write_stage(paths.cost, 900.0)
     text = progress.show(track, None, runs)
@@ -191,7 +191,7 @@ def test_the_estimate_uses_the_means_of_the_same_model(track, tmp_path, monkeypa
         if job.stage != "score":
             write_stage(record, 1000.0)
     for seed, wall in ((0, 100.0), (1, 300.0)):
-        write_stage(Paths(track, a_cell(track, "dense", seed), runs).metrics, wall)
+        write_stage(Paths(track, a_cell(track, "dense", seed), runs).score, wall)
     left = len(cells) - 2
     text = progress.show(track, None, runs)
     work = 200.0 * left  # no score of sit: the mean over all models, which is dit's
@@ -200,7 +200,7 @@ def test_the_estimate_uses_the_means_of_the_same_model(track, tmp_path, monkeypa
     assert f"{left} jobs are left, by estimate {hours} of work; 4 at a time, which" in text
     assert minutes in text
     monkeypatch.setattr(activity, "in_processes", lambda track, runs: {
-        Paths(track, a_cell(track, "entpruner", seed), runs).metrics:
+        Paths(track, a_cell(track, "entpruner", seed), runs).score:
         [activity.Work("process 1", 50.0)] for seed in (0, 1)})  # fmt: skip
     text = progress.show(track, None, runs)
     assert f"2 at a time, as now: {(work - 100) / 2 / 3600:.1f} h" in text
@@ -209,7 +209,7 @@ def test_the_estimate_uses_the_means_of_the_same_model(track, tmp_path, monkeypa
 
 def test_stages_of_which_none_has_finished_are_left_out_of_the_estimate(track, tmp_path):
     write_stage(f"{tmp_path}/runs/small/extractor/extractor.json", 10.0)
-    write_stage(f"{tmp_path}/runs/small/dit/trained/dense.json", 90.0)
+    write_stage(f"{tmp_path}/runs/small/dit/dense/dense.json", 90.0)
     text = progress.show(track, None, tmp_path / "runs")
     assert "by estimate 1.5 min of work" in text  # the other dense model
     assert re.search(r"Not in the estimate, because none has finished: \d+ select, \d+ cost", text)
@@ -222,10 +222,10 @@ def test_equal_failures_are_one_line(track, tmp_path):
     runs = tmp_path / "runs"
     for seed in range(250):
         for model in ("dit", "sit"):
-            cell = Cell(track.name, model, "entpruner", 0.25, "none", seed)
+            cell = track.cell(model, "entpruner", 0.25, "none", seed)
             other = seed == 7 and model == "sit"
             error = "ValueError: other" if other else f"the training loss is nan at step {seed}"
-            artefacts.write_record(Path(Paths(many, cell, runs).metrics), {
+            artefacts.write_record(Path(Paths(many, cell, runs).score), {
                 "schema": 1, "status": "failed", "cell": tracks.as_dict(cell),
                 "failure": {"stage": "recover", "error": error, "log": f"logs/{seed}.log"},
                 "labels": {}, "provenance": {**PROVENANCE, "gpu": None}})  # fmt: skip
@@ -315,7 +315,7 @@ def test_the_line_that_says_why(own, slurm, reason):
 def test_slurms_log_is_read_if_it_is_of_the_same_track(track, tmp_path):
     runs = tmp_path / "runs"
     record = "runs/small/dit/random_layers/0.25/selection/seed0/select.json"
-    folder = tmp_path / ".snakemake/slurm_logs/rule_select/dit_random_layers_0.25_selection_0"
+    folder = tmp_path / ".snakemake/slurm_logs/rule_select/dit__random_layers_0.25_selection_0"
     folder.mkdir(parents=True)
     killed = "slurmstepd: error: *** JOB {} ON cpu1 CANCELLED DUE TO NODE FAILURE ***\n"
     (folder / "7.log").write_text("output: runs/another/select.json\n" + killed.format(7))
@@ -332,9 +332,9 @@ def test_slurms_log_is_read_if_it_is_of_the_same_track(track, tmp_path):
 
 
 QUEUE = """\
-101|RUNNING|1:02|cpu1|rule_dense_wildcards_dit|{home}
-102|RUNNING|1-02:03:04|gpu[1-2]|rule_recover_wildcards_dit_entpruner_0.25_finetune-low_0|{home}
-103|PENDING|0:00||rule_select_wildcards_sit_random_layers_0.25_selection_1|{home}
+101|RUNNING|1:02|cpu1|rule_dense_wildcards_dit_|{home}
+102|RUNNING|1-02:03:04|gpu[1-2]|rule_recover_wildcards_dit__entpruner_0.25_finetune-low_0|{home}
+103|PENDING|0:00||rule_select_wildcards_sit__random_layers_0.25_selection_1|{home}
 104|RUNNING|0:10|cpu2|rule_extractor|/somebody/elses
 105|RUNNING|INVALID|cpu2|(null)|/odd|folder
 short line
@@ -361,8 +361,8 @@ def show_with_queue(track, tmp_path, monkeypatch, text: str, problem: str = "") 
 
 
 def mark_other(home: Path, track: str, local: bool, host: str = "login9", cores=None) -> None:
-    run = activity.Run(track, host, os.getpid(), time.time(), local, cores)
-    artefacts.write_json(home / activity.MARK, run.__dict__)
+    run = life.Run(track, host, os.getpid(), time.time(), local, cores)
+    artefacts.write_json(home / life.MARK, run.__dict__)
 
 
 def test_the_queue_says_what_runs_and_what_waits_in_it(track, tmp_path, monkeypatch):
@@ -384,19 +384,19 @@ def test_a_cell_is_drawn_in_shards(track, tmp_path, monkeypatch):
     """A drawn one is not lost while the next waits; two at work are two jobs of one cell."""
     runs = tmp_path / "runs"
     paths = Paths(track, a_cell(track, "random_layers"), runs)
-    for record in (paths.extractor, paths.trained, paths.select, paths.cost):
+    for record in (paths.extractor, paths.dense, paths.select, paths.cost):
         write_stage(record, 60.0)
-    folder = tmp_path / "runs/small/logs/shard/dit/random_layers/0.25/none/seed0"
+    folder = tmp_path / "runs/small/logs/dit/random_layers/0.25/none/seed0"
     folder.mkdir(parents=True)
-    (folder / "shard0.log").write_text("07:00:00 20 of 20 images\n")
+    (folder / "shard0of2.log").write_text("07:00:00 20 of 20 images\n")
     write_stage(paths.shards[0][0])
     assert table_of(progress.show(track, None, runs))["sample"]["stopped"] == "-"
-    (folder / "shard1.log").write_text("07:00:00 10 of 20 images\nMemoryError\n")
+    (folder / "shard1of2.log").write_text("07:00:00 10 of 20 images\nMemoryError\n")
     text = progress.show(track, None, runs)
     assert "1 x sample: MemoryError" in text
-    assert f"log: {folder}/shard1.log" in text
-    comment = "rule_shard_wildcards_dit_random_layers_0.25_none_0"
-    queue = "".join(f"{7 + k}|RUNNING|0:30|cpu1|{comment}_{k}|{{home}}\n" for k in range(2))
+    assert f"log: {folder}/shard1of2.log" in text
+    comment = "rule_shard_wildcards_dit__random_layers_0.25_none___0"
+    queue = "".join(f"{7 + k}|RUNNING|0:30|cpu1|{comment}_{k}_2|{{home}}\n" for k in range(2))
     text = show_with_queue(track, tmp_path, monkeypatch, queue)
     assert re.search(r"  sample +dit/random_layers/\S+ +30 s +Slurm job 7 on cpu1 and 1 more", text)
     assert table_of(text)["sample"]["running"] == "1"
@@ -411,7 +411,7 @@ def test_jobs_out_of_sight_run_as_long_as_their_logs_are_fresh(
     runs = tmp_path / "runs"
     mark_other(tmp_path, track.name, local=not problem)
     paths = Paths(track, a_cell(track, "entpruner"), runs)
-    fresh = write_log(track, runs, paths.trained, "07:00:00 train 40/400\n")
+    fresh = write_log(track, runs, paths.dense, "07:00:00 train 40/400\n")
     old = write_log(track, runs, paths.extractor, "07:00:00 epoch 1\n")
     os.utime(old, (time.time() - 2 * jobs.FRESH,) * 2)
     text = show_with_queue(track, tmp_path, monkeypatch, "", problem)
@@ -419,7 +419,7 @@ def test_jobs_out_of_sight_run_as_long_as_their_logs_are_fresh(
     assert re.search(r"  dense +dit +seen \d+ s ago +train 40/400", text)
     assert table_of(text)["extractor"]["stopped"] == "1"
     os.utime(fresh, (time.time() - 2 * jobs.FRESH,) * 2)
-    artefacts.training_folder(paths.trained).mkdir(parents=True)  # it has just saved itself
+    artefacts.training_folder(paths.dense).mkdir(parents=True)  # it has just saved itself
     text = show_with_queue(track, tmp_path, monkeypatch, "", problem)
     assert table_of(text)["dense"]["running"] == "1"
 
@@ -455,7 +455,7 @@ def test_a_running_process_is_seen_and_missed_when_it_is_killed(track, tmp_path)
     content = dict(track.content)
     content["models"]["dit"]["training"]["images"] = 16 * 100_000
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
-    runs, log = tmp_path / "runs", tmp_path / "runs/small/logs/dense/dit.log"
+    runs, log = tmp_path / "runs", tmp_path / "runs/small/logs/dit/dense/dense.log"
     log.parent.mkdir(parents=True)
     command = ["prunebench", "dense", "--track", "small.yaml", "--model", "dit"]
     environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
@@ -481,18 +481,18 @@ def test_a_running_process_is_seen_and_missed_when_it_is_killed(track, tmp_path)
 
 def test_a_run_is_known_by_its_mark_until_its_process_ends(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    activity.mark_run("small", local=True, cores=2)
-    run = activity.read_run(tmp_path)
+    life.mark_run("small", local=True, cores=2)
+    run = life.read_run(tmp_path)
     assert (run.track, run.pid, run.here, run.ended) == ("small", os.getpid(), True, False)
-    later = activity.Run(**{**run.__dict__, "started": run.started - 1e9})
+    later = life.Run(**{**run.__dict__, "started": run.started - 1e9})
     assert later.ended  # the number is another process's now
-    activity.unmark_run()
-    assert activity.read_run(tmp_path) is None
-    activity.unmark_run()
+    life.unmark_run()
+    assert life.read_run(tmp_path) is None
+    life.unmark_run()
     mark_other(tmp_path, "small", local=False)
-    assert not activity.read_run(tmp_path).ended  # nobody here can tell
-    activity.unmark_run()
-    assert activity.read_run(tmp_path).host != socket.gethostname()  # it is not ours to take back
+    assert not life.read_run(tmp_path).ended  # nobody here can tell
+    life.unmark_run()
+    assert life.read_run(tmp_path).host != socket.gethostname()  # it is not ours to take back
 
 
 def test_a_command_beside_a_run_leaves_its_mark(tmp_path, monkeypatch):
@@ -500,15 +500,15 @@ def test_a_command_beside_a_run_leaves_its_mark(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with subprocess.Popen(["sleep", "60"]) as process:
         monkeypatch.setattr(os, "getpid", lambda: process.pid)
-        activity.mark_run("small", local=False, cores=None)
+        life.mark_run("small", local=False, cores=None)
         monkeypatch.undo()
         monkeypatch.chdir(tmp_path)
-        activity.mark_run("other", local=True, cores=1)
-        activity.unmark_run()
-        assert activity.read_run(tmp_path).pid == process.pid
+        life.mark_run("other", local=True, cores=1)
+        life.unmark_run()
+        assert life.read_run(tmp_path).pid == process.pid
         process.kill()
-    activity.mark_run("other", local=True, cores=1)  # it was killed
-    assert activity.read_run(tmp_path).track == "other"
+    life.mark_run("other", local=True, cores=1)  # it was killed
+    assert life.read_run(tmp_path).track == "other"
 
 
 # ---- the command
@@ -596,14 +596,14 @@ def test_jobs_are_those_of_the_workflow(workflow, track):
     printed = {}
     for block in re.findall(r"^rule (\w+):\n((?: {4}.*\n)+)", output, re.MULTILINE):
         facts = dict(line.strip().split(": ", 1) for line in block[1].splitlines() if ": " in line)
-        values = re.findall(r"\w+=([^,]+)", facts.get("wildcards", ""))
+        values = re.findall(r"\w+=([^,]*)", facts.get("wildcards", ""))
         first = facts.get("output", "").split(", ")[0]
-        printed[first] = (block[0], facts.get("log"), "_".join(values))
-    shown = (*jobs.STAGES, "shard")
+        printed[first] = (block[0], facts.get("log"), "_".join(values).replace("/", "_"))
+    shown = (*jobs.SHOWN, "shard")
     expected = {record: entry for record, entry in printed.items() if entry[0] in shown}
     planned = jobs.plan(track, track.divisions, Path("runs"), oracle=True)
     parts = [part for job in planned.jobs.values() for part in job.parts]
-    assert {part.record: (part.rule, part.log, part.wildcards) for part in parts} == expected
+    assert {part.record: (part.stage, part.log, part.wildcards) for part in parts} == expected
 
 
 @pytest.mark.slow
@@ -613,12 +613,12 @@ def test_a_run_marks_itself_and_says_what_to_do_after_a_full_disk(workflow, trac
     process = snakemake(workflow, "--cores", "1", target, preexec_fn=limit)
     marked = None
     while process.poll() is None:
-        marked = activity.read_run(workflow) or marked
+        marked = life.read_run(workflow) or marked
         time.sleep(0.1)
     output = process.stdout.read()
     assert process.returncode == 1, output[-3000:]
     assert (marked.track, marked.local, marked.cores, marked.pid) == ("small", True, 1, process.pid)
-    assert activity.read_run(workflow) is None
+    assert life.read_run(workflow) is None
     assert "prunebench progress --track small.yaml" in output
     text = progress.show(track, None, workflow / "runs")
     assert re.search(r"1 x extractor: prunebench: cannot write runs/small/extractor/", text)

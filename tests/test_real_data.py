@@ -130,7 +130,7 @@ def tiny_track() -> dict:
 
 @pytest.mark.slow
 def test_the_workflow_runs_on_real_cifar10_and_real_inception_features(tiny_run):
-    files = sorted((tiny_run / "runs/tiny").rglob("metrics.json"))
+    files = sorted((tiny_run / "runs/tiny").rglob("score.json"))
     assert len(files) == len(tracks.load(str(tiny_run / "tiny.yaml")).cells())
     for file in files:
         metrics = json.loads(file.read_text())
@@ -154,9 +154,9 @@ def test_inception_score_is_not_available_from_weights_without_logits(tiny_run, 
     state = torch.load(weights, map_location="cpu", weights_only=True)
     if state["fc.weight"].isfinite().all():
         pytest.skip(f"{weights.name} has a logits layer")
-    board = (tiny_run / "results/tiny/leaderboard.md").read_text()
+    board = (tiny_run / "runs/tiny/leaderboard/matched/leaderboard.md").read_text()
     assert "IS: the extractor's weights have no logits layer" in board
-    for file in (tiny_run / "runs/tiny").rglob("metrics.json"):
+    for file in (tiny_run / "runs/tiny").rglob("score.json"):
         quality = json.loads(file.read_text())["quality"]
         assert quality["inception_score"] is None
         assert "no logits layer" in quality["unavailable"]["inception_score"]

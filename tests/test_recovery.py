@@ -11,13 +11,12 @@ import torch
 from torch import nn
 from torch.nn.functional import mse_loss
 
-from prunebench import tracks
 from prunebench.pruning import surgery
 from prunebench.records import artefacts
 from prunebench.recovery import Teaching, recovery, recovery_names
 from prunebench.recovery.distillation import captured, predict, surviving
 from prunebench.recovery.normalised_kd import relative_error
-from prunebench.stages import common as stages
+from prunebench.stages import recover
 from prunebench.training import loop
 from prunebench.training.budget import BudgetMeter
 
@@ -30,7 +29,7 @@ every_plan = pytest.mark.parametrize("kind", ["block", "branch", "widths", "2:4"
 def _teaching(name: str, kind: str = "none", meter: BudgetMeter | None = None) -> Teaching:
     """What the recover stage hands a recovery, for a plan of a kind."""
     teacher, family = tiny.dense(name), tiny.INSTANCES[name].module
-    return stages._teaching(teacher, _plan(name, kind), family, meter or BudgetMeter())
+    return recover._teaching(teacher, _plan(name, kind), family, meter or BudgetMeter())
 
 
 def _student(name: str, kind: str) -> nn.Module:
@@ -257,22 +256,18 @@ def test_plans_without_widths_keep_every_channel(name):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> tuple[tracks.Track, tracks.Layout]:
+def trained(tmp_path_factory) -> Path:
     """The smoke track's UNet, trained and pruned in width, as the stages leave it."""
-    track, layout = tiny.smoke(), tracks.Layout("smoke", tmp_path_factory.mktemp("runs"))
-    stages.dense(track, layout, "unet")
-    cell = track.cell("unet", "random_widths", 0.25, "none", 0)
-    stages.select(track, cell, tracks.Paths(track, cell, runs=Path(layout.root).parent))
-    return track, layout
+    track, runs = tiny.smoke(), tmp_path_factory.mktemp("runs")
+    tiny.run("dense", track, runs, model="unet")
+    tiny.run("select", track, runs, track.cell("unet", "random_widths", 0.25, "none", 0))
+    return runs
 
 
 @pytest.mark.parametrize(("named", "passes"), [("finetune", 0), ("feature_kd", 64)])
 def test_the_recover_stage_runs_a_recovery_on_narrowed_models(trained, named, passes):
-    track, layout = trained
-    cell = track.cell("unet", "random_widths", 0.25, f"{named}-low", 0)
-    paths = tracks.Paths(track, cell, runs=Path(layout.root).parent)
-    stages.recover(track, cell, paths)
-    record = artefacts.read_record(paths.recover)
+    cell = tiny.smoke().cell("unet", "random_widths", 0.25, f"{named}-low", 0)
+    record = artefacts.read_record(tiny.run("recover", tiny.smoke(), trained, cell))
     assert record["status"] == "ok" and record["loss"]["last"] > 0
     spent = {key: record["budget"][key] for key in ("student_forward", "teacher_forward")}
     assert spent == {"student_forward": 64, "teacher_forward": passes}

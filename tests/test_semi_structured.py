@@ -21,7 +21,7 @@ from prunebench.evaluation import semi_structured
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
 from prunebench.records import artefacts
-from prunebench.stages import common as stages
+from prunebench.stages import cost, inputs
 
 SIZES = (8, 16, 24, 32, 48, 64, 96, 128)
 CPU_REASON = "no 2:4 kernels on this CPU: the pattern brings no speed"
@@ -230,28 +230,22 @@ def test_an_accelerated_model_predicts_the_same_on_the_gpu(name):
 # The record.
 
 
-def _record(folder: Path, name: str) -> str:
-    return str(folder / name / f"{name}.json")
-
-
 @pytest.mark.parametrize("kind", ["2:4", "unstructured"])
 def test_measure_records_the_kernels(kind, tmp_path, monkeypatch):
     track, plan = tiny.smoke(), tiny.plan("dit", kind)
     instance = tiny.INSTANCES["dit"]
     images = SimpleNamespace(shape=instance.shape, classes=tiny.CLASSES)
-    monkeypatch.setattr(stages.assets, "data_set", lambda _: images)
-    monkeypatch.setattr(stages.parallel, "device", lambda: torch.device("cpu"))
-    paths = SimpleNamespace(**{n: _record(tmp_path, n) for n in ("trained", "select", "cost")})
-    paths.layout = tracks.Layout("x")
-    for name, removed in (("trained", Plan()), ("select", plan)):
+    monkeypatch.setattr(inputs.assets, "data_set", lambda _: images)
+    monkeypatch.setattr(cost.parallel, "device", lambda: torch.device("cpu"))
+    cell = track.cell("dit", "magnitude_2_4", 0.5, "none", 0)
+    paths = tracks.Paths(track, cell, tmp_path)
+    for record, removed in ((paths.dense, Plan()), (paths.select, plan)):
         model = surgery.apply(tiny.dense("dit"), removed, instance.module)
-        files = surgery.save(tmp_path / name, model, removed, "dit", instance.config)
-        content = {"status": "ok", "size": {}}
-        artefacts.write_record(Path(_record(tmp_path, name)), content, files)
+        files = surgery.save(Path(record).parent, model, removed, "dit", instance.config)
+        artefacts.write_record(Path(record), {"status": "ok", "size": {}}, files)
     settings = {**track.content["latency"], "variants": ["bf16"]}
     track = dataclasses.replace(track, content={**track.content, "latency": settings})
-    stages.measure(track, SimpleNamespace(model="dit"), paths)
-    found = artefacts.read_record(paths.cost)["latency"]
+    found = artefacts.read_record(tiny.run("cost", track, tmp_path, cell))["latency"]
     assert found["forward_batch1"]["ratio"] > 0 and found["peak_memory_mb"] > 0
     assert found["variants"]["bf16"]["forward_batch"]["images_per_s"] > 0
     assert found["alone"] in (True, False) and found["others"]["during"]["cpu"] >= 0

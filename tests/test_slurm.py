@@ -31,7 +31,7 @@ RETRIES = yaml.safe_load((ROOT / "slurm" / "config.yaml").read_text())["retries"
 MEMORY_MB = 2000
 MINUTES = 10
 LOST = "runs/tiny/dit/lost/0.25/selection-finetune-low/seed0"  # of the selection that trains
-LOST_LOG = "runs/tiny/logs/select/dit/lost/0.25/selection-finetune-low/seed0.log"
+LOST_LOG = "runs/tiny/logs/dit/lost/0.25/selection-finetune-low/seed0/select.log"
 
 # One model and seed, two methods; the rest of smoke. Its `needs` send what computes to the GPUs.
 METHODS = ("dense", "random_layers")
@@ -280,7 +280,7 @@ def test_every_compute_rule_is_a_job_with_what_it_asks_for(project):
 
 def test_numbers_are_those_of_a_local_run(project, local):
     assert local.status == 0, local.output[-3000:]
-    for file in project.metrics("tiny"):
+    for file in project.scores("tiny"):
         ours, theirs = (
             json.loads((folder / file.relative_to(project.folder)).read_text())
             for folder in (project.folder, local.folder)
@@ -528,7 +528,7 @@ def test_a_full_disk_is_named_and_leaves_no_half_file(project, damaged):
 
 def test_the_rest_goes_on(project, damaged):
     finished = {file.relative_to(project.folder).parts[3] for file in damaged.after
-                if file.name == "metrics.json"}  # fmt: skip
+                if file.name == "score.json"}  # fmt: skip
     assert finished == {*METHODS, "lost", "cancelled", "greedy", "broken"}
 
 
@@ -545,7 +545,7 @@ def test_a_method_that_raises_is_a_row_with_its_reason_and_log(project, mended):
     assert "1 of 9 cells failed" in mended.output
     (row,) = [row for row in project.rows("tiny") if row["method"] == "broken"]
     assert row["status"] == "failed" and not row["fid_mean"]
-    table = (project.folder / "results/tiny/leaderboard.md").read_text()
+    table = (project.folder / "runs/tiny/leaderboard/matched/leaderboard.md").read_text()
     assert "ValueError: no such luck" in table
-    log = project.folder / re.search(r"runs/tiny/logs/select/dit/broken\S*?\.log", table).group()
+    log = project.folder / re.search(r"runs/tiny/logs/dit/broken\S*?\.log", table).group()
     assert "no such luck" in log.read_text()

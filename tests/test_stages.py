@@ -1,6 +1,7 @@
 """Sampling in shards: the same file whatever their number, and nothing stale among them."""
 
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,7 +16,10 @@ from prunebench.errors import UserError
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
 from prunebench.records import artefacts
-from prunebench.stages import common as stages
+from prunebench.stages import inputs, select, shard
+from prunebench.stages import sample as stage
+from prunebench.stages.sample import IMAGES
+from prunebench.stages.work import guarded
 
 SMOKE = tiny.smoke()
 CELL = SMOKE.cell("dit", "dense", 0.0, "none", 3)
@@ -52,7 +56,7 @@ def runs(tmp_path) -> Path:
 
 def _draw(track: tracks.Track, runs: Path, indices: tuple[int, ...], batch: int = 20) -> None:
     for index in indices:
-        stages.shard(track, CELL, _paths(track, runs), index=index, batch=batch)
+        tiny.run("shard", track, runs, CELL, shard=index, batch=batch)
 
 
 def _record(runs: Path) -> dict:
@@ -68,10 +72,10 @@ def _shard_files(runs: Path) -> set[str]:
 
 
 def test_any_number_of_shards_gives_the_same_bytes(runs):
-    stages.sample(_track(1), CELL, _paths(_track(1), runs))
+    tiny.run("sample", _track(1), runs, CELL)
     whole = _record(runs)
     assert whole["shards"] == 1 and not _shard_files(runs)
-    drawn = artefacts.read_tensors(Path(_paths(_track(1), runs).sample).parent / stages.IMAGES)
+    drawn = artefacts.read_tensors(Path(_paths(_track(1), runs).sample).parent / IMAGES)
     assert drawn["images"].shape == (34, 1, 16, 16)
     assert len({image.numpy().tobytes() for image in drawn["images"]}) == 34
     assert drawn["labels"].tolist() == [i % 10 for i in range(34)]
@@ -79,7 +83,7 @@ def test_any_number_of_shards_gives_the_same_bytes(runs):
         track = _track(shards)
         _draw(track, runs, tuple(reversed(range(shards))), batch)
         parts = [artefacts.read_record(record) for record, _ in _paths(track, runs).shards]
-        stages.sample(track, CELL, _paths(track, runs))
+        tiny.run("sample", track, runs, CELL)
         gathered = _record(runs)
         assert _comparable(gathered) == _comparable(whole)  # the file's sha256 among it
         assert gathered["shards"] == shards
@@ -91,16 +95,16 @@ def test_a_missing_or_corrupt_shard_is_named_and_redone_alone(runs):
     paths = _paths(track, runs)
     _draw(track, runs, (0, 2))
     with pytest.raises(UserError, match=r"shard1of3\.json does not exist"):
-        stages.sample(track, CELL, paths)
+        tiny.run("sample", track, runs, CELL)
     _draw(track, runs, (1,))
     images = Path(paths.shards[2][1])
     images.write_bytes(images.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"shard2of3\.safetensors is corrupt"):
-        stages.sample(track, CELL, paths)
+        tiny.run("sample", track, runs, CELL)
     assert not Path(paths.sample).exists()
     _draw(track, runs, (2,))
-    stages.sample(track, CELL, paths)
-    stages.sample(track, CELL, paths)  # as after a kill before the shards were removed
+    tiny.run("sample", track, runs, CELL)
+    tiny.run("sample", track, runs, CELL)  # as after a kill before the shards were removed
     assert _record(runs)["status"] == "ok"
 
 
@@ -113,16 +117,16 @@ def test_a_stale_shard_is_not_gathered(runs, change, monkeypatch):
     elif change == "track":
         track.content["models"]["dit"]["sampling"]["steps"] += 1
     else:
-        monkeypatch.setattr(stages, "code_hash", lambda _: "other")
+        monkeypatch.setattr(shard, "code_hash", lambda _: "other")
     _draw(track, runs, (1,))
     paths = _paths(track, runs)
     with pytest.raises(
         UserError, match=r"shard0of2\.json was drawn from another .* it was removed"
     ):
-        stages.sample(track, CELL, paths)
+        tiny.run("sample", track, runs, CELL)
     assert _shard_files(runs) == {"shard0of2.safetensors", *map(_name, paths.shards[1])}
     _draw(track, runs, (0,))
-    stages.sample(track, CELL, paths)
+    tiny.run("sample", track, runs, CELL)
     assert _record(runs)["status"] == "ok"
 
 
@@ -131,7 +135,7 @@ def test_all_stale_shards_go_at_once(runs):
     _draw(track, runs, (0, 1, 2))
     _save(runs, change=0.5)
     with pytest.raises(UserError, match=r"shard0of3\.json, .*shard1of3\.json, .*shard2of3\.json"):
-        stages.sample(track, CELL, _paths(track, runs))
+        tiny.run("sample", track, runs, CELL)
     assert not list(runs.rglob("shard*.json"))
 
 
@@ -143,20 +147,19 @@ def test_shards_of_another_number_are_left_out_and_removed(runs):
     _draw(_track(3), runs, (0, 1))
     track = _track(2)
     _draw(track, runs, (0, 1))
-    stages.sample(track, CELL, _paths(track, runs))
+    tiny.run("sample", track, runs, CELL)
     assert _shard_files(runs) == {_name(f) for files in _paths(track, runs).shards for f in files}
-    stages.sample(_track(1), CELL, _paths(_track(1), runs))
+    tiny.run("sample", _track(1), runs, CELL)
     assert not _shard_files(runs)
 
 
 def test_a_failed_shard_fails_the_cell_with_its_reason(runs):
     _save(runs, change=float("nan"))
     track = _track(2)
-    paths = _paths(track, runs)
-    for index, (record, _) in enumerate(paths.shards):
-        log = f"shard{index}.log"
-        assert not stages.guarded(stages.shard, track, CELL, paths, record, log, index=index)
-    assert not stages.guarded(stages.sample, track, CELL, paths, paths.sample, "sample.log")
+    for index in range(2):
+        job = tiny.job("shard", track, runs, CELL, shard=index)
+        assert not guarded(shard.shard, dataclasses.replace(job, log=f"shard{index}.log"))
+    assert not guarded(stage.sample, tiny.job("sample", track, runs, CELL))
     failure = _record(runs)["failure"]
     assert failure["stage"] == "shard" and failure["log"] == "shard0.log"
     assert "not finite" in failure["error"]
@@ -178,7 +181,8 @@ def test_the_command_refuses_what_makes_no_sense(
     file = tmp_path / "mine.yaml"
     file.write_text(yaml.safe_dump(json.loads(json.dumps(dict(_track(shards).content)))))
     cell = ["--model", "dit", "--method", "dense", "--sparsity", "0", "--seed", "3"]
-    assert main(["sample", "--track", str(file), *cell, *arguments]) == 2
+    command = "shard" if "--shard" in arguments else "sample"
+    assert main([command, "--track", str(file), *cell, *arguments]) == 2
     assert message in capsys.readouterr().err
 
 
@@ -189,18 +193,18 @@ def test_the_command_draws_one_shard(runs, tmp_path, monkeypatch):
     track = _track(3)
     file.write_text(yaml.safe_dump(json.loads(json.dumps(dict(track.content)))))
     cell = ["--model", "dit", "--method", "dense", "--sparsity", "0", "--seed", "3"]
-    command = ["sample", "--track", str(file), "--runs", str(runs), *cell]
-    assert main([*command, "--shard", "1", "--batch", "3"]) == 0
+    options = ["--track", str(file), "--runs", str(runs), *cell]
+    assert main(["shard", *options, "--shard", "1", "--batch", "3"]) == 0
     assert _shard_files(runs) == {"shard1of3.json", "shard1of3.safetensors"}
-    assert main(command) == 2  # the others are missing
+    assert main(["sample", *options]) == 2  # the others are missing
     _draw(track, runs, (0, 2))
-    assert main(command) == 0
+    assert main(["sample", *options]) == 0
     assert _record(runs)["shards"] == 3
 
 
 def test_drawing_needs_no_data_set(runs, monkeypatch):
-    monkeypatch.setattr(stages.assets, "locate", lambda *_: pytest.fail("looked for a file"))
-    stages.sample(_track(1), CELL, _paths(_track(1), runs))
+    monkeypatch.setattr(inputs.assets, "locate", lambda *_: pytest.fail("looked for a file"))
+    tiny.run("sample", _track(1), runs, CELL)
 
 
 @pytest.mark.parametrize(
@@ -219,27 +223,25 @@ def test_drawing_needs_no_data_set(runs, monkeypatch):
 def test_the_machines_faults_are_not_the_cells(error, fault, tmp_path):
     assert errors.machine_fault(error) == fault
 
-    def stage(track, cell, paths):
+    def stage(job):
         raise error
 
-    track = tiny.smoke()
-    cell = track.cells()[0]
-    record = tmp_path / "record.json"
+    job = tiny.job("select", tiny.smoke(), tmp_path, tiny.smoke().cells()[0])
     if fault:
         with pytest.raises(type(error)):
-            stages.guarded(stage, track, cell, None, str(record), None)
+            guarded(stage, job)
     else:
-        assert not stages.guarded(stage, track, cell, None, str(record), None)
-    assert record.exists() != fault
+        assert not guarded(stage, job)
+    assert job.record.exists() != fault
 
 
 def test_a_method_that_is_edited_while_it_runs_leaves_no_record(tmp_path):
     """The record would be newer than the edit and taken for the new method's."""
     file = tmp_path / "mine.py"
     file.write_text("KIND = 'layers'")
-    with stages._unedited(file):
+    with select._unedited(file):
         pass
     with pytest.raises(UserError, match=r"mine\.py was edited while it ran"):  # noqa: SIM117
-        with stages._unedited(file):
+        with select._unedited(file):
             file.write_text("KIND = 'widths'")
             raise errors.CellError("its failure would be recorded otherwise")

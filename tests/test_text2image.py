@@ -24,9 +24,11 @@ from prunebench.diffusion.text_encoder import TextEncoder
 from prunebench.errors import UserError
 from prunebench.evaluation.clip import clip_score
 from prunebench.evaluation.metrics import Evidence
+from prunebench.pruning import surgery
 from prunebench.records import artefacts
-from prunebench.stages import common as stages
-from prunebench.stages import score as judging
+from prunebench.stages import score as stage
+from prunebench.stages.inputs import conditions, dataset, sampler_for
+from prunebench.stages.sample import IMAGES
 from prunebench.training import prompts, rows
 
 TRAIN, ASKED, SIDE, SEEN = 24, 20, 16, 8  # SEEN: the side of references, and of samples
@@ -313,13 +315,13 @@ def _track(pipeline: Path, mirror: Path, monkeypatch, tmp_path: Path) -> tracks.
     content["dataset"] = {"name": "coco2014"}
     entry = {"folder": str(pipeline), "batch": 8}
     content["autoencoders"] = {"tiny": {**entry, "scale": 0.4, "shift": 0.1}}
-    content["text_encoders"] = {"tiny": {**entry, "tokens": pipelines.TOKENS}}
+    content["text_encoders"] = {"tiny_text": {**entry, "tokens": pipelines.TOKENS}}
     recovery = {"batch": 8, "learning_rate": 1e-3, "class_dropout": 0.3}
     model |= {
         "weights": {"file": str(tmp_path / "model.safetensors"), "layout": "suite"},
         "recovery": {**recovery, "activation_checkpointing": True},
         "autoencoder": "tiny",
-        "text_encoder": "tiny",
+        "text_encoder": "tiny_text",
     }
     content["models"] = {"tiny": model}
     content["budgets"] = {"low": 16}
@@ -328,20 +330,19 @@ def _track(pipeline: Path, mirror: Path, monkeypatch, tmp_path: Path) -> tracks.
 
 
 def _drawn(paths: tracks.Paths) -> dict[str, torch.Tensor]:
-    return artefacts.read_tensors(Path(paths.sample).parent / stages.IMAGES)
+    return artefacts.read_tensors(Path(paths.sample).parent / IMAGES)
 
 
 def test_text_to_image_runs_through_all_stages(track, mirror, tmp_path, monkeypatch):
-    runs, layout = tmp_path / "runs", tracks.Layout(track.name, tmp_path / "runs")
-    judging.extractor(track, layout)
-    stages.encode(track, layout, "tiny")
-    stages.encode_prompts(track, layout, "tiny")
-    record = artefacts.read_record(layout.prompts("tiny"))
+    runs = tmp_path / "runs"
+    tiny.run("extractor", track, runs)
+    tiny.run("encode", track, runs, coder="tiny")
+    record = artefacts.read_record(tiny.run("encode", track, runs, coder="tiny_text"))
     assert record["text_encoder"]["prompts"] == 1 + TRAIN + ASKED
     assert any("tokenizer/vocab.json" in name for name in record["text_encoder"]["sha256"])
     # Nothing after this holds a text encoder.
     monkeypatch.setattr(TextEncoder, "__init__", None)
-    stages.dense(track, layout, "tiny")
+    tiny.run("dense", track, runs, model="tiny")
     tiny.run_stages(track, runs, track.cell("tiny", "dense", 0.0, "none", 0))
     cell = track.cell("tiny", "random_layers", 0.25, "finetune-low", 0)
     paths = tiny.run_stages(track, runs, cell)
@@ -354,17 +355,16 @@ def test_text_to_image_runs_through_all_stages(track, mirror, tmp_path, monkeypa
         split = tracks.Track(track.name, content, track.methods)
         where = tracks.Paths(split, cell, runs)
         for index in range(shards if shards > 1 else 0):
-            stages.shard(split, cell, where, index, batch)
+            tiny.run("shard", split, runs, cell, shard=index, batch=batch)
             origin = artefacts.read_record(where.shards[index][0])["origin"]
             assert origin["prompts"] == record["files"]
-        stages.sample(split, cell, where, batch)
+        tiny.run("sample", split, runs, cell, batch=batch)
         tiny.assert_same(_drawn(where), drawn)
-    judging.score(track, cell, paths)
-    metrics = artefacts.read_record(paths.metrics)
-    told = metrics["text_encoder"]
+    scored = artefacts.read_record(tiny.run("score", track, runs, cell))
+    told = scored["text_encoder"]
     assert told == {k: v for k, v in record["text_encoder"].items() if k != "place"}
     assert told["sha256"] and told["prompts"] == 1 + TRAIN + ASKED
-    quality = metrics["quality"]
+    quality = scored["quality"]
     assert quality["clip_score"] is quality["clip"] is None and quality["samples"] == 24
     assert "names no CLIP" in quality["unavailable"]["clip_score"]
 
@@ -373,13 +373,13 @@ def test_prompts_decide_what_is_drawn_and_a_clip_scores_it(
     stable_diffusion, mirror, monkeypatch, tmp_path
 ):
     track = _track(stable_diffusion, mirror, monkeypatch, tmp_path)
-    layout = tracks.Layout(track.name, tmp_path / "runs")
-    with pytest.raises(UserError, match=r"prompts\.json does not exist"):
-        stages.conditions(track, layout, "tiny", training=True)
-    stages.encode_prompts(track, layout, "tiny")
-    stages.dense(track, layout, "tiny")
-    network, plan = stages.surgery.load(Path(layout.trained("tiny")).parent)
-    sampler = stages.sampler_for(track, layout, "tiny", network, plan)
+    runs, job = tmp_path / "runs", tiny.job("dense", track, tmp_path / "runs", model="tiny")
+    with pytest.raises(UserError, match=r"encode\.json does not exist"):
+        conditions(job, training=True)
+    tiny.run("encode", track, runs, coder="tiny_text")
+    record = tiny.run("dense", track, runs, model="tiny")
+    network, plan = surgery.load(record.parent)
+    sampler = sampler_for(job, network, plan)
     images = torch.cat(list(sampler.images(0, 0, 4, 4)))
     told = sampler.conditions.of
     monkeypatch.setattr(sampler.conditions, "of", lambda labels: told(labels.clamp(max=2)))
@@ -389,7 +389,7 @@ def test_prompts_decide_what_is_drawn_and_a_clip_scores_it(
     clip = pipelines.write_clip(tmp_path / "clip")
     track.content["evaluation"]["clip"] = "clip_vit_b16"
     monkeypatch.setattr(
-        stages.assets, "locate", lambda name: clip if "clip" in name else store.locate(name)
+        stage.assets, "locate", lambda name: clip if "clip" in name else store.locate(name)
     )
     drawn = {"images": images, "labels": torch.arange(4)}
     settings = track.content["evaluation"]
@@ -397,12 +397,12 @@ def test_prompts_decide_what_is_drawn_and_a_clip_scores_it(
         generated={"features": torch.randn(4, 2)},
         reference={"features": torch.randn(4, 2)},
         images=images,
-        prompts=judging._prompts(track, drawn["labels"]),
+        prompts=stage._prompts(job, drawn["labels"]),
         settings=settings,
-        weights=judging._weights(settings),
+        weights=stage._weights(settings),
     )
-    found = judging._qualities(evidence, settings)["quality"]
-    texts = stages.dataset(track).reference_captions[:4]
+    found = stage._qualities(evidence, settings)["quality"]
+    texts = dataset(job).reference_captions[:4]
     assert found["clip_score"] == pytest.approx(_by_hand(clip, images, texts), abs=1e-5)
     assert found["clip_score"] == clip_score(clip, images, texts, 500)
     assert "clip_score" not in found["unavailable"]
@@ -422,7 +422,7 @@ def test_samples_must_have_the_size_of_the_references(
     del track.content["sampling"]["size"]
     words = "sampling.size: samples would have 16 pixels a side, the references have 8"
     with pytest.raises(UserError, match=words):
-        judging.extractor(track, tracks.Layout(track.name, tmp_path / "runs"))
+        tiny.run("extractor", track, tmp_path / "runs")
 
 
 @torch.no_grad()
@@ -448,16 +448,17 @@ def test_the_tracks_fit_the_released_models(track_name):
     track = tracks.load(str(tiny.ROOT / "config" / f"{track_name}.yaml"))
     assert track.cells()
     for model, settings in track.content["models"].items():
-        batch = track.autoencoder(settings["autoencoder"])["batch"]
+        batch = track.coder(settings["autoencoder"])[1]["batch"]
         assert track.content["sampling"]["lanes"] % batch == 0, "it would decode padding"
-        coder = track.autoencoder(settings["autoencoder"])["asset"]
-        reader = track.text_encoder(settings["text_encoder"])["asset"]
+        coder = track.coder(settings["autoencoder"])[1]["asset"]
+        reader = track.coder(settings["text_encoder"])[1]["asset"]
         paths = {f.path.partition("/")[2] for f in assets.asset(coder).files}
         assert {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"} <= paths
         paths = {f.path.partition("/")[2] for f in assets.asset(reader).files}
         assert {"model_index.json", "text_encoder/config.json"} <= paths
         assert reader == settings["weights"]["asset"]
-        assert track.fingerprint("dense", model) != track.fingerprint("encode")
+        names = {"model": model, "dense_seed": 0}
+        assert track.fingerprint("dense", **names) != track.fingerprint("encode")
 
 
 def test_what_a_track_says_of_text_encoders_is_checked(tmp_path):
@@ -483,20 +484,20 @@ def test_what_a_track_says_of_text_encoders_is_checked(tmp_path):
         content["models"]["sd15"]["config"]["classes"] = 3
 
     def neither(content):
-        del content["text_encoders"]["sd15"]["asset"]
+        del content["text_encoders"]["sd15_text"]["asset"]
 
     track = loaded(lambda content: content["evaluation"].update(clip="clip_vit_g14"))
     assert "clip_vit_g14" in track.assets()
-    with pytest.raises(UserError, match="unknown text encoder 'no' in track mine; known: sd15"):
-        track.text_encoder("no")
-    before = track.fingerprint("encode", text_encoder="sd15")
-    changed = loaded(lambda content: content["text_encoders"]["sd15"].update(batch=3))
-    assert changed.fingerprint("encode", text_encoder="sd15") != before
+    with pytest.raises(UserError, match="unknown coder 'no' in track mine; known: sd15, sd21"):
+        track.coder("no")
+    before = track.fingerprint("encode", coder="sd15_text")
+    changed = loaded(lambda content: content["text_encoders"]["sd15_text"].update(batch=3))
+    assert changed.fingerprint("encode", coder="sd15_text") != before
     for change, words in (
         (without, r"models\.sd15\.text_encoder: coco2014 has captions, not classes"),
-        (unknown, r"models\.sd15\.text_encoder: unknown text encoder 't5'; known: sd15, sd21"),
+        (unknown, r"models\.sd15\.text_encoder: unknown text encoder 't5'; known: sd15_text"),
         (classes, r"models\.sd15\.text_encoder: the model has classes"),
-        (neither, r"text_encoders\.sd15: needs either the key 'asset' or 'folder'"),
+        (neither, r"text_encoders\.sd15_text: needs either the key 'asset' or 'folder'"),
     ):
         with pytest.raises(UserError, match=words):
             loaded(change)

@@ -31,7 +31,7 @@ def project(tmp_path_factory) -> Project:
     command = ("snakemake", "--cores", "2", "--config", "track=smoke")
     process = project.start(*command, stdout=subprocess.DEVNULL)  # nobody reads while it runs
     deadline = time.monotonic() + 600
-    while len(project.metrics()) < 20 and process.poll() is None and time.monotonic() < deadline:
+    while len(project.scores()) < 20 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.2)
     process.send_signal(signal.SIGKILL)
     process.wait()
@@ -42,11 +42,11 @@ def project(tmp_path_factory) -> Project:
 
 
 def test_a_killed_run_goes_on_where_it_was(project):
-    assert 20 <= len([p for p in project.before if p.name == "metrics.json"]) < CELLS
+    assert 20 <= len([p for p in project.before if p.name == "score.json"]) < CELLS
     assert project.status == 0, project.output[-3000:]
     after = project.records()
     assert {file: after[file] for file in project.before} == project.before
-    assert len(project.metrics()) == CELLS
+    assert len(project.scores()) == CELLS
 
 
 def test_the_leaderboard_is_complete(project):
@@ -54,7 +54,7 @@ def test_the_leaderboard_is_complete(project):
     assert len(rows) == ROWS
     assert {row["model"] for row in rows} == {"dit", "sit", "unet"}
     assert all(float(row["fid_mean"]) > 0 and row["seeds_ok"] == str(SEEDS) for row in rows)
-    out = project.folder / "results" / "smoke"
+    out = project.folder / "runs/smoke/leaderboard/matched"
     for name in ("leaderboard.md", "leaderboard.tex", "leaderboard.html", "leaderboard.bib"):
         assert (out / name).stat().st_size > 0
     raw = sorted((out / "raw").rglob("*.json"))
@@ -73,7 +73,7 @@ def test_a_second_call_has_nothing_to_do(project):
 
 def test_snakemake_plans_only_when_something_has_happened(project):
     """Its rate limiter's timers would add a step for every step a second ago."""
-    cells = sorted((project.folder / "runs/smoke/unet").glob("*/*/none/seed*/metrics.json"))[:12]
+    cells = sorted((project.folder / "runs/smoke/unet").glob("*/*/none/seed*/score.json"))[:12]
     for record in cells:
         record.unlink()
     targets = [str(record.relative_to(project.folder)) for record in cells]
@@ -85,12 +85,12 @@ def test_snakemake_plans_only_when_something_has_happened(project):
 
 def test_quality_is_identical_when_computed_again(project):
     cell = project.folder / "runs/smoke/sit/random_widths/0.25/finetune-low/seed1"
-    before = json.loads((cell / "metrics.json").read_text())
+    before = json.loads((cell / "score.json").read_text())
     for folder in (cell, cell.parents[1] / "selection" / "seed1"):
         shutil.rmtree(folder)
     status, output = project.snakemake()
     assert status == 0, output[-3000:]
-    after = json.loads((cell / "metrics.json").read_text())
+    after = json.loads((cell / "score.json").read_text())
     assert after["provenance"]["date"] > before["provenance"]["date"]
     for part in ("quality", "consistency", "size", "plan"):
         assert after[part] == before[part]
@@ -170,7 +170,9 @@ def test_adding_and_deleting_a_method_touches_only_its_cells(project, settled):
     status, output = project.snakemake()
     assert status == 0, output[-3000:]
     assert len(project.rows()) == ROWS
-    assert not list((project.folder / "results/smoke/raw").glob("*/mine/**/*.json"))
+    assert not list(
+        (project.folder / "runs/smoke/leaderboard/matched/raw").glob("*/mine/**/*.json")
+    )
     assert {file: project.records()[file] for file in before} == before
 
 
@@ -186,9 +188,9 @@ def test_a_method_that_raises_costs_its_own_cells_only(project, settled):
     rows = [row for row in project.rows() if row["method"] == "broken"]
     assert len(rows) == NEW_ROWS
     assert all(row["status"] == "failed" and not row["fid_mean"] for row in rows)
-    table = (project.folder / "results/smoke/leaderboard.md").read_text()
+    table = (project.folder / "runs/smoke/leaderboard/matched/leaderboard.md").read_text()
     assert "ValueError: no such luck" in table
-    log = project.folder / re.search(r"runs/smoke/logs/select/dit/broken\S*?\.log", table).group()
+    log = project.folder / re.search(r"runs/smoke/logs/dit/broken\S*?\.log", table).group()
     assert "no such luck" in log.read_text()
     status, _ = project.snakemake()
     assert status == 0
@@ -231,13 +233,15 @@ def test_every_division_and_the_oracle(project):
     (project.folder / "config" / "small.yaml").write_text(yaml.safe_dump(content))
     status, output = project.snakemake("everything", track="small")
     assert status == 0, output[-3000:]
-    results = project.folder / "results" / "small"
-    published = {row["method"]: row for row in project.rows("small/published")}
+    results = project.folder / "runs/small/leaderboard/matched"
+    published = {row["method"]: row for row in project.rows("small", "published")}
     assert published["laptop_diff"]["healing"] == "normalised_kd"
     assert float(published["laptop_diff"]["teacher_images_mean"]) > 0
     assert published["diff_pruning"]["share"] == "uniform"
     assert published["sparsedm"]["recovery"] == "published-low"
-    recovery = [row for row in project.rows("small/recovery") if row["method"] == "random_layers"]
+    recovery = [
+        row for row in project.rows("small", "recovery") if row["method"] == "random_layers"
+    ]
     assert {row["recovery"] for row in recovery} == set(SMOKE.divisions["recovery"]["recoveries"])
     assert {row["rank"] for row in recovery} == {"1", "2", "3", "4"}
     assert all(row["status"] == "ok" for row in (*published.values(), *recovery))
@@ -271,11 +275,11 @@ def test_a_syntax_error_in_a_method_names_file_and_line(project):
 
 
 def test_partial_builds_the_leaderboard_of_what_is_finished(project, settled):
-    gone = project.folder / "runs/smoke/dit/entpruner/0.25/none/seed0/metrics.json"
+    gone = project.folder / "runs/smoke/dit/entpruner/0.25/none/seed0/score.json"
     gone.unlink()
     status, output = project.snakemake("partial", "--forcerun", "partial")
     assert status == 0, output[-3000:]
-    table = (project.folder / "results/smoke/leaderboard.md").read_text()
+    table = (project.folder / "runs/smoke/leaderboard/matched/leaderboard.md").read_text()
     assert f"{CELLS - 1} of {CELLS} cells finished" in table
     status, _ = project.snakemake()
     assert status == 0
@@ -301,18 +305,18 @@ def test_records_of_jobs_whose_end_no_run_has_seen(tmp_path):
 
     made = run()[2]
     forget()
-    assert run("runs/smoke/dit/trained/dense.json")[2] == made  # whose start takes note of it
+    assert run("runs/smoke/dit/dense/dense.json")[2] == made  # whose start takes note of it
     learn_at("2.0e-2")
     assert run()[2] != made  # so that a change of its settings is seen
 
     forget()
     learn_at("3.0e-2")
     kept = (tmp_path / extractor).read_bytes()
-    status, output, found = run("runs/smoke/sit/trained/dense.json")
+    status, output, found = run("runs/smoke/sit/dense/dense.json")
     assert status == 1 and found == kept
     assert f"1 records, such as {extractor}, were made with other settings of track smoke" in output
     assert (tmp_path / ".snakemake/prunebench.unseen").read_text() == f"{extractor}\n"
-    sit = "runs/smoke/sit/trained/dense.json"
+    sit = "runs/smoke/sit/dense/dense.json"
     status, output = project.run("snakemake", "--cores", "2", str(extractor), sit,
                                  "--config", "track=smoke", "keep=yes")  # fmt: skip
     assert status == 0, output[-2000:]
@@ -324,4 +328,4 @@ def test_records_of_jobs_whose_end_no_run_has_seen(tmp_path):
     (tmp_path / "runs/smoke/assets.json").unlink()  # one that has gone since is passed over
     status, output, found = run("runs/smoke/dit/magnitude_layers/0.25/selection/seed0/select.json")
     assert status == 1 and found == kept
-    assert "1 records, such as runs/smoke/dit/trained/dense.json, were made with other" in output
+    assert "1 records, such as runs/smoke/dit/dense/dense.json, were made with other" in output

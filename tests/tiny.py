@@ -1,6 +1,7 @@
 """What the tests of the core share: tiny networks (prunebench/selection/tiny.py), plans, checks."""
 
 import functools
+import importlib
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -102,14 +103,28 @@ def plan(name: str, kind: str, sparsity: float = 0.25) -> Plan:
     return plans[kind]()
 
 
+def job(stage: str, track, runs: Path, cell: tracks.Cell | None = None, **names):
+    """A job of a stage, of a cell or of what `names` say."""
+    from prunebench.stages.job import Job  # slow to import
+
+    axes = tracks.as_dict(cell) if cell else {}
+    names = {name: value for name, value in {**axes, **names}.items() if name != "track"}
+    if "model" in names and "plan" not in names:
+        names.setdefault("dense_seed", 0)
+    return Job(stage, track, names, runs)
+
+
+def run(stage: str, track, runs: Path, cell: tracks.Cell | None = None, **names) -> Path:
+    """Run a stage as the command line does, but for guarding cells; returns its record."""
+    module, _, name = tracks.stages.STAGES[stage].function.partition(":")
+    made = job(stage, track, runs, cell, **names)
+    getattr(importlib.import_module(module), name)(made)
+    return made.record
+
+
 def run_stages(track: tracks.Track, runs: Path, cell: tracks.Cell) -> tracks.Paths:
     """Everything of a cell between the dense model and its score."""
-    from prunebench.stages import common as stages  # slow to import
-
-    paths = tracks.Paths(track, cell, runs)
-    stages.select(track, cell, paths)
-    stages.measure(track, cell, paths)
-    if cell.recovery != "none":
-        stages.recover(track, cell, paths)
-    stages.sample(track, cell, paths)
-    return paths
+    recover = ("recover",) if cell.recovery != "none" else ()
+    for stage in ("select", "cost", *recover, "sample"):
+        run(stage, track, runs, cell)
+    return tracks.Paths(track, cell, runs)

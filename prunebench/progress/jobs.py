@@ -5,75 +5,53 @@ import os
 import re
 import statistics
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from prunebench.cli import CELL_STAGES
 from prunebench.progress import activity
-from prunebench.progress.activity import Run, Work
+from prunebench.progress.activity import Work
 from prunebench.records.artefacts import skim_record, training_folder
-from prunebench.tracks import RUNS, Cell, Layout, Paths, Track
+from prunebench.runtime.run import Run, read_run
+from prunebench.tracks import RUNS, Cell, Layout, Paths, Track, as_dict
+from prunebench.tracks.stages import NEEDY, STAGES
 
-# In order.
-STAGES = (
-    *("extractor", "encode", "prompts", "dense"),
-    *("select", "cost", "recover", "sample", "score", "mask"),
-)
+SHOWN = tuple(name for name in NEEDY if name not in ("shard", "efficiency"))  # as a job of its own
 STATES = ("done", "failed", "running", "queued", "stopped", "waiting")
 FRESH = 900  # s without a word, after which a job that can't be seen from here counts as stopped
 TAIL = 4096  # bytes of a log that are read
 
 
 @dataclass(frozen=True)
-class Part:
-    """One job of Snakemake's: its rule, the folders that hold its wildcards, what it writes."""
+class Job:
+    """One job of the workflow: a stage of a cell, or what several cells start from.
 
-    rule: str
-    fields: tuple[str, ...]
+    Attributes:
+        stage: its name, which its rule has too.
+        name: the folders of its record, which are those of its log too.
+        model: that it is about, "" without one.
+        wildcards: as Snakemake's Slurm plugin names them in comments and folders of logs.
+        shards: the jobs that draw the images which this one gathers, if several do. Their records
+            go when they are gathered.
+    """
+
+    stage: str
+    name: str
+    model: str
+    wildcards: str
     record: str
     log: str
-
-    @property
-    def wildcards(self) -> str:
-        """As Snakemake's Slurm plugin names them in comments and folders of logs."""
-        return "_".join(re.sub(r"^(seed|mask|shard)(?=\d+$)", "", name) for name in self.fields)
+    shards: tuple["Job", ...] = ()
 
     @property
     def comment(self) -> str:
         """The Slurm job's."""
-        return f"rule_{self.rule}" + (f"_wildcards_{self.wildcards}" if self.fields else "")
-
-
-@dataclass(frozen=True)
-class Job:
-    """One stage of a cell, or what several cells start from.
-
-    Attributes:
-        stage: one of STAGES, its rule.
-        fields: the folders of its record, which are those of its log too.
-        shards: the jobs that draw the images which this one gathers, if several do.
-    """
-
-    stage: str
-    fields: tuple[str, ...]
-    record: str
-    log: str
-    shards: tuple[Part, ...] = ()
+        return f"rule_{self.stage}" + (f"_wildcards_{self.wildcards}" if self.wildcards else "")
 
     @property
-    def name(self) -> str:
-        return "/".join(self.fields) or self.stage
-
-    @property
-    def model(self) -> str:
-        return self.fields[0] if self.fields else ""
-
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """The job itself and its shards, whose records go when they are gathered."""
-        return Part(self.stage, self.fields, self.record, self.log), *self.shards
+    def parts(self) -> tuple["Job", ...]:
+        return self, *self.shards
 
 
 @dataclass
@@ -86,54 +64,61 @@ class Plan:
     """
 
     layout: Layout
+    runs: Path
     jobs: dict[str, Job] = field(default_factory=dict)
     cells: dict[Cell, list[str]] = field(default_factory=dict)
     shared: dict[Cell, list[str]] = field(default_factory=dict)
 
-    def add(self, stage: str, record: str, *fields: str, shards: Iterable[str] = ()) -> str:
-        """Take up a job, given its record and those of its shards; returns its record."""
+    def add(self, stage: str, shards: Iterable[int] = (), **names: object) -> str:
+        """Take up the job of a stage, given what it is called with; returns its record."""
+        record = self.layout.record(stage, **names)
         if record not in self.jobs:
-            log = self.layout.log("oracle" if stage == "mask" else stage, *fields)
-            parts = tuple(self._shard(fields, i, shard) for i, shard in enumerate(shards))
-            self.jobs[record] = Job(stage, fields, record, log, parts)
+            self.jobs[record] = self._job(stage, record, names, shards)
         return record
 
-    def _shard(self, fields: tuple[str, ...], index: int, record: str) -> Part:
-        place = (*fields, f"shard{index}")
-        return Part("shard", place, record, self.layout.log("shard", *place))
+    def _job(self, stage: str, record: str, names: Mapping, shards: Iterable[int]) -> Job:
+        wildcards = self.layout.wildcards(stage, names)
+        values = [str(wildcards[name]) for name in STAGES[stage].wildcards]
+        folders = record[len(self.layout.root) + 1 :].rpartition("/")[0]
+        parts = {i: self.layout.record("shard", **names, shard=i) for i in shards}
+        return Job(
+            stage,
+            folders.removesuffix(f"/{stage}"),
+            str(names.get("model", "")),
+            "_".join(values).replace("/", "_"),
+            record,
+            self.layout.log(record),
+            tuple(self._job("shard", r, {**names, "shard": i}, ()) for i, r in parts.items()),
+        )
 
-    def add_cell(self, cell: Cell, paths: Paths) -> None:
-        dense = self.add("dense", paths.trained, cell.model)
+    def add_cell(self, cell: Cell) -> None:
+        track, names = self.layout.track, as_dict(cell)
+        paths = Paths(track, cell, self.runs)
+        dense = self.add("dense", model=cell.model, dense_seed=cell.dense_seed)
         self.shared[cell] = [paths.extractor, dense, paths.dense_sample]
-        own = self.cells[cell] = []
-        for stage in STAGES:
-            if stage in CELL_STAGES and (stage != "recover" or cell.recovery != "none"):
-                record = getattr(paths, CELL_STAGES[stage][0])
-                fields = record[len(self.layout.root) + 1 :].split("/")[:-1]
-                shards = (record for record, _ in paths.shards) if stage == "sample" else ()
-                own.append(self.add(stage, record, *fields, shards=shards))
+        stages = [name for name in SHOWN if STAGES[name].of_cells]
+        if cell.recovery == "none":
+            stages.remove("recover")
+        several = range(track.shards if track.shards > 1 else 0)
+        self.cells[cell] = [
+            self.add(stage, several if stage == "sample" else (), **names) for stage in stages
+        ]
 
 
 def plan(track: Track, divisions: Iterable[str], runs: Path, oracle: bool = False) -> Plan:
     """What the divisions ask for, as the rules of the workflow make it."""
-    layout = Layout(track.name, runs)
-    made = Plan(layout)
-    made.add("extractor", layout.extractor)
-    coders = (
-        ("encode", "autoencoder", layout.latents),
-        ("prompts", "text_encoder", layout.prompts),
-    )
-    for rule, kind, place in coders:
+    made = Plan(Layout(track, runs), runs)
+    made.add("extractor")
+    for kind in ("autoencoder", "text_encoder"):
         for name in dict.fromkeys(m.get(kind) for m in track.content["models"].values()):
             if name:
-                made.add(rule, place(name), name)
+                made.add("encode", coder=name)
     for cell in itertools.chain.from_iterable(map(track.cells, divisions)):
         if cell not in made.cells:
-            made.add_cell(cell, Paths(track, cell, runs))
-    for model, recovery, seed, mask in track.oracle() if oracle else ():
-        made.add("dense", layout.trained(model), model)
-        record = layout.oracle(model, recovery, seed, mask)
-        made.add("mask", record, model, recovery, f"seed{seed}", f"mask{mask}")
+            made.add_cell(cell)
+    for place in track.oracle() if oracle else ():
+        made.add("dense", model=place["model"], dense_seed=place["dense_seed"])
+        made.add("oracle", **place)
     return made
 
 
@@ -228,7 +213,7 @@ class Records:
 def survey(track: Track, planned: Plan, runs: Path, records: Records) -> Survey:
     """Look at everything once."""
     costs = records.read(planned.jobs)
-    run = activity.read_run(runs.parent)
+    run = read_run(runs.parent)
     work, blind = _work(track, planned, runs, run)
     slurm = SlurmLogs(runs.parent)
     found = {}
@@ -281,7 +266,7 @@ def _at_work(job: Job, work: list[Work]) -> Finding:
 def _unseen(job: Job, slurm: "SlurmLogs", blind: str) -> Finding:
     """A job without a record that is not seen at work: lost, or out of sight, or not yet begun."""
     for part in job.parts:
-        if part.rule == "shard" and Path(part.record).exists():
+        if part.stage == "shard" and Path(part.record).exists():
             continue  # drawn, and not yet gathered
         log = part.log
         touched, official = _touched(log), slurm.newest(part)
@@ -316,18 +301,18 @@ class SlurmLogs:
         self.home, self.folder = f"{home}/", home / ".snakemake" / "slurm_logs"
         self.names: dict[str, set[str]] = {}  # of the folders, by rule
 
-    def newest(self, part: Part) -> Path | None:
+    def newest(self, part: Job) -> Path | None:
         """The part's last log, if it is of the same track, which the folders do not tell."""
-        rule = self.folder / f"rule_{part.rule}"
-        if part.rule not in self.names:
-            self.names[part.rule] = {path.name for path in rule.glob("*")}
-        names = self.names[part.rule]
-        if not names or (part.fields and part.wildcards not in names):
+        rule = self.folder / f"rule_{part.stage}"
+        if part.stage not in self.names:
+            self.names[part.stage] = {path.name for path in rule.glob("*")}
+        names = self.names[part.stage]
+        if not names or (part.wildcards and part.wildcards not in names):
             return None
         logs = sorted((rule / part.wildcards).glob("*.log"), key=_touched, reverse=True)
         return next((log for log in logs if self._concerns(_text(log), part)), None)
 
-    def _concerns(self, text: str, part: Part) -> bool:
+    def _concerns(self, text: str, part: Job) -> bool:
         """A log names the records of its job, unless that was killed before it could write them."""
         return part.record.removeprefix(self.home) in text or f" {RUNS}/" not in text
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from prunebench.errors import UserError
-from prunebench.progress.jobs import STAGES, STATES, Records, Survey, plan, survey
+from prunebench.progress.jobs import SHOWN, STATES, Records, Survey, plan, survey
 from prunebench.tracks import Track
 
 EVERYTHING = "all"  # what `snakemake everything` makes
@@ -141,7 +141,7 @@ def _stages(seen: Survey) -> list[str]:
         found.setdefault(job.stage, []).append(seen.found[record])
     shown = STATES[1:-1]
     rows = [["stage", "finished", *shown, "mean", "hours"]]
-    for stage in (stage for stage in STAGES if stage in found):
+    for stage in (stage for stage in SHOWN if stage in found):
         count = Counter(finding.state for finding in found[stage])
         hours = sum(finding.cost["wall_s"] for finding in found[stage] if finding.cost) / 3600
         mean = _duration(means[stage, None]) if (stage, None) in means else "-"

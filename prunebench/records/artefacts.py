@@ -10,6 +10,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -142,6 +143,14 @@ def training_folder(record: str | Path) -> Path:
     """Where the trainings of a stage are saved while it runs (see training/checkpoints.py)."""
     record = Path(record)
     return record.parent / "training" / record.stem
+
+
+def forget_training(record: str | Path) -> None:
+    """Remove what a stage's trainings saved: its record is written."""
+    folder = training_folder(record)
+    shutil.rmtree(folder, ignore_errors=True)
+    with contextlib.suppress(OSError):  # not there, or of another stage of this folder too
+        folder.parent.rmdir()
 
 
 def write_tensors(path: Path, tensors: dict, metadata: dict | None = None) -> None:

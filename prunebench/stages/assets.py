@@ -11,8 +11,24 @@ from prunebench.assets.registry import ASSETS, Asset, File, asset
 from prunebench.errors import UserError
 from prunebench.records.artefacts import write_json
 from prunebench.runtime import resources
+from prunebench.stages.job import Job
 
 TITLES = ("NAME", "KIND", "SIZE", "STATE", "LICENCE", "TRACKS")
+
+
+def assets(job: Job) -> None:
+    """Do what the job names as its "action", list, fetch or verify, to its "assets".
+
+    Where it is of a track, that track's assets are meant too; "record" is a file for their hashes.
+    """
+    named = [*job.names["assets"], *(job.track.assets() if job.track else ())]
+    action = job.names["action"]
+    if action == "fetch":
+        if not (named or job.track):
+            raise UserError("assets fetch: name assets, or a track with --track")
+        fetch_assets(named, job.names.get("record"))
+    else:
+        {"list": list_assets, "verify": verify_assets}[action](named)
 
 
 def list_assets(names: Iterable[str]) -> None:

@@ -15,6 +15,7 @@ from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
 from prunebench.stages.inputs import sampler_for
 from prunebench.stages.job import Job, upstream
+from prunebench.stages.work import dense_model
 from prunebench.training import parallel
 
 
@@ -22,7 +23,7 @@ def cost(job: Job) -> None:
     """Measure MACs, memory and latency of the pruned architecture beside the dense one."""
     chosen = upstream(job.paths.select)
     pruned, plan = surgery.load(Path(job.paths.select).parent)
-    pruned, whole = pruned.to(parallel.device()), job.dense().to(parallel.device())
+    pruned, whole = pruned.to(parallel.device()), dense_model(job).to(parallel.device())
     fast, plain, kernels = semi_structured.contestants(pruned, whole, plan)
     samplers = sampler_for(job, fast, plan), sampler_for(job, plain, Plan())
     settings = job.content["latency"]

@@ -14,7 +14,8 @@ from prunebench.pruning import targets
 from prunebench.pruning.plan import Plan
 from prunebench.records import artefacts
 from prunebench.stages.inputs import training_data
-from prunebench.stages.job import Job, training_report
+from prunebench.stages.job import Job
+from prunebench.stages.work import checkpoints_of, save, training_report
 from prunebench.training import loop, parallel
 from prunebench.training.budget import BudgetMeter, unspent
 from prunebench.training.checkpoints import Checkpoints
@@ -31,7 +32,7 @@ def dense(job: Job) -> None:
     trained = _trained(job, network, source) if "training" in job.settings else _UNTRAINED
     if parallel.rank():
         return  # the first process writes
-    job.finish(job.save(network, Plan()), **trained, weights=source)
+    job.finish(save(job, network, Plan()), **trained, weights=source)
 
 
 _UNTRAINED = {"budget": unspent(), "loss": None}
@@ -43,7 +44,7 @@ def _trained(job: Job, network: nn.Module, source: dict | None) -> dict:
     images, data = options.pop("images"), training_data(job)
     meter, progress = BudgetMeter(), loop.Progress(images // options["batch"])
     inputs = job.layout.encoded(job.settings) + ((source["file"],) if source else ())
-    checkpoints = job.checkpoints(*inputs)
+    checkpoints = checkpoints_of(job, *inputs)
     try:
         with meter.clock():
             losses = loop.train(

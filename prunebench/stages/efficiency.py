@@ -4,10 +4,8 @@ import copy
 import functools
 import gc
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -16,10 +14,8 @@ from prunebench.errors import CellError
 from prunebench.evaluation import cost, latency, semi_structured, variants
 from prunebench.pruning import targets
 from prunebench.pruning.plan import Plan
-from prunebench.records import artefacts
-from prunebench.records.provenance import provenance
 from prunebench.stages import networks
-from prunebench.tracks import RUNS
+from prunebench.stages.job import Job
 from prunebench.tracks.efficiency import Track
 
 log = logging.getLogger(__name__)
@@ -38,26 +34,17 @@ class Row:
     plan: Plan
 
 
-def measure(track: Track, model: str, plan: str, runs: Path = RUNS) -> None:
+def efficiency(job: Job) -> None:
     """Count a row's parameters and MACs, time it beside dense where that is possible, record it.
 
     A plan that the network can't carry out gives a record with status "failed".
     """
-    start = time.perf_counter()
-    settings, wanted = track.model(model), track.plan(model, plan)
-    common = {
-        "schema": 1,
-        "row": {"track": track.name, "model": model, "plan": plan},
-        "title": settings["title"],
-        "asked": dict(wanted),
-        "seed": track.content["seed"],
-        "settings": {"model": dict(settings), **_conditions(track)},
-    }
+    track, names = job.track, job.names
+    settings, wanted = track.model(job.model), track.plan(**names)
     try:
         pruned, chosen, left = networks.pruned(settings, wanted, track.content["seed"])
         row = Row(settings, networks.dense(settings), pruned, chosen)
         found = {
-            "status": "ok",
             "failure": None,
             "layers": list(chosen.layers),
             "left": left,
@@ -65,10 +52,18 @@ def measure(track: Track, model: str, plan: str, runs: Path = RUNS) -> None:
             **_measured(track, row),
         }
     except CellError as error:
-        log.error("%s of %s: %s", plan, model, error)
+        log.error("%s of %s: %s", names["plan"], job.model, error)
         found = {"status": "failed", "failure": str(error)}
-    seconds = {"wall_s": time.perf_counter() - start, "provenance": provenance(dict(track.content))}
-    artefacts.write_record(Path(track.record(model, plan, runs)), {**common, **found, **seconds})
+    job.finish(
+        [],
+        schema=1,
+        row={"track": track.name, **names},
+        title=settings["title"],
+        asked=dict(wanted),
+        seed=track.content["seed"],
+        settings={"model": dict(settings), **_conditions(track)},
+        **found,
+    )
 
 
 def _conditions(track: Track) -> dict:

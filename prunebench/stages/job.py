@@ -1,34 +1,17 @@
-"""What a stage is called with, and how it is run: each reads artefacts and writes one record.
+"""What every stage is called with: a job, which knows what to read and writes one record."""
 
-A record's status is "ok" or "failed". A cell fails where its method or its training breaks; the
-failure is recorded and passed on, so that it costs its own cells only. Anything else that goes
-wrong (disk, memory, corrupt files) stops the command and is tried again by the next run.
-"""
-
-import logging
 import time
-import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 
-import torch
-from torch import nn
-
 from prunebench import models
-from prunebench.errors import CellError, machine_fault
-from prunebench.evaluation import cost
-from prunebench.pruning import surgery, targets
-from prunebench.pruning.plan import Plan
+from prunebench.errors import CellError
 from prunebench.records import artefacts
-from prunebench.records.provenance import PACKAGE, code_hash, provenance
-from prunebench.tracks import RUNS, Cell, Layout, Paths, Track, as_dict
-from prunebench.training import loop, parallel
-from prunebench.training.checkpoints import SECONDS, Checkpoints
-
-log = logging.getLogger(__name__)
+from prunebench.records.provenance import provenance
+from prunebench.tracks import RUNS, Cell, Layout, Paths, Track
 
 
 @dataclass(frozen=True)
@@ -92,29 +75,6 @@ class Job:
         """A file beside the stage's own record."""
         return self.record.with_name(name)
 
-    def dense(self) -> nn.Module:
-        """The verified dense model, on the CPU."""
-        record = self.layout.record("dense", **self.names)
-        artefacts.read_record(record)
-        return surgery.load(Path(record).parent)[0]
-
-    def save(self, network: nn.Module, plan: Plan) -> list[Path]:
-        """Write a network beside the record; returns its files."""
-        folder, settings = self.record.parent, self.settings
-        return surgery.save(folder, network, plan, settings["family"], settings["config"])
-
-    def checkpoints(self, *inputs: str | Path) -> Checkpoints:
-        """Where the trainings are saved, for a later start of the same job on the same inputs."""
-        identity = {
-            "code": code_hash(PACKAGE),
-            "torch": torch.__version__,
-            "track": self.track.fingerprint(self.stage, **self.names),
-            "names": dict(self.names),
-            "inputs": {str(file): artefacts.sha256(file) for file in inputs},
-        }
-        seconds = self.content.get("checkpoint_seconds", SECONDS)
-        return Checkpoints(artefacts.training_folder(self.record), identity, seconds)
-
     def finish(self, payload: list[Path], earlier_s: float = 0.0, **content: object) -> None:
         """Write the record of a stage that went well.
 
@@ -125,7 +85,7 @@ class Job:
         seconds = time.perf_counter() - self.start + earlier_s
         source = {"wall_s": seconds, "provenance": provenance(dict(self.content))}
         artefacts.write_record(self.record, {"status": "ok", **content, **source}, payload)
-        Checkpoints(artefacts.training_folder(self.record)).discard()
+        artefacts.forget_training(self.record)
 
 
 def upstream(record: str | Path) -> dict:
@@ -134,33 +94,6 @@ def upstream(record: str | Path) -> dict:
     if content["status"] == "failed":
         raise CellError(content["failure"]["error"], inherited=content["failure"])
     return content
-
-
-def guarded(stage: Callable[[Job], None], job: Job) -> bool:
-    """Run a stage of a cell; record a failure of the cell instead of raising it.
-
-    Returns:
-        True if the cell is well.
-    """
-    try:
-        stage(job)
-        return True
-    except (CellError, RuntimeError) as error:  # RuntimeError: the pruned model does not run
-        if machine_fault(error):
-            raise
-        traceback.print_exc()
-        own = {"stage": job.stage, "error": str(error), "log": job.log}
-        failure = getattr(error, "inherited", None) or own
-        if parallel.rank() and not isinstance(error, CellError):
-            raise  # the other processes may not have failed with this one
-    log.error("cell failed in %s: %s", failure["stage"], failure["error"])
-    if parallel.rank():
-        return False  # the first process writes
-    content = {"schema": 1, "status": "failed", "cell": as_dict(job.cell), "failure": failure}
-    content |= {"labels": labels(job), "provenance": provenance(dict(job.content))}
-    artefacts.write_record(job.record, content)
-    Checkpoints(artefacts.training_folder(job.record)).discard()
-    return False
 
 
 # ---- what records say
@@ -182,25 +115,6 @@ def labels(job: Job) -> dict:
 def shared_settings(job: Job) -> dict:
     """What of the track made every cell of a model."""
     common = ("dataset", "extractor", "budgets", "sampling", "latency", "evaluation")
-    kinds = ("autoencoder", "text_encoder")
-    coders = {kind: job.track.coder(job.settings[kind])[1] for kind in kinds if kind in job.settings}
+    kinds = [kind for kind in ("autoencoder", "text_encoder") if kind in job.settings]
+    coders = {kind: job.track.coder(job.settings[kind])[1] for kind in kinds}
     return {"model": job.settings, **coders, **{name: job.content[name] for name in common}}
-
-
-def training_report(progress: loop.Progress, checkpoints: Checkpoints) -> dict:
-    """Under what conditions a stage trained."""
-    return {
-        "micro_batch": progress.micro_batch,
-        "processes": parallel.world(),
-        "resumed": checkpoints.resumed,
-    }
-
-
-def sizes(whole: nn.Module, pruned: nn.Module, plan: Plan) -> dict:
-    """Parameters of a pruned model and of the dense one."""
-    return {
-        "parameters": cost.count_parameters(pruned),
-        "nonzero_parameters": cost.count_nonzero(pruned),
-        "dense_parameters": cost.count_parameters(whole),
-        "sparsity_reached": targets.reached(whole, pruned, plan),
-    }

@@ -5,25 +5,26 @@ stated number of random ones stands for all. Each mask is a job that keeps only 
 """
 
 import copy
+import dataclasses
 import itertools
 import math
-import time
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import nn
 
-from prunebench import models
 from prunebench.errors import CellError, UserError, machine_fault
 from prunebench.evaluation import features, frechet
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.targets import plan_layers
 from prunebench.records import artefacts
-from prunebench.stages import common as stages
-from prunebench.stages.score import FEATURES
-from prunebench.tracks import Cell, Layout, Track
+from prunebench.stages import recover
+from prunebench.stages.extractor import FEATURES
+from prunebench.stages.inputs import sampler_for
+from prunebench.stages.job import Job, shared_settings
+from prunebench.stages.work import checkpoints_of, dense_model
 from prunebench.training import parallel
 from prunebench.training.budget import BudgetMeter
 from prunebench.training.checkpoints import Checkpoints
@@ -54,64 +55,53 @@ def masks(
     return list(found), False
 
 
-def evaluate(
-    track: Track, layout: Layout, model: str, recovery: str, seed: int, index: int
-) -> None:
-    """Recover, sample and evaluate mask `index`; a training that fails is a mask without a FID."""
-    start, settings = time.perf_counter(), track.content["oracle"]
-    artefacts.read_record(layout.trained(model))
-    dense, _ = surgery.load(Path(layout.trained(model)).parent)
-    dense = dense.to(parallel.device())
-    family = models.family(track.model(model)["family"])
-    found, exhaustive = masks(dense, family, settings["sparsity"], settings["masks"])
+def oracle(job: Job) -> None:
+    """Recover, sample and evaluate one mask; a training that fails is a mask without a FID."""
+    settings, index = job.content["oracle"], job.names["mask"]
+    dense = dense_model(job).to(parallel.device())
+    found, exhaustive = masks(dense, job.family, settings["sparsity"], settings["masks"])
     if index >= len(found):
         raise UserError(
-            f"oracle.masks: model '{model}' has only {len(found)} masks; set it to that"
+            f"oracle.masks: model '{job.model}' has only {len(found)} masks; set it to that"
         )
-    cell = Cell(track.name, model, "oracle", settings["sparsity"], recovery, seed)
-    file, inputs = layout.oracle(model, recovery, seed, index), (layout.trained(model),)
-    checkpoints = stages.checkpoints_of(track, file, "oracle", model, cell, inputs)
+    checkpoints = checkpoints_of(job, job.layout.record("dense", **job.names))
     meter, failure, fid = BudgetMeter(), None, None
     try:
-        plan = Plan(layers=found[index])
-        fid = _fid(track, layout, cell, dense, plan, meter, checkpoints)
-    except (CellError, RuntimeError) as error:  # as in stages.guarded: the mask does not run
+        fid = _fid(job, dense, Plan(layers=found[index]), meter, checkpoints)
+    except (CellError, RuntimeError) as error:  # as in job.guarded: the mask does not run
         if machine_fault(error):
             raise
-        failure = {"stage": "oracle", "error": str(error), "log": None}
-    place = {"track": track.name, "model": model, "sparsity": settings["sparsity"],
-             "recovery": recovery, "seed": seed, "mask": index}  # fmt: skip
-    record = {"schema": 1, "cell": place, "layers": list(found[index]), "masks": len(found),
-              "exhaustive": exhaustive, "fid": fid, "failure": failure,
-              "settings": stages.shared_settings(track, model) | {"oracle": settings},
-              "extractor": artefacts.read_record(layout.extractor)["extractor"]["sha256"],
-              "budget": meter.report()}  # fmt: skip
-    stages.finish(file, track, start - checkpoints.earlier_s, [], **record)
+        failure = {"stage": "oracle", "error": str(error), "log": job.log}
+    job.finish(
+        [],
+        checkpoints.earlier_s,
+        schema=1,
+        cell={"track": job.track.name, **job.names, "sparsity": settings["sparsity"]},
+        layers=list(found[index]),
+        masks=len(found),
+        exhaustive=exhaustive,
+        fid=fid,
+        failure=failure,
+        settings=shared_settings(job) | {"oracle": settings},
+        extractor=artefacts.read_record(job.layout.extractor)["extractor"]["sha256"],
+        budget=meter.report(),
+    )
 
 
 def _fid(
-    track: Track,
-    layout: Layout,
-    cell: Cell,
-    dense: nn.Module,
-    plan: Plan,
-    meter: BudgetMeter,
-    checkpoints: Checkpoints,
+    job: Job, dense: nn.Module, plan: Plan, meter: BudgetMeter, checkpoints: Checkpoints
 ) -> float:
-    family = models.family(track.model(cell.model)["family"])
-    pruned = surgery.apply(copy.deepcopy(dense), plan, family)
-    if cell.recovery != "none":
-        left = stages.training_left(track, cell)
-        data = stages.training_data(track, layout, cell.model)
-        stages.heal(track, cell, pruned, plan, dense, data, meter, left, checkpoints)
-    sampler = stages.sampler_for(track, layout, cell.model, pruned, plan)
-    images = torch.cat(list(sampler.images(
-        cell.seed, 0, track.content["sampling"]["count"], track.content["sampling"]["batch"]
-    )))  # fmt: skip
-    used = artefacts.read_record(layout.extractor)["extractor"]
+    place = {**job.names, "method": "oracle", "sparsity": job.content["oracle"]["sparsity"]}
+    job = dataclasses.replace(job, names=place)  # as a cell
+    pruned = surgery.apply(copy.deepcopy(dense), plan, job.family)
+    if job.cell.recovery != "none":
+        recover.train(job, pruned, plan, dense, meter, recover.training_left(job), checkpoints)
+    settings, sampler = job.content["sampling"], sampler_for(job, pruned, plan)
+    images = torch.cat(list(sampler.images(job.cell.seed, 0, settings["count"], settings["batch"])))
+    used = artefacts.read_record(job.layout.extractor)["extractor"]
     extractor = features.load_extractor(used["name"], Path(used["weights"]))
-    generated = extractor.extract(images, track.content["evaluation"]["batch"])["features"]
-    reference = artefacts.read_tensors(Path(layout.extractor).parent / FEATURES)
+    generated = extractor.extract(images, job.content["evaluation"]["batch"])["features"]
+    reference = artefacts.read_tensors(Path(job.layout.extractor).parent / FEATURES)
     return frechet.frechet_distance(
         *frechet.statistics(generated), *frechet.reference_statistics(reference)
     )

@@ -10,8 +10,9 @@ from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
 from prunebench.records import artefacts
 from prunebench.stages.inputs import training_data
-from prunebench.stages.job import Job, sizes, training_report, upstream
+from prunebench.stages.job import Job, upstream
 from prunebench.stages.select import AVERAGE
+from prunebench.stages.work import checkpoints_of, dense_model, save, sizes, training_report
 from prunebench.training import loop, parallel
 from prunebench.training.budget import BudgetMeter
 from prunebench.training.checkpoints import Checkpoints
@@ -21,15 +22,15 @@ def recover(job: Job) -> None:
     """Train the pruned model on what selection has left of the cell's budget."""
     chosen, folder = upstream(job.paths.select), Path(job.paths.select).parent
     pruned, plan = surgery.load(folder)
-    whole, pruned = job.dense().to(parallel.device()), pruned.to(parallel.device())
-    checkpoints, meter = job.checkpoints(job.paths.dense, job.paths.select), BudgetMeter()
+    whole, pruned = dense_model(job).to(parallel.device()), pruned.to(parallel.device())
+    checkpoints, meter = checkpoints_of(job, job.paths.dense, job.paths.select), BudgetMeter()
     begun = artefacts.read_tensors(folder / AVERAGE) if AVERAGE in chosen["files"] else {}
     progress = training_left(job, chosen["trained_images"], begun)
     losses = train(job, pruned, plan, whole, meter, progress, checkpoints)
     if parallel.rank():
         return  # the first process writes
     job.finish(
-        job.save(pruned, plan),
+        save(job, pruned, plan),
         checkpoints.earlier_s,
         budget=meter.report(),
         training=training_report(progress, checkpoints),

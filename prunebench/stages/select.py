@@ -8,7 +8,8 @@ from prunebench.errors import UserError
 from prunebench.records import artefacts
 from prunebench.selection import checks as selection
 from prunebench.stages.inputs import training_data
-from prunebench.stages.job import Job, sizes, training_report
+from prunebench.stages.job import Job
+from prunebench.stages.work import checkpoints_of, dense_model, save, sizes, training_report
 from prunebench.tracks import methods
 from prunebench.training import loop, parallel
 from prunebench.training.budget import BudgetMeter
@@ -18,9 +19,9 @@ AVERAGE = "average.safetensors"  # of a training that selection began
 
 def select(job: Job) -> None:
     """Run a method on the dense model and save what its plan leaves."""
-    method, cell, whole = job.track.method(job.cell.method), job.cell, job.dense()
+    method, cell, whole = job.track.method(job.cell.method), job.cell, dense_model(job)
     meter, record = BudgetMeter(), job.layout.record("dense", **job.names)
-    checkpoints = job.checkpoints(record, method.file)
+    checkpoints = checkpoints_of(job, record, method.file)
     context = selection.Context(
         whole,
         job.family,
@@ -39,7 +40,7 @@ def select(job: Job) -> None:
         plan, pruned = selection.select(
             context, methods.load(method), method.kind, job.track.parameters(cell)
         )
-    files = job.save(pruned, plan)
+    files = save(job, pruned, plan)
     if average := selection.averaged(context, plan):
         files.append(job.file(AVERAGE))
         artefacts.write_tensors(files[-1], average)

@@ -50,7 +50,9 @@ class Track:
         if given is None and len(self.dense_seeds) > 1:
             raise UserError(f"--dense-seed: track {self.name} has several; give one of {known}")
         if given not in (None, *self.dense_seeds):
-            raise UserError(f"--dense-seed {given}: not a dense seed of {self.name}; known: {known}")
+            raise UserError(
+                f"--dense-seed {given}: not a dense seed of {self.name}; known: {known}"
+            )
         return self.dense_seeds[0] if given is None else given
 
     def coder(self, name: str) -> tuple[str, Mapping]:
@@ -61,19 +63,6 @@ class Track:
         entries = (*self.content.get("autoencoders", ()), *self.content.get("text_encoders", ()))
         known = ", ".join(entries) or "none"
         raise UserError(f"unknown coder '{name}' in track {self.name}; known: {known}")
-
-    def autoencoder(self, name: str) -> Mapping:
-        return self._coder("autoencoder", name)
-
-    def text_encoder(self, name: str) -> Mapping:
-        return self._coder("text_encoder", name)
-
-    def _coder(self, kind: str, name: str) -> Mapping:
-        entries, word = self.content.get(f"{kind}s", {}), kind.replace("_", " ")
-        if name not in entries:
-            known = ", ".join(entries) or "none"
-            raise UserError(f"unknown {word} '{name}' in track {self.name}; known: {known}")
-        return entries[name]
 
     def method(self, name: str) -> methods.Method:
         if name not in self.methods:

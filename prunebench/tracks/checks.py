@@ -191,7 +191,9 @@ def validate(file: Path, content: object) -> None:
         _check_coders(file, content, kind)
     for name in content.get("autoencoders", {}):
         if name in content.get("text_encoders", {}):
-            raise UserError(f"{file}: text_encoders.{name}: an autoencoder has that name; rename it")
+            raise UserError(
+                f"{file}: text_encoders.{name}: an autoencoder has that name; rename it"
+            )
     _check_shards(file, content["sampling"])
     _check_oracle(file, content)
     check_needs(file, content.get("needs", {}))

@@ -48,13 +48,13 @@ class Track:
     def model(self, name: str) -> Mapping:
         return _named("model", name, self.content["models"], f"track {self.name}")
 
-    def plan(self, model: str, name: str) -> Mapping:
+    def plan(self, model: str, plan: str) -> Mapping:
         """A plan of the track that is asked of a model."""
         known = {DENSE: {"kind": "none"}, **self.content["plans"]}
-        wanted = _named("plan", name, known, f"track {self.name}")
+        wanted = _named("plan", plan, known, f"track {self.name}")
         self.model(model)
-        if (model, name) not in self.rows():
-            raise UserError(f"plan '{name}' of track {self.name} is not for model '{model}'")
+        if (model, plan) not in self.rows():
+            raise UserError(f"plan '{plan}' of track {self.name} is not for model '{model}'")
         return wanted
 
     def rows(self) -> list[tuple[str, str]]:

@@ -22,13 +22,13 @@ class Layout:
 
         An axis that is not named has the track's first value.
         """
-        return f"{self.root}/{STAGES[stage].record.format_map(self.wildcards(names))}"
+        return f"{self.root}/{STAGES[stage].record.format_map(self.wildcards(stage, names))}"
 
-    def wildcards(self, names: Mapping[str, object]) -> dict[str, object]:
+    def wildcards(self, stage: str, names: Mapping[str, object]) -> dict[str, object]:
         """The wildcards of a record's path, which `names_of` reads back."""
         axes = {axis: self._folder(axis, names.get(axis, v[0])) for axis, v in self._axes.items()}
         found = {**names, **axes, "shards": self.track.shards}
-        if "method" in names:
+        if "selection" in STAGES[stage].wildcards:
             recovery = str(names["recovery"])
             own = self.track.method(names["method"]).trains or recovery.startswith(f"{PUBLISHED}-")
             found["selection"] = f"selection-{recovery}" if own else "selection"

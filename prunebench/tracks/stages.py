@@ -66,7 +66,13 @@ class Stage:
 
 
 _TRAINED = ("budgets", "models.*.recovery")
-_DRAWN = ("models.*.sampling", "sampling.count", "sampling.lanes", "sampling.size", "autoencoders.*")
+_DRAWN = (
+    "models.*.sampling",
+    "sampling.count",
+    "sampling.lanes",
+    "sampling.size",
+    "autoencoders.*",
+)
 
 # In the order of the work.
 STAGES: dict[str, Stage] = {
@@ -187,7 +193,7 @@ SEVERAL_GPUS = tuple(name for name, stage in STAGES.items() if stage.several_gpu
 # Jobs of these are of a track and may ask for something; the others run where Snakemake does.
 NEEDY = tuple(name for name in STAGES if name not in ("assets", "leaderboard"))
 # Folders of a track beside those of its models, which no model may be called.
-FOLDERS = (LOGS, *(s.record.split("/")[0] for s in STAGES.values() if "{" not in s.record.split("/")[0]))
+FOLDERS = (LOGS, "extractor", "encode", "oracle", "leaderboard")
 # Targets and rules of the workflow, which no division may be called.
 RESERVED = ("all", "everything", "partial", "masks", "fetch", *STAGES)
 

@@ -13,7 +13,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import signal
 import threading
 import time
@@ -67,13 +66,6 @@ class Checkpoints:
         """The next part; a context in which `run` is trained from where it was saved."""
         self._parts += 1
         return Part(self, self._parts, run, meter)
-
-    def discard(self) -> None:
-        """Remove the files: the stage's record is written."""
-        if self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # not there, or of another stage of this folder too
-                self.folder.parent.rmdir()
 
 
 class Part:

@@ -3,11 +3,11 @@
 # wait for the warm server, whose imports they have no use for.
 
 
-rule fetch:
+rule assets:
     output:
-        LAYOUT.assets,
+        ASSETS,
     log:
-        LAYOUT.log("assets"),
+        LAYOUT.log(ASSETS),
     priority: 200
     localrule: True
     conda:
@@ -16,17 +16,18 @@ rule fetch:
         track=ARGUMENT,
         names=TRACK.assets(),
     shell:
-        "PRUNEBENCH_WARM= prunebench assets fetch --track {params.track} --record {output} 2>&1 | tee {log}"
+        "PRUNEBENCH_WARM= prunebench assets fetch --track {params.track:q} --record {output:q} 2>&1 "
+        "| tee {log:q}"
 
 
-# The target: has no output and so always runs, and fetches what has gone from the cache since.
-rule assets:
+# A target: has no output and so always runs, and fetches what has gone from the cache since.
+rule fetch:
     log:
-        LAYOUT.log("assets_target"),
+        LAYOUT.log(f"{RUN}/fetch.json"),
     localrule: True
     conda:
         "../../envs/prunebench.yaml"
     params:
         track=ARGUMENT,
     shell:
-        "PRUNEBENCH_WARM= prunebench assets fetch --track {params.track} 2>&1 | tee {log}"
+        "PRUNEBENCH_WARM= prunebench assets fetch --track {params.track:q} 2>&1 | tee {log:q}"

@@ -1,134 +1,67 @@
-# The track, its paths and the functions the rules share. Everything here is free of torch.
-import atexit
+# The track, and the functions that the rules share. Everything here is free of torch.
+import contextlib
 import functools
 import inspect
-import os
-import socket
-import sys
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
 
 from prunebench import tracks
-from prunebench.runtime import gpus
-from prunebench.runtime import slurm
-from prunebench.runtime import warm
-from prunebench.records.artefacts import read_json
 from prunebench.errors import UserError
-from prunebench.progress import activity
+from prunebench.records.artefacts import read_json
 from prunebench.records.provenance import config_hash
-
-try:
-    TRACK = tracks.load_any(config.get("track", "embedded"))
-except UserError as error:
-    raise WorkflowError(str(error))
-
-ARGUMENT = config.get("track", "embedded")
-LAYOUT = tracks.Layout(TRACK.name)
-METRICS = {division: TRACK.records(division) for division in TRACK.divisions}
-RESULTS = {division: LAYOUT.results(division, TRACK.default_division) for division in METRICS}
-LEADERBOARD = {
-    division: [f"{folder}/leaderboard.{kind}" for kind in ("csv", "md", "tex", "html", "bib")]
-    for division, folder in RESULTS.items()
-}
-ORACLE = [LAYOUT.oracle(*place) for place in TRACK.oracle()]
+from prunebench.runtime import gpus, run
+from prunebench.tracks.stages import NEEDY, STAGES
 
 
-def forget_killed_run():
-    """Remove the marks that a killed run left, so that the same command simply goes on.
-
-    Live runs, of different tracks, share a lock of our own, which the kernel gives up with its
-    process: if we get it for ourselves, no run is alive and Snakemake's lock is stale. Its list of
-    incomplete outputs is too, because records appear complete or not at all: a job cut short has
-    left none.
-
-    A run on a cluster writes its machine's name into the lock file and takes it back when it ends.
-    On some file systems locks are seen on their own machine only, so that a name that is not ours
-    may be of a run that is alive.
-    """
-    state = Path(".snakemake")
-    state.mkdir(exist_ok=True)
-    handle = (state / "prunebench.lock").open("a+")
-    if not activity.only_run(handle):
-        return handle
-    handle.seek(0)
-    if handle.read() not in ("", socket.gethostname()):
-        raise WorkflowError(
-            f"A run on another machine was killed or is alive: see {handle.name}. Give the command "
-            "there; or, if nothing runs there, delete the file and give it here."
-        )
-    atexit.register(handle.truncate, 0)
-    for mark in (*state.glob("locks/*.lock"), *state.glob("incomplete/**/*")):
-        if not mark.is_dir():
-            mark.unlink(missing_ok=True)  # jobs that outlived the run remove their own
-    activity.share(handle)
-    return handle
-
-
-RUN_LOCK = forget_killed_run() if workflow.is_main_process else None
-
-
-def cancel_leftover_jobs():
-    """A killed run's Slurm jobs go on without it; ours would do the same work beside them."""
-    if not activity.only_run(RUN_LOCK):
-        logger.warning(
-            "Another run of this folder is alive, or its file system has no locks: "
-            "no left-over jobs are looked for."
-        )
-        return
+@contextlib.contextmanager
+def in_one_line():
+    """What the user can mend is said without a traceback."""
     try:
-        found, left = slurm.cancel(workflow.executor_settings.jobname_prefix, Path.cwd())
+        yield
     except UserError as error:
         raise WorkflowError(str(error))
-    RUN_LOCK.truncate(0)
-    RUN_LOCK.write(socket.gethostname())
-    RUN_LOCK.flush()
-    activity.share(RUN_LOCK)
-    if left:
-        logger.warning(f"Cancelled Slurm jobs of a killed run do not end, going on: {left}")
-    elif found:
-        logger.warning(f"Cancelled {len(found)} Slurm jobs of a killed run; planning anew.")
-        os.execv(sys.executable, sys.orig_argv)  # some may have finished since the jobs were listed
 
 
-def plan_at_events_only():
-    """Drop Snakemake's default limit, 100 jobs a second, and with it steps that nothing calls for.
+ARGUMENT = str(config.get("track", "embedded"))
+with in_one_line():
+    TRACK = tracks.load_any(ARGUMENT)
+    SETTINGS = config_hash(TRACK.content)
+    run.plan_by(SETTINGS, ARGUMENT)
+    RUN_LOCK = run.take_lock() if workflow.is_main_process else None
 
-    In 9.27 every step of the scheduler sets a timer for another one as long as jobs are ready. So
-    steps multiply until its process is always busy (snakemake issue 2967), beside measurements of
-    latency or on a login node. A limit that somebody set is kept.
-    """
-    limiter = workflow.scheduler.job_rate_limiter
-    if limiter and (limiter.max_jobs, limiter.timespan) == (100, 1):
-        workflow.scheduler.job_rate_limiter = None
+LAYOUT = tracks.Layout(TRACK)
+SCORES = {division: TRACK.records(division) for division in TRACK.divisions}
+BOARDS = {
+    division: [
+        f"{LAYOUT.leaderboard(division)}/leaderboard.{kind}"
+        for kind in ("csv", "md", "tex", "html", "bib")
+    ]
+    for division in SCORES
+}
+MASKS = [LAYOUT.record("oracle", **place) for place in TRACK.oracle()]
 
 
-UNSEEN = Path(".snakemake/prunebench.unseen")
+def prepare():
+    """Make ready for the jobs before the first of them starts."""
+    with in_one_line():
+        if workflow.local_exec:
+            families = {model["family"] for model in TRACK.content["models"].values()}
+            # What the short stage commands import; once for the run instead of once per command.
+            preload = [STAGES[name].function.partition(":")[0] for name in NEEDY]
+            preload += [f"prunebench.models.{family}" for family in sorted(families)]
+            needs = map(TRACK.needs, NEEDY)
+            run.prepare_machine(needs, preload, TRACK.name, logger.warning)
+        elif workflow.executor_plugin.name == "slurm":
+            prefix = workflow.executor_settings.jobname_prefix
+            run.cancel_leftover_jobs(RUN_LOCK, prefix, logger.warning)
+        unseen = run.unseen_jobs(workflow.dag)
+        own = "" if "keep" in config else SETTINGS
+        run.adopt_unseen_records(unseen, adopt, own, config_of, ARGUMENT)
 
 
-def adopt_unseen_records():
-    """Note what records rest on whose jobs ended after their controller was killed.
-
-    It could not, and Snakemake takes outputs without a note for good whatever is changed later. So
-    records of other settings than the track has now are for the user to judge.
-    """
-    others, own = [], config_hash(TRACK.content)
-    for job in workflow.dag.jobs:
-        if workflow.dag.needrun(job) or not workflow.dag.reason(job).no_metadata:
-            continue
-        if not Path(job.output[0]).exists():  # a shard that was gathered, or was deleted
-            continue
-        if "keep" in config or config_of(job.output[0]) in (own, None):
-            workflow.async_run(workflow.persistence.finished(job))
-        else:
-            others.append(job.output[0])
-    if others:
-        UNSEEN.write_text("\n".join([*others, ""]))
-        raise WorkflowError(
-            f"{len(others)} records, such as {others[0]}, were made with other settings of track "
-            f"{TRACK.name}, by jobs whose end no run has seen. `xargs rm < {UNSEEN}` has them made "
-            f"anew; the same command with `--config track={ARGUMENT} keep=yes`, once, takes them."
-        )
+def adopt(job):
+    workflow.async_run(workflow.persistence.finished(job))
 
 
 def config_of(record):
@@ -136,21 +69,6 @@ def config_of(record):
     if not record.endswith(".json"):
         return None
     return read_json(Path(record)).get("provenance", {}).get("config")
-
-
-# What the short stage commands import; once for the whole run instead of once per command.
-FAMILIES = sorted({model["family"] for model in TRACK.content["models"].values()})
-PRELOAD = ["prunebench.stages.score", *(f"prunebench.models.{family}" for family in FAMILIES)]
-
-
-def prepare_machine():
-    """For jobs on this machine: its GPUs are shared out, and the imports done once for all."""
-    os.environ[gpus.CLAIM] = "1"
-    if gpus.devices() and not any(TRACK.needs(name)["gpu"] for name in tracks.stages.NEEDS):
-        logger.warning(f"Track {TRACK.name} asks for no GPU (key `needs`): it runs on the CPU.")
-    socket = warm.start(os.getpid(), PRELOAD, "prunebench.cli:main")
-    if socket:
-        os.environ[warm.VARIABLE] = socket
 
 
 def report_unfinished_run():
@@ -163,12 +81,12 @@ def report_unfinished_run():
 
 
 def report_failed_cells():
-    for division, metrics in METRICS.items():
-        failed = [path for path in metrics if Path(path).exists() and is_failed(path)]
-        if failed and Path(LEADERBOARD[division][0]).exists():
+    for division, records in SCORES.items():
+        failed = [path for path in finished(records) if is_failed(path)]
+        if failed and Path(BOARDS[division][0]).exists():
             logger.warning(
-                f"{len(failed)} of {len(metrics)} cells failed; "
-                f"{RESULTS[division]}/leaderboard.md names the reasons and logs"
+                f"{len(failed)} of {len(records)} cells failed; "
+                f"{LAYOUT.leaderboard(division)}/leaderboard.md names the reasons and logs"
             )
 
 
@@ -176,12 +94,15 @@ def is_failed(record):
     return read_json(record)["status"] == "failed"
 
 
-def needs(rule):
-    """What the track says that the rule's jobs need; memory and time grow with every attempt.
+# ---- what a job needs
+
+
+def needs(stage):
+    """What the track says that a stage's jobs need; memory and time grow with every attempt.
 
     CPUs are no `threads`, because `--cores all` would cap those at the cores of the submit host.
     """
-    asked = TRACK.needs(rule)
+    asked = TRACK.needs(stage)
     return {
         "mem_mb": inspected(lambda wildcards, attempt: asked["mem_mb"] * attempt),
         "runtime": inspected(lambda wildcards, attempt: asked["runtime"] * attempt),
@@ -191,75 +112,10 @@ def needs(rule):
     }
 
 
-def recovery_of(wildcards):
-    """The cell's recovery; a selection names one only where its method trains."""
-    named = wildcards.get("recovery") or wildcards.selection.removeprefix("selection")
-    return named.lstrip("-") or "none"
-
-
-@functools.cache
-def cell_paths(model, method, sparsity, recovery, seed):
-    cell = tracks.Cell(TRACK.name, model, method, float(sparsity), recovery, int(seed))
-    return tracks.Paths(TRACK, cell)
-
-
-def paths(wildcards):
-    """The artefacts of the cell that a job's wildcards name."""
-    names = (wildcards.model, wildcards.method, wildcards.sparsity)
-    return cell_paths(*names, recovery_of(wildcards), wildcards.seed)
-
-
 def inspected(function):
     """Note the function's signature, which Snakemake else works out anew for every job."""
     function.__signature__ = inspect.signature(function)
     return function
-
-
-def artefact(name):
-    """Input function: one artefact of the job's cell."""
-    return inspected(lambda wildcards: getattr(paths(wildcards), name))
-
-
-stage_fingerprint = functools.cache(TRACK.fingerprint)
-
-
-def shards(wildcards):
-    """Records and images of the shards a cell is drawn in; none where it is drawn in one piece."""
-    return [file for files in paths(wildcards).shards for file in files]
-
-
-def fingerprint(stage):
-    """Params function: changes, and so reruns the stage, when settings it depends on change."""
-    return inspected(
-        lambda wildcards: stage_fingerprint(
-            stage, wildcards.get("model", ""), wildcards.get("method", "")
-        )
-    )
-
-
-def checkpoint_file(wildcards):
-    """The file of a model's weights, where the track names one by its path."""
-    file = TRACK.model(wildcards.model).get("weights", {}).get("file")
-    return [file] if file else []
-
-
-def latents(wildcards):
-    """Records of the latents and prompts that a model trains on; none for images of classes."""
-    return LAYOUT.encoded(TRACK.model(wildcards.model))
-
-
-def prompts(wildcards):
-    """The record of the prompts that a model is asked; none where it has classes."""
-    name = TRACK.model(wildcards.model).get("text_encoder")
-    return [LAYOUT.prompts(name)] if name else []
-
-
-def encode_fingerprint(wildcards):
-    return TRACK.fingerprint("encode", **dict(wildcards.items()))
-
-
-def method_file(wildcards):
-    return str(TRACK.method(wildcards.method).file)
 
 
 def alone(wildcards):
@@ -279,24 +135,121 @@ def alone_if_measured(wildcards):
     return alone(wildcards) if measured else 1
 
 
-def finished(records):
-    return [path for path in records if Path(path).exists()]
+# ---- what a job is about
 
 
+def names_of(wildcards):
+    """What the stage of a job is called with, by name."""
+    return LAYOUT.names_of(dict(wildcards.items()))
+
+
+def job(stage):
+    """Params function: the options of a job's command but for --gpus and --log, as words."""
+
+    def options(wildcards):
+        names, words = names_of(wildcards), ["--track", ARGUMENT]
+        for name in STAGES[stage].names:
+            words += [f"--{name.replace('_', '-')}", str(names[name])]
+        return words
+
+    return inspected(options)
+
+
+@functools.cache
+def stage_fingerprint(stage, **names):
+    return TRACK.fingerprint(stage, **names)
+
+
+DEPENDING = ("coder", "model", "dense_seed", "method", "plan")  # names that choose settings
+
+
+def fingerprint(stage):
+    """Params function: changes, and so reruns the stage, when settings it depends on change."""
+
+    def settings(wildcards):
+        names = names_of(wildcards)
+        chosen = {name: names[name] for name in DEPENDING if name in STAGES[stage].names}
+        return stage_fingerprint(stage, **chosen)
+
+    return inspected(settings)
+
+
+@functools.cache
+def cell_paths(model, dense_seed, method, sparsity, recovery, seed):
+    cell = tracks.Cell(
+        track=TRACK.name,
+        model=model,
+        dense_seed=int(dense_seed),
+        method=method,
+        sparsity=float(sparsity),
+        recovery=recovery,
+        seed=int(seed),
+    )
+    return tracks.Paths(TRACK, cell)
+
+
+def paths(wildcards):
+    """The artefacts of the cell that a job's wildcards name."""
+    names = names_of(wildcards)
+    return cell_paths(*(names[name] for name in STAGES["select"].names))
+
+
+def artefact(name):
+    """Input function: one artefact of the job's cell."""
+    return inspected(lambda wildcards: getattr(paths(wildcards), name))
+
+
+def dense(wildcards):
+    """Input function: the dense model of a job."""
+    names = names_of(wildcards)
+    return LAYOUT.dense(names["model"], names["dense_seed"])
+
+
+def shards(wildcards):
+    """Records and images of the shards a cell is drawn in; none where it is drawn in one piece."""
+    return [file for files in paths(wildcards).shards for file in files]
+
+
+def checkpoint_file(wildcards):
+    """The file of a model's weights, where the track names one by its path."""
+    file = TRACK.model(wildcards.model).get("weights", {}).get("file")
+    return [file] if file else []
+
+
+def encoded(wildcards):
+    """Records of the latents and prompts that a model trains on; none for images of classes."""
+    return LAYOUT.encoded(TRACK.model(wildcards.model))
+
+
+def prompts(wildcards):
+    """The record of the prompts that a model is asked; none where it has classes."""
+    name = TRACK.model(wildcards.model).get("text_encoder")
+    return [LAYOUT.encode(name)] if name else []
+
+
+def method_file(wildcards):
+    return str(TRACK.method(wildcards.method).file)
+
+
+# ---- what is finished
 # Looking for records is left to functions: every Slurm job reads the Snakefile, and should not ask
 # the file system for thousands of files.
 
 
+def finished(records):
+    return [path for path in records if Path(path).exists()]
+
+
 def finished_cells(division):
-    return lambda wildcards: finished(METRICS[division])
+    return lambda wildcards: finished(SCORES[division])
 
 
 def finished_oracle(division):
     """A finished oracle joins the default division's tables; it is never made for them."""
     mine = division == TRACK.default_division
-    return lambda wildcards: ORACLE if mine and len(finished(ORACLE)) == len(ORACLE) else []
+    return lambda wildcards: MASKS if mine and len(finished(MASKS)) == len(MASKS) else []
 
 
 def partial_leaderboards(wildcards):
-    begun = [division for division in METRICS if finished(METRICS[division])]
-    return [f"{LAYOUT.root}/partial_{division}.done" for division in begun]
+    begun = [division for division in SCORES if finished(SCORES[division])]
+    return [f"{LAYOUT.root}/leaderboard/{division}/partial.done" for division in begun]

@@ -1,84 +1,61 @@
-# What every cell starts from: the feature extractor, latents of the training set for models that
-# work on these, and the dense models.
+# What every cell starts from: the feature extractor, the training set as models see it, and the
+# dense models. Every cell waits for these: first in line.
 
 
 rule extractor:
     input:
-        ancient(LAYOUT.assets),
+        ancient(ASSETS),
     output:
-        LAYOUT.extractor,
+        EXTRACTOR,
     log:
-        LAYOUT.log("extractor"),
-    # Every cell waits for these two: first in line.
+        LAYOUT.log(EXTRACTOR),
     priority: 100
     conda:
         "../../envs/prunebench.yaml"
     resources:
         **needs("extractor"),
     params:
-        track=ARGUMENT,
+        job=job("extractor"),
         settings=fingerprint("extractor"),
     shell:
-        "prunebench extractor --gpus {resources.gpu} --track {params.track} &> {log}"
+        "prunebench extractor {params.job:q} --gpus {resources.gpu} --log {log:q} &> {log:q}"
 
 
 rule encode:
     input:
-        ancient(LAYOUT.assets),
+        ancient(ASSETS),
     output:
-        LAYOUT.latents("{autoencoder}"),
+        ENCODE,
     log:
-        LAYOUT.log("encode", "{autoencoder}"),
+        LAYOUT.log(ENCODE),
     priority: 100
     conda:
         "../../envs/prunebench.yaml"
     resources:
         **needs("encode"),
     params:
-        track=ARGUMENT,
-        settings=encode_fingerprint,
+        job=job("encode"),
+        settings=fingerprint("encode"),
     shell:
-        "prunebench encode --gpus {resources.gpu} --track {params.track} "
-        "--autoencoder {wildcards.autoencoder} &> {log}"
-
-
-rule prompts:
-    input:
-        ancient(LAYOUT.assets),
-    output:
-        LAYOUT.prompts("{text_encoder}"),
-    log:
-        LAYOUT.log("prompts", "{text_encoder}"),
-    priority: 100
-    conda:
-        "../../envs/prunebench.yaml"
-    resources:
-        **needs("encode"),
-    params:
-        track=ARGUMENT,
-        settings=encode_fingerprint,
-    shell:
-        "prunebench encode --gpus {resources.gpu} --track {params.track} "
-        "--text-encoder {wildcards.text_encoder} &> {log}"
+        "prunebench encode {params.job:q} --gpus {resources.gpu} --log {log:q} &> {log:q}"
 
 
 rule dense:
     input:
-        ancient(LAYOUT.assets),
+        ancient(ASSETS),
         checkpoint_file,
-        latents,
+        encoded,
     output:
-        LAYOUT.trained("{model}"),
+        DENSE,
     log:
-        LAYOUT.log("dense", "{model}"),
+        LAYOUT.log(DENSE),
     priority: 100
     conda:
         "../../envs/prunebench.yaml"
     resources:
         **needs("dense"),
     params:
-        track=ARGUMENT,
+        job=job("dense"),
         settings=fingerprint("dense"),
     shell:
-        "prunebench dense --gpus {resources.gpu} --track {params.track} --model {wildcards.model} "
-        "&> {log}"
+        "prunebench dense {params.job:q} --gpus {resources.gpu} --log {log:q} &> {log:q}"

@@ -3,19 +3,16 @@
 
 rule efficiency:
     output:
-        f"{LAYOUT.root}/{{model}}/{{plan}}/efficiency.json",
+        EFFICIENCY,
     log:
-        LAYOUT.log("efficiency", "{model}", "{plan}"),
+        LAYOUT.log(EFFICIENCY),
     conda:
         "../../envs/prunebench.yaml"
     threads: alone_if_measured
     resources:
         **needs("efficiency"),
     params:
-        track=ARGUMENT,
-        settings=inspected(
-            lambda wildcards: stage_fingerprint("efficiency", wildcards.model, wildcards.plan)
-        ),
+        job=job("efficiency"),
+        settings=fingerprint("efficiency"),
     shell:
-        "prunebench efficiency --gpus {resources.gpu} --track {params.track} "
-        "--model {wildcards.model} --plan {wildcards.plan} &> {log}"
+        "prunebench efficiency {params.job:q} --gpus {resources.gpu} --log {log:q} &> {log:q}"

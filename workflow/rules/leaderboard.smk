@@ -1,17 +1,17 @@
 # The leaderboards, one per division: each a pure function of the records of its scored cells.
 
-for division in METRICS:
+for division in SCORES:
 
     rule:
         name:
             f"leaderboard_{division}"
         input:
-            METRICS[division],
+            SCORES[division],
             finished_oracle(division),
         output:
-            LEADERBOARD[division],
+            BOARDS[division],
         log:
-            LAYOUT.log("leaderboard", division),
+            LAYOUT.log(BOARDS[division][0]),
         localrule: True
         conda:
             "../../envs/prunebench.yaml"
@@ -19,7 +19,7 @@ for division in METRICS:
             track=ARGUMENT,
             division=division,
         shell:
-            "prunebench leaderboard --track {params.track} --division {params.division} &> {log}"
+            "prunebench leaderboard --track {params.track:q} --division {params.division:q} &> {log:q}"
 
     rule:
         name:
@@ -27,9 +27,9 @@ for division in METRICS:
         input:
             finished_cells(division),
         output:
-            touch(f"{LAYOUT.root}/partial_{division}.done"),
+            touch(f"{LAYOUT.leaderboard(division)}/partial.done"),
         log:
-            LAYOUT.log("partial", division),
+            LAYOUT.log(f"{LAYOUT.leaderboard(division)}/partial.done"),
         localrule: True
         conda:
             "../../envs/prunebench.yaml"
@@ -37,5 +37,5 @@ for division in METRICS:
             track=ARGUMENT,
             division=division,
         shell:
-            "prunebench leaderboard --track {params.track} --division {params.division} --partial "
-            "&> {log}"
+            "prunebench leaderboard --track {params.track:q} --division {params.division:q} "
+            "--partial &> {log:q}"

@@ -1,38 +1,38 @@
 # The oracle: every layer mask of one sparsity, so that a selection's place among them is exact.
 
 
-rule mask:
+rule oracle:
     input:
-        latents,
-        dense=LAYOUT.trained("{model}"),
-        extractor=LAYOUT.extractor,
+        encoded,
+        dense=dense,
+        extractor=EXTRACTOR,
     output:
-        LAYOUT.oracle("{model}", "{recovery}", "{seed}", "{mask}"),
+        ORACLE,
     log:
-        LAYOUT.log("oracle", "{model}", "{recovery}", "seed{seed}", "mask{mask}"),
+        LAYOUT.log(ORACLE),
     conda:
         "../../envs/prunebench.yaml"
     resources:
-        **needs("mask"),
+        **needs("oracle"),
     params:
-        track=ARGUMENT,
+        job=job("oracle"),
         settings=fingerprint("oracle"),
     shell:
-        "prunebench oracle --gpus {resources.gpu} --track {params.track} --model {wildcards.model} "
-        "--recovery {wildcards.recovery} --seed {wildcards.seed} --mask {wildcards.mask} &> {log}"
+        "prunebench oracle {params.job:q} --gpus {resources.gpu} --log {log:q} &> {log:q}"
 
 
-rule oracle:
+# The target: makes the default division's tables again, with the masks.
+rule masks:
     input:
-        ORACLE,
-        LEADERBOARD[TRACK.default_division],  # which is made again with the masks
+        MASKS,
+        BOARDS[TRACK.default_division],
     output:
-        touch(f"{LAYOUT.root}/oracle/done"),
+        touch(f"{RUN}/oracle/done"),
     log:
-        LAYOUT.log("oracle"),
+        LAYOUT.log(f"{RUN}/oracle/done.json"),
     conda:
         "../../envs/prunebench.yaml"
     params:
         track=ARGUMENT,
     shell:
-        "prunebench leaderboard --track {params.track} &> {log}"
+        "prunebench leaderboard --track {params.track:q} &> {log:q}"

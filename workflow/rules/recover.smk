@@ -3,22 +3,20 @@
 
 rule recover:
     input:
-        latents,
-        dense=LAYOUT.trained("{model}"),
+        encoded,
+        dense=dense,
         select=artefact("select"),
     output:
-        LAYOUT.cell("recover", "{model}", "{method}", "{sparsity}", "{recovery}", "{seed}"),
+        RECOVER,
     log:
-        LAYOUT.log("recover", "{model}", "{method}", "{sparsity}", "{recovery}", "seed{seed}"),
+        LAYOUT.log(RECOVER),
     priority: 20
     conda:
         "../../envs/prunebench.yaml"
     resources:
         **needs("recover"),
     params:
-        track=ARGUMENT,
+        job=job("recover"),
         settings=fingerprint("recover"),
     shell:
-        "prunebench recover --gpus {resources.gpu} --track {params.track} "
-        "--model {wildcards.model} --method {wildcards.method} --sparsity {wildcards.sparsity} "
-        "--recovery {wildcards.recovery} --seed {wildcards.seed} --log {log} &> {log}"
+        "prunebench recover {params.job:q} --gpus {resources.gpu} --log {log:q} &> {log:q}"

@@ -1,10 +1,6 @@
 # Sampling: image i of a cell depends on seed and i only, so that shards of the images, jobs of
 # their own where the track asks for several, are gathered into the very file that one job draws.
 
-SHARD_RECORD, SHARD_IMAGES = LAYOUT.shard(
-    "{shard}", TRACK.shards, "{model}", "{method}", "{sparsity}", "{recovery}", "{seed}"
-)
-
 
 rule shard:
     input:
@@ -12,33 +8,23 @@ rule shard:
         checkpoint=artefact("checkpoint"),
     output:
         # Until they are gathered, images too: that Snakemake then removes them.
-        record=temp(SHARD_RECORD),
-        images=temp(SHARD_IMAGES),
+        record=temp(SHARD),
+        images=temp(tracks.layout.images_of(SHARD)),
     log:
-        LAYOUT.log(
-            "shard",
-            "{model}",
-            "{method}",
-            "{sparsity}",
-            "{recovery}",
-            "seed{seed}",
-            "shard{shard}",
-        ),
+        LAYOUT.log(SHARD),
     # A cell is gathered before the next one is drawn.
     priority: 25
     conda:
         "../../envs/prunebench.yaml"
     resources:
-        **needs("sample"),
+        **needs("shard"),
     params:
-        track=ARGUMENT,
-        settings=fingerprint("sample"),
+        job=job("shard"),
+        settings=fingerprint("shard"),
     # The record of a failed cell has no images beside it, which Snakemake would miss.
     shell:
-        "prunebench sample --gpus {resources.gpu} --track {params.track} --model {wildcards.model} "
-        "--method {wildcards.method} --sparsity {wildcards.sparsity} "
-        "--recovery {wildcards.recovery} --seed {wildcards.seed} --shard {wildcards.shard} "
-        "--log {log} &> {log} && touch -a {output.images}"
+        "prunebench shard {params.job:q} --gpus {resources.gpu} --log {log:q} &> {log:q} "
+        "&& touch -a {output.images:q}"
 
 
 rule sample:
@@ -47,18 +33,16 @@ rule sample:
         checkpoint=artefact("checkpoint"),
         shards=shards,
     output:
-        LAYOUT.cell("sample", "{model}", "{method}", "{sparsity}", "{recovery}", "{seed}"),
+        SAMPLE,
     log:
-        LAYOUT.log("sample", "{model}", "{method}", "{sparsity}", "{recovery}", "seed{seed}"),
+        LAYOUT.log(SAMPLE),
     priority: 30
     conda:
         "../../envs/prunebench.yaml"
     resources:
-        **needs("sample" if TRACK.shards == 1 else "gather"),
+        **needs("sample"),
     params:
-        track=ARGUMENT,
+        job=job("sample"),
         settings=fingerprint("sample"),
     shell:
-        "prunebench sample --gpus {resources.gpu} --track {params.track} --model {wildcards.model} "
-        "--method {wildcards.method} --sparsity {wildcards.sparsity} "
-        "--recovery {wildcards.recovery} --seed {wildcards.seed} --log {log} &> {log}"
+        "prunebench sample {params.job:q} --gpus {resources.gpu} --log {log:q} &> {log:q}"

@@ -4,16 +4,16 @@
 rule score:
     input:
         prompts,
-        extractor=LAYOUT.extractor,
+        extractor=EXTRACTOR,
         select=artefact("select"),
         cost=artefact("cost"),
         checkpoint=artefact("checkpoint"),
         sample=artefact("sample"),
         dense_sample=artefact("dense_sample"),
     output:
-        LAYOUT.cell("metrics", "{model}", "{method}", "{sparsity}", "{recovery}", "{seed}"),
+        SCORE,
     log:
-        LAYOUT.log("score", "{model}", "{method}", "{sparsity}", "{recovery}", "seed{seed}"),
+        LAYOUT.log(SCORE),
     # Cells are finished one after the other, the furthest first: results come early and
     # Snakemake's queue of ready jobs, which it walks at every step, stays short.
     priority: 60
@@ -22,9 +22,7 @@ rule score:
     resources:
         **needs("score"),
     params:
-        track=ARGUMENT,
+        job=job("score"),
         settings=fingerprint("score"),
     shell:
-        "prunebench score --gpus {resources.gpu} --track {params.track} --model {wildcards.model} "
-        "--method {wildcards.method} --sparsity {wildcards.sparsity} "
-        "--recovery {wildcards.recovery} --seed {wildcards.seed} --log {log} &> {log}"
+        "prunebench score {params.job:q} --gpus {resources.gpu} --log {log:q} &> {log:q}"

@@ -3,36 +3,33 @@
 
 rule select:
     input:
-        latents,
-        dense=LAYOUT.trained("{model}"),
+        encoded,
+        dense=dense,
         method=method_file,
     output:
-        LAYOUT.selection("select", "{model}", "{method}", "{sparsity}", "{seed}", "{selection}"),
+        SELECT,
     log:
-        LAYOUT.log("select", "{model}", "{method}", "{sparsity}", "{selection}", "seed{seed}"),
+        LAYOUT.log(SELECT),
     conda:
         "../../envs/prunebench.yaml"
     resources:
         **needs("select"),
     params:
-        track=ARGUMENT,
+        job=job("select"),
         settings=fingerprint("select"),
-        recovery=recovery_of,
     shell:
-        "prunebench select --gpus {resources.gpu} --track {params.track} --model {wildcards.model} "
-        "--method {wildcards.method} --sparsity {wildcards.sparsity} "
-        "--recovery {params.recovery} --seed {wildcards.seed} --log {log} &> {log}"
+        "prunebench select {params.job:q} --gpus {resources.gpu} --log {log:q} &> {log:q}"
 
 
 rule cost:
     input:
         prompts,
-        dense=LAYOUT.trained("{model}"),
-        select=rules.select.output,
+        dense=dense,
+        select=artefact("select"),
     output:
-        LAYOUT.selection("cost", "{model}", "{method}", "{sparsity}", "{seed}", "{selection}"),
+        COST,
     log:
-        LAYOUT.log("cost", "{model}", "{method}", "{sparsity}", "{selection}", "seed{seed}"),
+        LAYOUT.log(COST),
     # Locally it needs every core, so the others go first until they run out or all cores are free;
     # then all that can be measured is, before scores fill the cores again.
     priority: 50
@@ -42,10 +39,7 @@ rule cost:
     resources:
         **needs("cost"),
     params:
-        track=ARGUMENT,
+        job=job("cost"),
         settings=fingerprint("cost"),
-        recovery=recovery_of,
     shell:
-        "prunebench cost --gpus {resources.gpu} --track {params.track} --model {wildcards.model} "
-        "--method {wildcards.method} --sparsity {wildcards.sparsity} "
-        "--recovery {params.recovery} --seed {wildcards.seed} --log {log} &> {log}"
+        "prunebench cost {params.job:q} --gpus {resources.gpu} --log {log:q} &> {log:q}"

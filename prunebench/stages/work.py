@@ -1,0 +1,99 @@
+"""What the stages that compute share: guarding them, the dense model, saving and resuming.
+
+A record's status is "ok" or "failed". A cell fails where its method or its training breaks; the
+failure is recorded and passed on, so that it costs its own cells only. Anything else that goes
+wrong (disk, memory, corrupt files) stops the command and is tried again by the next run.
+"""
+
+import logging
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from prunebench.errors import CellError, machine_fault
+from prunebench.evaluation import cost
+from prunebench.pruning import surgery, targets
+from prunebench.pruning.plan import Plan
+from prunebench.records import artefacts
+from prunebench.records.provenance import PACKAGE, code_hash, provenance
+from prunebench.stages.job import Job, labels
+from prunebench.tracks import as_dict
+from prunebench.training import loop, parallel
+from prunebench.training.checkpoints import SECONDS, Checkpoints
+
+log = logging.getLogger(__name__)
+
+
+def guarded(stage: Callable[[Job], None], job: Job) -> bool:
+    """Run a stage of a cell; record a failure of the cell instead of raising it.
+
+    Returns:
+        True if the cell is well.
+    """
+    try:
+        stage(job)
+        return True
+    except (CellError, RuntimeError) as error:  # RuntimeError: the pruned model does not run
+        if machine_fault(error):
+            raise
+        traceback.print_exc()
+        own = {"stage": job.stage, "error": str(error), "log": job.log}
+        failure = getattr(error, "inherited", None) or own
+        if parallel.rank() and not isinstance(error, CellError):
+            raise  # the other processes may not have failed with this one
+    log.error("cell failed in %s: %s", failure["stage"], failure["error"])
+    if parallel.rank():
+        return False  # the first process writes
+    content = {"schema": 1, "status": "failed", "cell": as_dict(job.cell), "failure": failure}
+    content |= {"labels": labels(job), "provenance": provenance(dict(job.content))}
+    artefacts.write_record(job.record, content)
+    artefacts.forget_training(job.record)
+    return False
+
+
+def dense_model(job: Job) -> nn.Module:
+    """The verified dense model of the job, on the CPU."""
+    record = job.layout.record("dense", **job.names)
+    artefacts.read_record(record)
+    return surgery.load(Path(record).parent)[0]
+
+
+def save(job: Job, network: nn.Module, plan: Plan) -> list[Path]:
+    """Write a network beside the job's record; returns its files."""
+    folder, settings = job.record.parent, job.settings
+    return surgery.save(folder, network, plan, settings["family"], settings["config"])
+
+
+def checkpoints_of(job: Job, *inputs: str | Path) -> Checkpoints:
+    """Where the job's trainings are saved, for a later start of the same job on the same inputs."""
+    identity = {
+        "code": code_hash(PACKAGE),
+        "torch": torch.__version__,
+        "track": job.track.fingerprint(job.stage, **job.names),
+        "names": dict(job.names),
+        "inputs": {str(file): artefacts.sha256(file) for file in inputs},
+    }
+    seconds = job.content.get("checkpoint_seconds", SECONDS)
+    return Checkpoints(artefacts.training_folder(job.record), identity, seconds)
+
+
+def training_report(progress: loop.Progress, checkpoints: Checkpoints) -> dict:
+    """Under what conditions a stage trained."""
+    return {
+        "micro_batch": progress.micro_batch,
+        "processes": parallel.world(),
+        "resumed": checkpoints.resumed,
+    }
+
+
+def sizes(whole: nn.Module, pruned: nn.Module, plan: Plan) -> dict:
+    """Parameters of a pruned model and of the dense one."""
+    return {
+        "parameters": cost.count_parameters(pruned),
+        "nonzero_parameters": cost.count_nonzero(pruned),
+        "dense_parameters": cost.count_parameters(whole),
+        "sparsity_reached": targets.reached(whole, pruned, plan),
+    }
