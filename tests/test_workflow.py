@@ -235,7 +235,7 @@ def test_every_division_and_the_oracle(project):
     assert status == 0, output[-3000:]
     results = project.folder / "runs/small/leaderboard/matched"
     published = {row["method"]: row for row in project.rows("small", "published")}
-    assert published["laptop_diff"]["healing"] == "normalised_kd"
+    assert published["laptop_diff"]["recovered_by"] == "normalised_kd"
     assert float(published["laptop_diff"]["teacher_images_mean"]) > 0
     assert published["diff_pruning"]["share"] == "uniform"
     assert published["sparsedm"]["recovery"] == "published-low"

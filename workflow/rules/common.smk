@@ -10,7 +10,7 @@ from prunebench import tracks
 from prunebench.errors import UserError
 from prunebench.records.artefacts import read_json
 from prunebench.records.provenance import config_hash
-from prunebench.runtime import gpus, run
+from prunebench.runtime import gpus, run, slurm
 from prunebench.tracks.stages import NEEDY, STAGES
 
 
@@ -53,6 +53,9 @@ def prepare():
             needs = map(TRACK.needs, NEEDY)
             run.prepare_machine(needs, preload, TRACK.name, logger.warning)
         elif workflow.executor_plugin.name == "slurm":
+            import snakemake_executor_plugin_slurm
+
+            slurm.resubmit_preempted(snakemake_executor_plugin_slurm)
             prefix = workflow.executor_settings.jobname_prefix
             run.cancel_leftover_jobs(RUN_LOCK, prefix, logger.warning)
         unseen = run.unseen_jobs(workflow.dag)
