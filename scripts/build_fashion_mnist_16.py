@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from prunebench.assets import ASSETS, DATA
-from prunebench.assets.convert import write_npz
+from prunebench.assets.npz import write_npz
 from prunebench.records.artefacts import sha256, write_atomically
 
 ORIGINALS = {Path(file.path).name: file.sha256 for file in ASSETS["fashion_mnist"].files}

@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from prunebench import assets, cli, models, tracks
-from prunebench.assets import convert, registry, store
+from prunebench.assets import datasets, npz, registry, store
 from prunebench.errors import UserError
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "build_fashion_mnist_16.py"
@@ -185,7 +185,7 @@ def test_training_images_can_be_the_reference(monkeypatch, register, tmp_path):
     path = tmp_path / "cache" / "tiny.npz"
     images = np.arange(2 * 3 * 4 * 4, dtype=np.uint8).reshape(2, 3, 4, 4)
     labels = np.array([0, 1], np.uint8)
-    convert.write_npz(
+    npz.write_npz(
         path,
         {
             "train_images": images,
@@ -248,7 +248,7 @@ def test_every_entry_is_whole(entry):
         assert re.fullmatch(r"[0-9a-f]{32}", file.md5 or "0" * 32)
         assert (store.DATA / file.path).exists() == entry.packaged
     assert set(entry.alternatives) | set(entry.made_from or ()) <= set(assets.ASSETS)
-    assert set((entry.made_from or {}).values()) <= set(convert.CONVERSIONS)
+    assert set((entry.made_from or {}).values()) <= set(datasets.names())
     assert (entry.kind == "dataset") == bool(entry.shape) >= bool(entry.classes)  # captions
     # There is always a way: a source for every file, the package, originals, or words.
     assert entry.downloadable or entry.packaged or entry.made_from or entry.by_hand

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from scipy.io import savemat
 
-from prunebench.assets import convert, datasets
+from prunebench.assets import datasets, load, npz, pictures
+from prunebench.assets.datasets import imagenet_archive
 from prunebench.errors import UserError
 
 GENERATOR = np.random.default_rng(0)
@@ -41,7 +42,7 @@ def converted(name, files, tmp_path) -> dict[str, np.ndarray]:
 def twice(name, files, tmp_path) -> dict[str, np.ndarray]:
     """The arrays, after a check that converting twice gives the same bytes."""
     for target in ("one.npz", "two.npz"):
-        convert.convert(name, files, tmp_path / target)
+        datasets.convert(name, files, tmp_path / target)
     assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
     with np.load(tmp_path / "one.npz", allow_pickle=False) as file:
         return {key: file[key] for key in file.files}
@@ -83,13 +84,13 @@ def test_pickles_and_other_layouts_are_refused(cifar, tmp_path):
     with (tmp_path / "pickled.npz").open("wb") as file:
         np.savez(file, x_train=np.array([{}], dtype=object), y_train=[0], x_test=[0], y_test=[0])
     with pytest.raises(UserError, match="not the layout that 'arrays' reads"):
-        convert.convert("arrays", [tmp_path / "pickled.npz"], tmp_path / "out.npz")
+        datasets.convert("arrays", [tmp_path / "pickled.npz"], tmp_path / "out.npz")
     with tarfile.open(tmp_path / "other.tar.gz", "w:gz") as tar:
         add(tar, "cifar-10-batches-py/data_batch_1", b"pickle")
     with pytest.raises(
         UserError, match=r"other\.tar\.gz: not the layout that 'cifar_binary' reads"
     ):
-        convert.convert("cifar_binary", [tmp_path / "other.tar.gz"], tmp_path / "out.npz")
+        datasets.convert("cifar_binary", [tmp_path / "other.tar.gz"], tmp_path / "out.npz")
 
 
 def test_celeba_is_cropped_as_in_ddim(tmp_path):
@@ -152,7 +153,7 @@ def test_artbench_takes_its_labels_from_the_folders(tmp_path):
 @pytest.fixture
 def imagenet(tmp_path, monkeypatch) -> dict[str, Path]:
     """Three pictures of two classes, as the archive of archives and as folders."""
-    monkeypatch.setattr(convert, "IMAGENET_TRAIN", 3)
+    monkeypatch.setattr(imagenet_archive, "IMAGENET_TRAIN", 3)
     pictures = {"n02/b.JPEG": 0, "n01/c.JPEG": 1, "n01/a.JPEG": 2}
     root = tmp_path / "unpacked" / "train"
     with tarfile.open(tmp_path / "train.tar", "w") as tar:
@@ -173,8 +174,8 @@ def imagenet(tmp_path, monkeypatch) -> dict[str, Path]:
 def test_imagenet_is_indexed_and_read_where_it_lies(imagenet, form, tmp_path):
     arrays = twice(form, [imagenet[form]], tmp_path)
     assert arrays["train_labels"].tolist() == [0, 0, 1]
-    images = datasets.Pictures(arrays, 3)
-    assert len(images) == 3 and len(datasets.Pictures(arrays, 2)[0:9]) == 2
+    images = pictures.Pictures(arrays, 3)
+    assert len(images) == 3 and len(pictures.Pictures(arrays, 2)[0:9]) == 2
     every = images[0:3]
     assert every.dtype == torch.uint8 and every.shape == (3, 3, 256, 256)
     assert sorted(shades(every[:2].numpy())) == [1, 2] and shades(every[2:].numpy()) == [0]
@@ -188,13 +189,13 @@ def test_imagenet_is_indexed_and_read_where_it_lies(imagenet, form, tmp_path):
 
 
 def test_an_incomplete_imagenet_is_refused(imagenet, monkeypatch, tmp_path):
-    monkeypatch.setattr(convert, "IMAGENET_TRAIN", 4)
+    monkeypatch.setattr(imagenet_archive, "IMAGENET_TRAIN", 4)
     for name, file in imagenet.items():
         with pytest.raises(UserError, match="3 pictures instead of 4"):
-            convert.convert(name, [file], tmp_path / "out.npz")
+            datasets.convert(name, [file], tmp_path / "out.npz")
     imagenet["imagenet_folder"].write_text("/nowhere")
     with pytest.raises(UserError, match="it names /nowhere, which is no folder"):
-        convert.convert("imagenet_folder", [imagenet["imagenet_folder"]], tmp_path / "out.npz")
+        datasets.convert("imagenet_folder", [imagenet["imagenet_folder"]], tmp_path / "out.npz")
 
 
 SCENES = {"church_outdoor_train_lmdb": 7, "church_outdoor_val_lmdb": 2}
@@ -248,26 +249,26 @@ def test_lsun_is_kept_as_published_and_decoded_when_read(church, tmp_path, monke
     train, held_out = expected.values()
     assert arrays["train_labels"].tolist() == [0] * 7 and arrays["reference_labels"].shape == (2,)
     assert not list(tmp_path.glob("*.unpacked"))
-    monkeypatch.setattr(datasets, "locate", lambda name, mirror: tmp_path / "one.npz")
-    data = datasets.load_dataset("lsun_church256", limit_train=6)
+    monkeypatch.setattr(load, "locate", lambda name, mirror: tmp_path / "one.npz")
+    data = load.load_dataset("lsun_church256", limit_train=6)
     assert (data.train_images[0:9].numpy() == np.stack(train[:6])).all()
     assert (data.train_images[torch.tensor([4, 1])].numpy() == np.stack([train[4], train[1]])).all()
     assert (data.train_images[5].numpy() == train[5]).all()
     assert (data.reference_images[0:2].numpy() == np.stack(held_out)).all()
-    compared = datasets.load_dataset("lsun_church256", reference="train", limit_reference=5)
+    compared = load.load_dataset("lsun_church256", reference="train", limit_reference=5)
     batches = list(compared.reference_images.split(2))
     assert [len(batch) for batch in batches] == [2, 2, 1]
     assert (torch.cat(batches).numpy() == np.stack(train[:5])).all()
 
 
 def test_a_picture_of_lsun_that_cannot_be_decoded_is_named(church, tmp_path, monkeypatch):
-    convert.convert("lsun", church[0], tmp_path / "one.npz")
+    datasets.convert("lsun", church[0], tmp_path / "one.npz")
     with np.load(tmp_path / "one.npz") as file:
         arrays = dict(file)
     arrays["train_pictures"][arrays["train_offsets"][3] :][:20] = 0
-    convert.write_npz(tmp_path / "broken.npz", arrays)
-    monkeypatch.setattr(datasets, "locate", lambda name, mirror: tmp_path / "broken.npz")
-    data = datasets.load_dataset("lsun_church256")
+    npz.write_npz(tmp_path / "broken.npz", arrays)
+    monkeypatch.setattr(load, "locate", lambda name, mirror: tmp_path / "broken.npz")
+    data = load.load_dataset("lsun_church256")
     with pytest.raises(UserError, match=r"broken\.npz, [0-9]+ bytes from [0-9]+: cannot identify"):
         data.train_images[3:4]
 
@@ -286,10 +287,10 @@ def test_a_truncated_lmdb_is_refused(church, share, reason, tmp_path):
             archive.writestr("x/data.mdb", content[: int(share * len(content))])
     where = r"lsun_church/church_outdoor_train_lmdb\.zip, .*: not the layout that 'lsun' reads"
     with pytest.raises(UserError, match=f"{where} .*{reason}"):
-        convert.convert("lsun", files, tmp_path / "out.npz")
+        datasets.convert("lsun", files, tmp_path / "out.npz")
     files[0].write_bytes(files[0].read_bytes()[:-40])
     with pytest.raises(UserError, match=f"{where} .*not a zip file"):
-        convert.convert("lsun", files, tmp_path / "out.npz")
+        datasets.convert("lsun", files, tmp_path / "out.npz")
 
 
 def test_centre_crop_halves_then_resizes_the_shorter_side():
@@ -298,7 +299,7 @@ def test_centre_crop_halves_then_resizes_the_shorter_side():
     handle = io.BytesIO()
     Image.fromarray(image).save(handle, "png")
     handle.seek(0)
-    cropped = convert.rgb(handle, 256)
+    cropped = pictures.rgb(handle, 256)
     assert cropped.shape == (3, 256, 256)
     row = cropped[0, 128].astype(int)
     edges = np.flatnonzero(np.abs(np.diff(row)) > 50)
@@ -309,9 +310,9 @@ def test_centre_crop_halves_then_resizes_the_shorter_side():
 
 def test_npz_bytes_depend_on_the_arrays_only(tmp_path):
     array = np.arange(12, dtype=np.uint8).reshape(3, 4)
-    stack = convert.Stack(array.shape, iter(array))
+    stack = npz.Stack(array.shape, iter(array))
     for name, values, compressed in (("a", array, False), ("b", stack, False), ("c", array, True)):
-        convert.write_npz(tmp_path / name, {"x": values}, compressed)
+        npz.write_npz(tmp_path / name, {"x": values}, compressed)
         assert (np.load(tmp_path / name, allow_pickle=False)["x"] == array).all()
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
@@ -319,6 +320,6 @@ def test_npz_bytes_depend_on_the_arrays_only(tmp_path):
 def test_a_stack_that_lies_is_refused(tmp_path):
     array = np.zeros((2, 4), np.uint8)
     with pytest.raises(UserError, match="has 2 images, 3 were expected"):
-        convert.write_npz(tmp_path / "x", {"images": convert.Stack((3, 4), iter(array))})
+        npz.write_npz(tmp_path / "x", {"images": npz.Stack((3, 4), iter(array))})
     with pytest.raises(UserError, match=r"image 0 is uint8 \(4,\)"):
-        convert.write_npz(tmp_path / "x", {"images": convert.Stack((2, 5), iter(array))})
+        npz.write_npz(tmp_path / "x", {"images": npz.Stack((2, 5), iter(array))})

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 from prunebench import assets, cli
-from prunebench.assets import convert, download, fetch, store
+from prunebench.assets import datasets, download, fetch, store
 from prunebench.errors import UserError
 
 BYTES = np.random.default_rng(0).bytes(3 << 20)
@@ -469,7 +469,7 @@ def made(register, serve, tmp_path):
     server = serve({"source.npz": source.read_bytes()})
     sha = hashlib.sha256(source.read_bytes()).hexdigest()
     register("raw", assets.File("raw.npz", (f"{server.url}/source.npz",), sha), kind="original")
-    convert.convert("arrays", [source], tmp_path / "expected.npz")
+    datasets.convert("arrays", [source], tmp_path / "expected.npz")
     expected = (tmp_path / "expected.npz").read_bytes()
 
     def add(sha256=None):
@@ -523,11 +523,11 @@ def test_originals_of_another_layout_are_named_with_what_they_are_for(made, regi
 CONVERSION = """
 import sys, time
 from prunebench import assets
-from prunebench.assets import convert, fetch
+from prunebench.assets import datasets, fetch
 def half(conversion, files, part):
     part.write_bytes(b"half")
     time.sleep(60)
-convert.convert = half
+datasets.convert = half
 words = dict(description="d", licence="l", home="h")
 raw, made = assets.File("raw.npz", (), sys.argv[1]), assets.File("datasets/made.npz")
 assets.ASSETS["raw"] = assets.Asset(name="raw", kind="original", files=(raw,), **words)

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from prunebench import assets, models, tracks
-from prunebench.assets import convert, registry, store
+from prunebench.assets import datasets, npz, registry, store
 from prunebench.diffusion.text_encoder import TextEncoder
 from prunebench.errors import UserError
 from prunebench.evaluation.clip import clip_score
@@ -237,7 +237,7 @@ def _placed(mirror: Path, name: str) -> Path:
 
 def test_coco_is_an_index_with_the_first_caption_of_every_picture(mirror):
     files, place = _coco(mirror / "coco2014_original"), _placed(mirror, "coco2014")
-    convert.convert("coco", files, place)
+    datasets.convert("coco", files, place)
     store.note(place, artefacts.sha256(place))
     found = assets.load_dataset("coco2014")
     assert found.train_captions == tuple(f"first train {i} é" for i in (98, 99, 100))
@@ -252,7 +252,7 @@ def test_coco_is_an_index_with_the_first_caption_of_every_picture(mirror):
     assert len(limited.reference_images) == len(limited.reference_captions) == 1
     assert len(limited.train_images) == len(limited.train_captions) == 2
     with pytest.raises(UserError, match="is compressed; unpack"):
-        convert.convert("coco", _coco(mirror / "again", zipfile.ZIP_DEFLATED), mirror / "x.npz")
+        datasets.convert("coco", _coco(mirror / "again", zipfile.ZIP_DEFLATED), mirror / "x.npz")
 
 
 def test_gcc_leaves_out_pictures_that_could_not_be_had(mirror):
@@ -267,7 +267,7 @@ def test_gcc_leaves_out_pictures_that_could_not_be_had(mirror):
         table.write_text("".join(told.format(n) for n in range(3)))
     tables[2].write_text(f"{root}\n")
     place = _placed(mirror, "gcc")
-    convert.convert("gcc_folder", tables, place)
+    datasets.convert("gcc_folder", tables, place)
     store.note(place, artefacts.sha256(place))
     found = assets.load_dataset("gcc")
     assert found.train_captions == ("train 0\u2028\x1c\x85é", "train 2\u2028\x1c\x85é")
@@ -275,10 +275,10 @@ def test_gcc_leaves_out_pictures_that_could_not_be_had(mirror):
     assert abs(int(found.train_images[torch.tensor([1])][0, 0, 5, 5]) - 100) < 4
     (root / "val").rename(root / "validation")
     with pytest.raises(UserError, match="pictures/val is no folder"):
-        convert.convert("gcc_folder", tables, place)
+        datasets.convert("gcc_folder", tables, place)
     tables[2].write_text("/nowhere")
     with pytest.raises(UserError, match="/nowhere is no folder"):
-        convert.convert("gcc_folder", tables, place)
+        datasets.convert("gcc_folder", tables, place)
 
 
 # The stages.
@@ -304,7 +304,7 @@ def _track(pipeline: Path, mirror: Path, monkeypatch, tmp_path: Path) -> tracks.
         arrays[f"{split}_images"] = generator.integers(0, 256, (count, 3, side, side), np.uint8)
         arrays |= {f"{split}_labels": np.arange(count), f"{split}_captions": _words(count, start)}
     place = _placed(mirror, "coco2014")
-    convert.write_npz(place, arrays)
+    npz.write_npz(place, arrays)
     store.note(place, artefacts.sha256(place))
     small = dataclasses.replace(registry.ASSETS["coco2014"], shape=(3, SIDE, SIDE))
     monkeypatch.setitem(registry.ASSETS, "coco2014", small)

@@ -107,11 +107,11 @@ def _convert(wanted: Asset, mirror: Path | None) -> None:
 
 def _converted(wanted: Asset, conversion: str, files: list[Path], part: Path) -> None:
     """Make `part` of the originals; it is held to the data set's hash where one is known."""
-    from prunebench.assets.convert import convert
+    from prunebench.assets import datasets
 
     (made,) = wanted.files
     with _named(wanted):
-        convert(conversion, files, part)
+        datasets.convert(conversion, files, part)
         if made.sha256 and (found := sha256(part)) != made.sha256:
             raise UserError(
                 f"converting {files[0]} gave sha256 {found} instead of {made.sha256}; this is a "
