@@ -341,7 +341,7 @@ def test_list_says_which_tracks_read_an_asset(tmp_path, monkeypatch, capsys):
     assert told["celeba_aligned"].endswith(" celeba64")  # converted to what the track reads
     assert told["inception_pool3"].endswith(" celeba64, text2image_flux")  # serves as inception
     assert told["flux_dev"].endswith(" text2image_flux")
-    assert told["sd15"].endswith("RAIL-M")  # of no track here
+    assert told["sd15"].endswith(" text2image")  # a shipped track
 
 
 def test_verify_tells_corrupt_from_missing(small, capsys):
