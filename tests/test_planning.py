@@ -15,6 +15,8 @@ from pathlib import Path
 import yaml
 
 from prunebench import tracks
+from prunebench.records.provenance import config_hash
+from prunebench.runtime import run
 
 ROOT = Path(__file__).parents[1]
 SNAKEMAKE = Path(sys.executable).parent / "snakemake"
@@ -61,3 +63,41 @@ def test_a_large_matrix_is_planned_in_time(tmp_path, monkeypatch):
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     spent = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     assert spent < SECONDS * SHARE
+
+
+def _small(folder: Path, place: str) -> Path:
+    """The smoke track in a folder of a copy of the workflow."""
+    matrix(folder, 1)
+    (folder / place).mkdir()
+    return Path(shutil.copy(folder / "config" / "smoke.yaml", folder / place / "small.yaml"))
+
+
+def _run(folder: Path, *command: str) -> tuple[int, str]:
+    path = f"{SNAKEMAKE.parent}:{os.environ['PATH']}"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": path}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_tracks_path_is_text_to_the_shell(tmp_path):
+    place = "it's a $(touch pwned) `touch pwned`; touch pwned"
+    file = _small(tmp_path, place)
+    track = str(file.relative_to(tmp_path))
+    command = ("snakemake", "--cores", "1", "runs/small/assets.json", "--config", f"track={track}")
+    status, output = _run(tmp_path, *command)
+    assert status == 0, output
+    assert (tmp_path / "runs/small/assets.json").exists()
+    assert not list(tmp_path.rglob("pwned"))
+
+
+def test_jobs_run_what_the_workflow_planned(tmp_path, monkeypatch):
+    """A job whose track was edited after planning does nothing, whatever the edit is."""
+    file = _small(tmp_path, "mine")
+    monkeypatch.setenv(run.PLANNED, config_hash(tracks.load(str(file)).content))
+    command = ("prunebench", "dense", "--model", "dit", "--track", str(file))
+    file.write_text(file.read_text().replace("images: 160", "images: 176"))
+    status, output = _run(tmp_path, *command)
+    assert status == 2 and "was edited while its workflow ran" in output
+    assert not (tmp_path / "runs").exists()
