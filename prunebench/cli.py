@@ -122,7 +122,7 @@ def _progress_command(commands) -> None:
 # ---- running a command
 
 
-def _run_stage(arguments: argparse.Namespace) -> None:
+def _run_stage(arguments: argparse.Namespace) -> int:
     stage = STAGES[arguments.stage]
     track = (tracks.load_any if stage.name == "efficiency" else tracks.load)(arguments.track)
     run.check_planned(config_hash(track.content), arguments.track)
@@ -137,11 +137,14 @@ def _run_stage(arguments: argparse.Namespace) -> None:
 
     job = Job(stage.name, track, names, arguments.runs, arguments.log)
     if stage.of_cells:
-        from prunebench.stages.work import guarded
+        from prunebench.stages import work
 
-        guarded(function, job)
+        if stage.name == "select":  # which runs a method, and so anything
+            return work.contained(function, job)
+        work.guarded(function, job)
     else:
         function(job)
+    return 0
 
 
 def _checked(track, stage: Stage, names: Mapping) -> dict:

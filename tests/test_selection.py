@@ -1,6 +1,7 @@
 """What a method is given, and what is said to a method that breaks the contract."""
 
 import copy
+import signal
 
 import pytest
 import tiny
@@ -8,7 +9,7 @@ import torch
 
 from prunebench import models
 from prunebench.diffusion.objectives import objective
-from prunebench.errors import CellError
+from prunebench.errors import CellError, UserError
 from prunebench.evaluation import cost
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
@@ -483,3 +484,26 @@ def test_selection_holds_two_copies_and_gradients(large, method):
     found = _copies(large, method)
     print(large, method, round(found, 2))
     assert found < expected + 0.4
+
+
+@pytest.mark.parametrize(
+    "error", [SystemExit(3), MemoryError("my own"), UserError("of the method"), OSError("disk")]
+)
+def test_what_a_method_raises_itself_is_its_own_failure(error):
+    def broken(context):
+        raise error
+
+    with pytest.raises(CellError, match=type(error).__name__):
+        _select(broken, "layers")
+
+
+def test_an_interrupt_is_a_methods_own_only_where_none_can_come_from_outside():
+    def broken(context):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        with pytest.raises(CellError, match="KeyboardInterrupt"):
+            _select(broken, "layers")
+    finally:
+        signal.signal(signal.SIGINT, before)

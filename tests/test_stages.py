@@ -16,10 +16,11 @@ from prunebench.errors import UserError
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
 from prunebench.records import artefacts
-from prunebench.stages import inputs, select, shard
+from prunebench.stages import inputs, select, shard, work
 from prunebench.stages import sample as stage
 from prunebench.stages.sample import IMAGES
 from prunebench.stages.work import guarded
+from prunebench.tracks import methods
 
 SMOKE = tiny.smoke()
 CELL = SMOKE.cell("dit", "dense", 0.0, "none", 3)
@@ -245,3 +246,29 @@ def test_a_method_that_is_edited_while_it_runs_leaves_no_record(tmp_path):
         with select._unedited(file):
             file.write_text("KIND = 'widths'")
             raise errors.CellError("its failure would be recorded otherwise")
+
+
+BROKEN = {
+    "exits": ("sys.exit(3)", "SystemExit: 3"),
+    "interrupts": ("raise KeyboardInterrupt", "KeyboardInterrupt"),
+    "wants_too_much": ("raise MemoryError('9 EiB')", "MemoryError: 9 EiB"),
+    "leaves": ("os._exit(0)", "it ended the process with status 0"),
+    "crashes": ("faulthandler.disable(); os.abort()", "it was ended by SIGABRT"),
+    "is_killed": ("os.kill(os.getpid(), signal.SIGKILL)", "it was ended by SIGKILL, twice"),
+    "sleeps": ("time.sleep(60)", "it had not ended after 0.05 minutes; needs.select.runtime"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_a_method_that_does_not_come_back_fails_its_own_cell(kind, tmp_path, monkeypatch):
+    action, reason = BROKEN[kind]
+    file = tmp_path / f"{kind}.py"
+    file.write_text(f'"""A."""\nimport faulthandler, os, signal, sys, time\nKIND = "layers"\n\n\n'
+                    f"def select(context):\n    {action}\n")  # fmt: skip
+    method = {kind: methods.read(file)}
+    track = dataclasses.replace(SMOKE, methods={**SMOKE.methods, **method})
+    monkeypatch.setattr(work, "limit_of", lambda _: 0.05 if kind == "sleeps" else 1)
+    tiny.run("dense", track, tmp_path, model="dit")
+    job = tiny.job("select", track, tmp_path, track.cell("dit", kind, 0.25, "none", 0))
+    assert work.contained(select.select, job) == 0
+    assert reason in json.loads(job.record.read_text())["failure"]["error"]

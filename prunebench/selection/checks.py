@@ -1,6 +1,9 @@
 """Running a method, and the checks on what it returns."""
 
+import inspect
 import json
+import signal
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -79,12 +82,26 @@ def returned(
 
 
 def _call(function: Select, context: Context, parameters: Mapping) -> object:
+    """Call a method; whatever it raises is its own cells' failure, no one else's."""
     try:
         return function(context, **parameters)
-    except Exception as error:  # whatever a method raises is its own cells' failure, no one else's
-        if isinstance(error, CellError | UserError) or machine_fault(error):
+    except CellError:
+        raise
+    except KeyboardInterrupt as error:
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_DFL:
+            raise  # Ctrl-C; where that ends the process at once, it is the method's
+        raise CellError("KeyboardInterrupt") from error
+    except (Exception, SystemExit) as error:
+        known = isinstance(error, UserError | SystemExit) or machine_fault(error)
+        if known and not _raised_in(function, error):
             raise
         raise CellError(f"{type(error).__name__}: {error}") from error
+
+
+def _raised_in(function: Select, error: BaseException) -> bool:
+    """Whether the method's own file raised it, and not what it called."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_code.co_filename == inspect.unwrap(function).__code__.co_filename
 
 
 def _parts(result: object) -> tuple[Plan, nn.Module | None]:

@@ -19,8 +19,10 @@ from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
 from prunebench.records import artefacts
 from prunebench.records.provenance import PACKAGE, code_hash, provenance
+from prunebench.runtime import child
 from prunebench.stages.job import Job, labels
 from prunebench.tracks import as_dict
+from prunebench.tracks.stages import limit_of
 from prunebench.training import loop, parallel
 from prunebench.training.checkpoints import SECONDS, Checkpoints
 
@@ -47,11 +49,40 @@ def guarded(stage: Callable[[Job], None], job: Job) -> bool:
     log.error("cell failed in %s: %s", failure["stage"], failure["error"])
     if parallel.rank():
         return False  # the first process writes
+    record_failure(job, failure)
+    return False
+
+
+def record_failure(job: Job, failure: dict) -> None:
+    """Write the record of a stage whose cell failed."""
     content = {"schema": 1, "status": "failed", "cell": as_dict(job.cell), "failure": failure}
     content |= {"labels": labels(job), "provenance": provenance(dict(job.content))}
     artefacts.write_record(job.record, content)
     artefacts.forget_training(job.record)
-    return False
+
+
+def contained(stage: Callable[[Job], None], job: Job) -> int:
+    """As `guarded`, in a child process: crashing or never ending fails the cell as well.
+
+    One that is killed is tried again once, for it may have been the system or somebody.
+
+    Returns:
+        The exit status, 0 where a failure was recorded.
+    """
+    minutes = limit_of(job.content)
+    for trial in (1, 2):
+        end = child.run(lambda: 0 * guarded(stage, job), 60 * minutes)
+        if end.status is not None:
+            return end.status
+        log.error("%s: %s", job.stage, end.reason)
+        if not end.killed or trial == 2:
+            break
+    reason = f"{end.reason}, twice" if end.killed else end.reason
+    if end.late:
+        reason += f"; needs.{job.stage}.runtime of the track says how long it may take"
+    error = f"method {job.cell.method} did not come to its end: {reason}"
+    record_failure(job, {"stage": job.stage, "error": error, "log": job.log})
+    return 0
 
 
 def dense_model(job: Job) -> nn.Module:

@@ -198,6 +198,16 @@ FOLDERS = (LOGS, "extractor", "encode", "oracle", "leaderboard")
 RESERVED = ("all", "everything", "partial", "masks", "fetch", *STAGES)
 
 
+SELECT_MINUTES = 120  # that a method may take where a track's needs say nothing
+
+
+def limit_of(content: Mapping) -> float:
+    """Minutes after which a method is taken for one without end."""
+    given = content.get("needs", {})
+    said = {**given.get("default", {}), **given.get("select", {})}
+    return said.get("runtime", SELECT_MINUTES)
+
+
 def needs_of(content: Mapping, stage: str) -> dict[str, int]:
     """What a job of a stage needs, by the content of a track of either kind."""
     given = content.get("needs", {})
