@@ -20,8 +20,9 @@ from prunebench.stages import recover
 from prunebench.training import loop
 from prunebench.training.budget import BudgetMeter
 
-DISTILLING = ("feature_kd", "normalised_kd", "output_kd")
-every_recovery = pytest.mark.parametrize("named", ["finetune", *DISTILLING])
+SHIPPED = {"feature_kd": True, "finetune": False, "normalised_kd": True, "output_kd": True}
+DISTILLING = tuple(name for name in recovery_names() if recovery(name).TEACHER)
+every_recovery = pytest.mark.parametrize("named", recovery_names())
 _plan = functools.cache(tiny.plan)  # a UNet's plan of widths takes a trace
 every_plan = pytest.mark.parametrize("kind", ["block", "branch", "widths", "2:4"])
 
@@ -42,8 +43,8 @@ def _batch(name: str, count: int = 4) -> loop.Batch:
 
 
 def test_the_recoveries_are_the_modules_of_the_package():
-    assert recovery_names() == ["feature_kd", "finetune", "normalised_kd", "output_kd"]
-    assert tuple(name for name in recovery_names() if recovery(name).TEACHER) == DISTILLING
+    found = {name: recovery(name).TEACHER for name in recovery_names()}
+    assert found.items() >= SHIPPED.items()
 
 
 def test_the_names_of_recoveries_need_no_torch():
