@@ -399,7 +399,10 @@ def test_what_a_track_says_of_autoencoders_is_checked(tmp_path):
     with pytest.raises(UserError, match="unknown coder 'none' in track mine; known: sd"):
         track.coder("none")
     for change, words in (
-        (unknown, r"models\.dit\.autoencoder: unknown autoencoder 'sd'; known: none"),
+        (
+            unknown,
+            r"models\.dit\.autoencoder: unknown autoencoder 'sd' in autoencoders; known: none",
+        ),
         (neither, r"autoencoders\.sd: needs either the key 'asset' or 'folder'"),
         (reads, r"models\.dit\.text_encoder: fashion_mnist_16 has classes, not captions"),
         (

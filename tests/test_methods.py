@@ -76,7 +76,15 @@ BROKEN = {
     "empty docstring": ('"""  """\n' + GOOD.split('"""\n', 1)[1], "starts with a docstring"),
     "no kind": (
         GOOD.replace("KIND", "KINDS"),
+        r"first\.py line 6: KINDS: did you mean KIND\?",
+    ),
+    "no constants": (
+        GOOD.replace('KIND = "layers"', ""),
         r"first\.py: a method must state KIND, one of none, layers, widths, weights, steps",
+    ),
+    "misspelt constant": (
+        GOOD.replace("\nKIND", '\nTITEL = "First"\nKIND'),
+        r"first\.py line 6: TITEL: did you mean TITLE\?",
     ),
     "unknown kind": (
         GOOD.replace('"layers"', '"blocks"'),
@@ -149,7 +157,33 @@ def test_methods_of_several_folders_are_found_by_name(tmp_path):
     _written(tmp_path / "a", GOOD, "one.py")
     _written(tmp_path / "b", GOOD, "two.py")
     _written(tmp_path / "b", "not Python", "readme.txt")
-    assert list(methods.discover([tmp_path / "a", str(tmp_path / "b")])) == ["one", "two"]
+    found = methods.discover([tmp_path / "a", str(tmp_path / "b")])
+    assert list(found.methods) == ["one", "two"] and not found.warnings()
+
+
+def test_what_editors_leave_stops_no_method(tmp_path):
+    _written(tmp_path, GOOD, "one.py")
+    for hidden in ("._one.py", ".#one.py", ".one.py.swp"):
+        (tmp_path / hidden).write_bytes(b"\x00\x05\x16\x07\xff")
+    (tmp_path / ".#two.py").symlink_to("nobody@nowhere.1234:1")
+    strays = ["x (copy).py", "one-1.py", "2nd.py", "#one.py"]
+    for name in strays:
+        _written(tmp_path, GOOD, name)
+    broken = {"half": GOOD[: len(GOOD) // 2], "bytes": "\0", "Upper": GOOD, "deep": "(" * 10_000}
+    for name, content in broken.items():
+        _written(tmp_path, content, f"{name}.py")
+    (tmp_path / "folder.py").mkdir()
+    (tmp_path / "gone.py").symlink_to(tmp_path / "nowhere.py")
+    found = methods.discover([tmp_path])
+    assert list(found.methods) == ["one"]
+    assert set(found.broken) == {*broken, "folder", "gone"}
+    assert sorted(found.strays) == sorted(str(tmp_path / name) for name in strays)
+    assert all("\n" not in line and str(tmp_path) in line for line in found.warnings())
+
+
+def test_capitals_of_a_methods_own_are_its_own(tmp_path):
+    own = GOOD.replace("\nKIND", "\nLADDER = (1, 2)\nCHOICES = {}\nkinds = 3\nKIND")
+    assert methods.read(_written(tmp_path, own)).kind == "layers"
 
 
 def test_one_name_in_two_folders(tmp_path):
@@ -168,7 +202,7 @@ def test_a_missing_folder(tmp_path):
 
 def test_reading_does_not_run_the_file(tmp_path):
     method = methods.read(_written(tmp_path, GOOD + "\nraise SystemExit('ran')\n"))
-    with pytest.raises(SystemExit, match="ran"):
+    with pytest.raises(CellError, match=r"first\.py fails at import: SystemExit: ran"):
         methods.load(method)
 
 
@@ -201,11 +235,14 @@ def test_parameters_of_the_right_type_pass(tmp_path):
     [
         (
             {"shares": 1},
-            r"parameters\.first\.shares: .*no such parameter; it has: share, steps, name",
+            r"parameters\.first\.shares: .*did you mean 'share'\?; it has: share, steps, name",
         ),
         ({"steps": 3.5}, r"parameters\.first\.steps is 3\.5; it must be like its default 3"),
         ({"steps": "3"}, r"first\.steps is '3'; it must be like its default 3"),
         ({"steps": True}, r"first\.steps is True; it must be like its default 3"),
+        ({"steps": 0}, r"first\.steps is 0; it must be from 1 to"),
+        ({"steps": -3}, r"first\.steps is -3; it must be from 1 to"),
+        ({"share": 1.5}, r"first\.share is 1\.5; it must be from 0 to 1"),
         ({"share": False}, r"first\.share is False"),
         ({"share": None}, r"first\.share is None; it must be like its default 0\.5"),
         ({"name": 1}, r"first\.name is 1; it must be like its default 'x'"),

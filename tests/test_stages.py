@@ -116,7 +116,9 @@ def test_a_stale_shard_is_not_gathered(runs, change, monkeypatch):
     if change == "checkpoint":
         _save(runs, change=0.5)
     elif change == "track":
-        track.content["models"]["dit"]["sampling"]["steps"] += 1
+        content = copy.deepcopy(dict(track.content))
+        content["models"]["dit"]["sampling"]["steps"] += 1
+        track = tracks.Track(track.name, content, track.methods)
     else:
         monkeypatch.setattr(shard, "code_hash", lambda _: "other")
     _draw(track, runs, (1,))
@@ -188,9 +190,10 @@ def test_the_command_refuses_what_makes_no_sense(
 
 
 def test_the_command_draws_one_shard(runs, tmp_path, monkeypatch):
-    monkeypatch.chdir(tiny.ROOT)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("prunebench.cli._prepare", lambda: None)
-    file = tmp_path / f"{SMOKE.name}.yaml"
+    file = tmp_path / "config" / f"{SMOKE.name}.yaml"  # goes before the one that is shipped
+    file.parent.mkdir()
     track = _track(3)
     file.write_text(yaml.safe_dump(json.loads(json.dumps(dict(track.content)))))
     cell = ["--model", "dit", "--method", "dense", "--sparsity", "0", "--seed", "3"]

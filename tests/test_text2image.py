@@ -495,7 +495,7 @@ def test_what_a_track_says_of_text_encoders_is_checked(tmp_path):
     assert changed.fingerprint("encode", coder="sd15_text") != before
     for change, words in (
         (without, r"models\.sd15\.text_encoder: coco2014 has captions, not classes"),
-        (unknown, r"models\.sd15\.text_encoder: unknown text encoder 't5'; known: sd15_text"),
+        (unknown, r"models\.sd15\.text_encoder: unknown text encoder 't5' in text_encoders; known"),
         (classes, r"models\.sd15\.text_encoder: the model has classes"),
         (neither, r"text_encoders\.sd15_text: needs either the key 'asset' or 'folder'"),
     ):

@@ -7,11 +7,14 @@ from prunebench.errors import UserError
 from prunebench.tracks import efficiency
 from prunebench.tracks.benchmark import Track
 from prunebench.tracks.cells import Cell, as_dict
-from prunebench.tracks.checks import check_assets, check_methods, validate
+from prunebench.tracks.checks import check, check_methods, take_published
 from prunebench.tracks.files import read
 from prunebench.tracks.layout import RUNS, Layout, Paths
+from prunebench.tracks.methods import discover
+from prunebench.tracks.settings import parse
+from prunebench.tracks.settings_benchmark import BenchmarkSettings
 
-__all__ = ["RUNS", "Cell", "Layout", "Paths", "Track", "as_dict", "load", "load_any"]
+__all__ = ["RUNS", "Cell", "Layout", "Paths", "Track", "as_dict", "checked", "load", "load_any"]
 
 
 def load(name: str) -> Track:
@@ -28,21 +31,32 @@ def load(name: str) -> Track:
             f"commands are `snakemake --config track={name}`, `prunebench efficiency` and "
             f"`prunebench leaderboard`; records and logs lie in {RUNS}/{file.stem}"
         )
-    return _checked(file, content)
+    return checked(file, content)
 
 
 def load_any(name: str):
-    """Load a track of either kind: a `Track`, or one of `prunebench.efficiency.track`."""
+    """Load a track of either kind: a `Track`, or one of `prunebench.tracks.efficiency`."""
     file, content = read(name)
-    return (efficiency.checked if _is_efficiency(content) else _checked)(file, content)
+    return (efficiency.checked if _is_efficiency(content) else checked)(file, content)
 
 
-def _checked(file: Path, content: Mapping) -> Track:
-    validate(file, content)
-    track = Track(file.stem, content, check_methods(file, content))
-    check_assets(file, track)
-    return track
+def checked(file: Path, content: object) -> Track:
+    """The benchmark track that a file's content makes; errors as `load`."""
+    if isinstance(content, Mapping) and "plans" in content:
+        raise UserError(f"{file}: kind: this key is missing; an efficiency track has `efficiency`")
+    settings = parse(BenchmarkSettings, content, file)
+    models = {
+        name: take_published(file, f"models.{name}", model)
+        for name, model in settings.models.items()
+    }
+    settings = settings.model_copy(update={"models": models})
+    check(file, settings)
+    there = discover(settings.methods.folders)
+    named = check_methods(file, settings, there)
+    plain = settings.model_dump(mode="json", exclude_unset=True)
+    methods = {name: there.methods[name] for name in named}
+    return Track(file.stem, plain, methods, tuple(there.warnings()))
 
 
 def _is_efficiency(content: object) -> bool:
-    return isinstance(content, Mapping) and content.get("kind") == "efficiency"
+    return isinstance(content, Mapping) and content.get("kind", "benchmark") != "benchmark"

@@ -1,5 +1,6 @@
 """A benchmark track: the cells it asks for."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -10,8 +11,10 @@ from pathlib import Path
 from prunebench.errors import UserError
 from prunebench.tracks import methods
 from prunebench.tracks.cells import PUBLISHED, REFERENCES, Cell
-from prunebench.tracks.checks import check_recovery
+from prunebench.tracks.checks import asset_names, check_recovery
 from prunebench.tracks.layout import RUNS, Paths
+from prunebench.tracks.settings import LEAST_SPARSITY, MOST_SPARSITY, nearest, parse
+from prunebench.tracks.settings_benchmark import BenchmarkSettings, Division
 from prunebench.tracks.stages import STAGES, needs_of
 
 ROW = ("model", "method", "sparsity", "recovery")
@@ -26,23 +29,41 @@ def _published_sparsities(method: methods.Method) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Track:
-    """A validated track. `content` is the YAML, `methods` the methods it runs."""
+    """A validated track.
+
+    Attributes:
+        content: the settings as plain values, of the keys that are given only.
+        methods: the methods it runs.
+        warnings: what was left out of its folders of methods, a line each.
+    """
 
     name: str
     content: Mapping
     methods: Mapping[str, methods.Method]
+    warnings: tuple[str, ...] = ()
     kind = "benchmark"
 
+    @functools.cached_property
+    def settings(self) -> BenchmarkSettings:
+        return parse(BenchmarkSettings, self.content, f"track {self.name}")
+
+    @functools.cached_property
+    def in_force(self) -> dict:
+        """The settings that are not their defaults, as plain values."""
+        return self.settings.model_dump(mode="json", exclude_defaults=True)
+
+    def _named(self, what: str, entries: Mapping, name: str) -> object:
+        if name not in entries:
+            raise UserError(f"unknown {what} '{name}' in track {self.name}{nearest(name, entries)}")
+        return entries[name]
+
     def model(self, name: str) -> Mapping:
-        if name not in self.content["models"]:
-            known = ", ".join(self.content["models"])
-            raise UserError(f"unknown model '{name}' in track {self.name}; known: {known}")
-        return self.content["models"][name]
+        return self._named("model", self.content["models"], name)
 
     @property
     def dense_seeds(self) -> tuple[int, ...]:
         """Seeds of the dense models' trainings; every cell is run on each."""
-        return tuple(self.content.get("dense_seeds", (0,)))
+        return self.settings.dense_seeds
 
     def dense_seed(self, given: int | None) -> int:
         """Check a dense seed that was given by hand; None stands for the only one."""
@@ -60,20 +81,16 @@ class Track:
         for kind in ("autoencoder", "text_encoder"):
             if name in self.content.get(f"{kind}s", {}):
                 return kind, self.content[f"{kind}s"][name]
-        entries = (*self.content.get("autoencoders", ()), *self.content.get("text_encoders", ()))
-        known = ", ".join(entries) or "none"
-        raise UserError(f"unknown coder '{name}' in track {self.name}; known: {known}")
+        entries = {**self.settings.autoencoders, **self.settings.text_encoders}
+        return self._named("coder", entries, name)
 
     def method(self, name: str) -> methods.Method:
-        if name not in self.methods:
-            known = ", ".join(self.methods)
-            raise UserError(f"unknown method '{name}' in track {self.name}; known: {known}")
-        return self.methods[name]
+        return self._named("method", self.methods, name)
 
     def parameters(self, cell: Cell) -> dict:
         """What `select` is called with: the track's values, then the published recipe's."""
         recipe = self.method(cell.method).published if cell.published else None
-        given = self.content["methods"].get("parameters", {}).get(cell.method, {})
+        given = self.settings.methods.parameters.get(cell.method, {})
         return {**given, **(recipe or {}).get("parameters", {})}
 
     def healing(self, cell: Cell) -> str:
@@ -98,9 +115,10 @@ class Track:
         """
         self.model(model)
         kind = self.method(method).kind
-        if not (0 < sparsity < 1 or (kind == "none" and sparsity == 0)):
+        inside = LEAST_SPARSITY <= sparsity <= MOST_SPARSITY
+        if not inside and not (kind == "none" and sparsity == 0):
             raise UserError(f"sparsity {sparsity} is impossible for {method}: it must be in (0, 1)")
-        check_recovery("--recovery", recovery, self.content["budgets"])
+        check_recovery("--recovery", recovery, self.settings.budgets)
         return Cell(
             track=self.name,
             model=model,
@@ -123,25 +141,23 @@ class Track:
     def cells(self, division: str | None = None) -> list[Cell]:
         """Every cell of a division (None: of the default one), in the order of its tables."""
         division = division or self.default_division
-        if division not in self.divisions:
-            known = ", ".join(self.divisions)
-            raise UserError(f"unknown division '{division}' in track {self.name}; known: {known}")
-        rows = dict.fromkeys(self._rows(self.divisions[division]))
+        asked = self._named("division", self.settings.divisions, division)
+        rows = dict.fromkeys(self._rows(asked))
         return [
             Cell(track=self.name, **dict(zip(ROW, row, strict=True)), dense_seed=dense, seed=seed)
             for row in rows
             for dense in self.dense_seeds
-            for seed in self.content["seeds"]
+            for seed in self.settings.seeds
         ]
 
     def records(self, division: str, runs: Path = RUNS) -> list[str]:
         """What the table of a division is made of."""
         return [Paths(self, cell, runs).score for cell in self.cells(division)]
 
-    def _rows(self, division: Mapping) -> Iterator[tuple[str, str, float, str]]:
-        for model, settings in self.content["models"].items():
+    def _rows(self, division: Division) -> Iterator[tuple[str, str, float, str]]:
+        for model, settings in self.settings.models.items():
             for method in self._participants(division):
-                if method.families and settings["family"] not in method.families:
+                if method.families and settings.family not in method.families:
                     continue
                 for recovery in self._recoveries(method, division):
                     own = recovery.startswith(f"{PUBLISHED}-")
@@ -149,11 +165,11 @@ class Track:
                     for sparsity in self.sparsities(method, own):
                         yield model, method.name, sparsity, named
 
-    def _participants(self, division: Mapping) -> list[methods.Method]:
+    def _participants(self, division: Division) -> list[methods.Method]:
         """The division's methods and the controls; only to compare recoveries, fewer will do."""
-        named = division.get("methods", self.methods)
+        named = self.methods if division.methods is None else division.methods
         always = [name for name, m in self.methods.items() if m.kind in REFERENCES]
-        if division["compares"] != "recoveries":
+        if division.compares != "recoveries":
             always += [name for name, m in self.methods.items() if m.control]
         return [m for name, m in self.methods.items() if name in named or name in always]
 
@@ -166,34 +182,34 @@ class Track:
         if method.kind == "none":
             return (0.0,)
         if method.kind == "steps":
-            return tuple(self.content["fewer_steps"])
+            return self.settings.fewer_steps
         if published and not method.sparsities:
             own = _published_sparsities(method) or sorted(
                 {s for m in self.methods.values() if m.kind == method.kind
                  for s in _published_sparsities(m)}
             )  # fmt: skip
-            return tuple(own or self.content["sparsities"])
-        return method.sparsities or tuple(self.content["sparsities"])
+            return tuple(own or self.settings.sparsities)
+        return method.sparsities or self.settings.sparsities
 
-    def _recoveries(self, method: methods.Method, division: Mapping) -> list[str]:
+    def _recoveries(self, method: methods.Method, division: Division) -> list[str]:
         if method.recovery == "never":
             return ["none"]
         skipped = {"none"} if method.recovery == "required" else set()
-        return [name for name in division["recoveries"] if name not in skipped]
+        return [name for name in division.recoveries if name not in skipped]
 
     def mask(self, model: str, recovery: str, index: int) -> None:
         """Check the place of one mask of the oracle, given by hand."""
-        if "oracle" not in self.content:
+        if self.settings.oracle is None:
             raise UserError(f"track {self.name} has no entry 'oracle'")
         self.model(model)
-        check_recovery("--recovery", recovery, self.content["budgets"])
+        check_recovery("--recovery", recovery, self.settings.budgets)
         if index < 0:
             raise UserError(f"--mask {index}: masks are counted from 0")
 
     @property
     def shards(self) -> int:
         """How many jobs draw a cell's images between them; the images do not depend on it."""
-        return self.content["sampling"].get("shards", 1)
+        return self.settings.sampling.shards
 
     def shard(self, index: int) -> None:
         """Check the number of a shard given by hand."""
@@ -205,37 +221,25 @@ class Track:
 
     def oracle(self) -> list[dict]:
         """What every job of the oracle is called with: model, dense_seed, recovery, seed, mask."""
-        settings = self.content.get("oracle")
-        if not settings:
+        oracle = self.settings.oracle
+        if oracle is None:
             return []
         axes = {
-            "model": settings["models"],
-            "dense_seed": settings.get("dense_seeds", self.dense_seeds[:1]),
-            "recovery": settings["recoveries"],
-            "seed": settings["seeds"],
-            "mask": range(settings["masks"]),
+            "model": oracle.models,
+            "dense_seed": oracle.dense_seeds or self.dense_seeds[:1],
+            "recovery": oracle.recoveries,
+            "seed": oracle.seeds,
+            "mask": range(oracle.masks),
         }
         return [dict(zip(axes, place, strict=True)) for place in itertools.product(*axes.values())]
 
     def assets(self) -> list[str]:
         """Names of everything from outside that the track's stages read."""
-        lpips = self.content["evaluation"]["lpips"]
-        reference = self.content["dataset"].get("reference", "held_out")
-        names = [
-            self.content["dataset"]["name"],
-            reference if reference not in ("held_out", "train") else None,
-            self.content["extractor"].get("asset"),
-            f"lpips-{lpips}" if lpips in ("alex", "vgg") else None,
-            self.content["evaluation"].get("clip"),
-            *(model.get("weights", {}).get("asset") for model in self.content["models"].values()),
-            *(entry.get("asset") for entry in self.content.get("autoencoders", {}).values()),
-            *(entry.get("asset") for entry in self.content.get("text_encoders", {}).values()),
-        ]
-        return [name for name in dict.fromkeys(names) if name]
+        return list(dict.fromkeys(name for _, name, _ in asset_names(self.settings)))
 
     def budget(self, cell: Cell) -> int:
         """Images the student may train on, in selection and recovery together."""
-        return 0 if cell.recovery == "none" else self.content["budgets"][cell.budget]
+        return 0 if cell.recovery == "none" else self.settings.budgets[cell.budget]
 
     def needs(self, stage: str) -> dict[str, int]:
         """What a job of a stage needs: mem_mb, runtime (minutes), gpu, cpus."""
@@ -244,18 +248,21 @@ class Track:
     def fingerprint(self, stage: str, **names: object) -> str:
         """Hash of the settings a stage depends on; a change of it recomputes the stage.
 
+        It is of the settings in force, without those that have their default value: a default that
+        is written down, and a key that is added to the suite later, change no fingerprint.
+
         Args:
             names: what the stage is called with; only model, dense_seed, method and coder count.
         """
         model, method = names.get("model", ""), names.get("method", "")
-        own = self.content["models"].get(model, {}).get("autoencoder", "")
+        own = self.in_force["models"].get(model, {}).get("autoencoder", "")
         coder = names.get("coder", "")
         stars = {"models": model, "methods": method}
         stars |= {"autoencoders": coder or own, "text_encoders": coder}
         trains = stage == "select" and method in self.methods and self.methods[method].trains
         parts: list[object] = [int(names["dense_seed"])] if stage == "dense" else []
         for dotted in (*STAGES[stage].depends, *(STAGES["recover"].depends if trains else ())):
-            entry: object = self.content
+            entry: object = self.in_force
             keys = dotted.split(".")
             for key in keys:
                 entry = entry.get(stars[keys[0]] if key == "*" else key, {}) if entry else {}

@@ -1,330 +1,433 @@
-"""What must hold of a track before anything runs."""
+"""What must hold between the sections of a track, and between it and what the suite has.
+
+Everything that can be known without files and without torch is checked before anything runs; each
+refusal names the file and the key.
+"""
 
 import copy
-import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-
-import jsonschema
-import yaml
 
 from prunebench import assets, models
 from prunebench import recovery as recoveries
+from prunebench.diffusion import samplers
 from prunebench.errors import UserError
-from prunebench.runtime import resources
+from prunebench.evaluation.metrics import metrics
+from prunebench.models import Takes
 from prunebench.tracks import methods
 from prunebench.tracks.cells import PUBLISHED
+from prunebench.tracks.settings import nearest, parse
+from prunebench.tracks.settings_benchmark import (
+    BenchmarkSettings,
+    Division,
+    Model,
+    Needs,
+)
 from prunebench.tracks.stages import FOLDERS, NEEDY, RESERVED, SEVERAL_GPUS, needs_of
 
-SCHEMA = resources.root() / "workflow" / "schemas" / "track.schema.yaml"
-FLOW_SAMPLERS = ("euler", "heun", "euler-maruyama")
+
+@dataclass(frozen=True)
+class Asked:
+    """A track being checked: its file and settings, and what its data set holds."""
+
+    file: Path
+    settings: BenchmarkSettings
+    images: assets.Asset
+
+    @property
+    def side(self) -> int:
+        """Pixels a side of the images that are compared."""
+        return self.settings.sampling.size or self.images.shape[1]
+
+    def refuse(self, key: str, message: str) -> UserError:
+        return UserError(f"{self.file}: {key}: {message}")
 
 
-def check_assets(file: Path, track) -> None:
-    try:
-        images = assets.data_set(track.content["dataset"]["name"])
-        for name in track.assets():
-            assets.asset(name)
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
-    for name, model in track.content["models"].items():
-        if ("text_encoder" in model) != (images.classes is None):
-            has = "captions, not classes" if images.classes is None else "classes, not captions"
-            raise UserError(f"{file}: models.{name}.text_encoder: {images.name} has {has}")
-
-
-def _check_model(file: Path, name: str, model: Mapping, content: Mapping) -> None:
-    """What of a model's settings must fit together, which a schema cannot say."""
-    where, sampling = f"{file}: models.{name}", model["sampling"]
-    flow = model["objective"]["name"] == "flow"
-    if (sampling["sampler"] in FLOW_SAMPLERS) != flow:
-        raise UserError(
-            f"{where}.sampling.sampler: '{sampling['sampler']}' does not sample objective "
-            f"'{model['objective']['name']}'; {', '.join(FLOW_SAMPLERS)} are for flow"
-        )
-    _check_spacing(where, model, sampling["steps"])
-    for fraction in content["fewer_steps"]:
-        left = round(sampling["steps"] * (1 - fraction))
-        if not 0 < left < sampling["steps"]:
-            raise UserError(
-                f"{where}.sampling.steps: {fraction} fewer of {sampling['steps']} steps is {left}; "
-                "change steps or fewer_steps"
-            )
-        _check_spacing(where, model, left)
-    _check_conditions(where, model)
-    learned = sampling.get("options", {}).get("variance_type") == "learned_range"
-    if learned and not model["config"].get("learn_sigma"):
-        raise UserError(
-            f"{where}.sampling.options.variance_type: the model predicts no variance; leave it out"
-        )
-    if "images" in model["recovery"]:
-        raise UserError(f"{where}.recovery.images: budgets say how long recovery trains")
-    for budget, images in content["budgets"].items():
-        if images < model["recovery"]["batch"]:
-            raise UserError(f"{file}: budgets.{budget}: less than one batch of model '{name}'")
-    if "training" not in model and "weights" not in model:
-        raise UserError(
-            f"{where}: needs 'training', 'weights', or both: the weights are fine-tuned"
-        )
-    if "classes" in model.get("weights", {}) and "training" not in model:
-        raise UserError(f"{where}.weights.classes: other classes must be learnt; add 'training'")
-    _check_precision(where, name, model, content)
-    if "training" in model and model["training"]["images"] < model["training"]["batch"]:
-        raise UserError(f"{where}.training.images: less than one batch")
-
-
-def _check_precision(where: str, name: str, model: Mapping, content: Mapping) -> None:
-    """Weights in half precision can be pruned and sampled; small updates of them would be lost."""
-    if model.get("weights", {}).get("dtype", "float32") == "float32":
-        return
-    recoveries = [r for division in content["divisions"].values() for r in division["recoveries"]]
-    oracle = content.get("oracle", {"models": []})
-    if name in oracle["models"]:
-        recoveries += oracle["recoveries"]
-    if "training" in model or set(recoveries) != {"none"}:
-        raise UserError(
-            f"{where}.weights.dtype: weights in half precision can't be trained; leave it out, or "
-            "take only recoveries 'none' and no 'training'"
-        )
-
-
-def take_published(where: str, model: dict) -> None:
-    """Put the published configuration that a model's `config` names in its place.
+def take_published(file: Path, place: str, model: Model) -> Model:
+    """The model with the published configuration that its `config` names in that one's place.
 
     Its checkpoint's layout is the default of `weights`, and what it was trained for must be the
     model's objective.
+
+    Raises:
+        UserError: the family, the configuration, one of its keys or the layout is unknown or wrong.
     """
-    if model["family"] not in models.family_names():
-        families = ", ".join(models.family_names())
-        raise UserError(f"{where}.family: unknown family '{model['family']}'; known: {families}")
-    known, entry = models.published(model["family"]), None
-    if isinstance(model["config"], str):
-        entry = known.get(model["config"])
-        if entry is None:
-            names = ", ".join(known) or "none"
-            raise UserError(f"{where}.config: unknown name '{model['config']}'; known: {names}")
-        model["config"] = copy.deepcopy(entry.config)
-    if "weights" not in model:
-        return
-    if ("asset" in model["weights"]) == ("file" in model["weights"]):
-        raise UserError(f"{where}.weights: needs either the key 'asset' or 'file'")
-    model["weights"] = weights = {"layout": entry and entry.layout, **model["weights"]}
-    layouts = sorted({"suite", *(other.layout for other in known.values())})
-    if weights["layout"] not in layouts:
+    config, entry = published_config(file, place, model.family, model.config)
+    update: dict[str, object] = {"config": config}
+    if model.weights is not None:
+        layout = _layout(file, place, model, entry)
+        update["weights"] = model.weights.model_copy(update={"layout": layout})
+    trained = model.objective.model_dump(exclude_unset=True, exclude={"times"})
+    own = entry and model.weights is not None and update["weights"].layout == entry.layout
+    if own and trained != entry.objective:
         raise UserError(
-            f"{where}.weights.layout: '{weights['layout']}' is no layout of family "
-            f"{model['family']}; known: {', '.join(layouts)}"
+            f"{file}: {place}.objective: the checkpoint was trained for {entry.objective}"
         )
-    trained = {key: value for key, value in model["objective"].items() if key != "times"}
-    if entry and weights["layout"] == entry.layout and trained != entry.objective:
-        raise UserError(f"{where}.objective: the checkpoint was trained for {entry.objective}")
+    return model.model_copy(update=update)
 
 
-def _check_spacing(where: str, model: Mapping, steps: int) -> None:
-    """Leading steps are T // steps apart, counted from 0: at 750 of 1,000 the noisiest 250 miss."""
-    sampling, times = model["sampling"], model["objective"].get("train_steps", 1000)
-    default = {"ddpm": "leading", "pndm": "leading"}.get(sampling["sampler"])
-    spacing = sampling.get("options", {}).get("timestep_spacing", default)
-    if spacing == "leading" and times % steps > times / 10:
-        raise UserError(
-            f"{where}.sampling.options.timestep_spacing: 'leading' with {steps} steps never visits "
-            f"the noisiest {times % steps} of {times} times; use linspace or trailing"
-        )
-
-
-def _check_conditions(where: str, model: Mapping) -> None:
-    """Dropping conditions and guidance need a model that has classes, or reads text."""
-    if "text_encoder" in model:
-        if model["config"].get("classes") is not None:
-            raise UserError(f"{where}.text_encoder: the model has classes; leave out one of them")
-        return
-    used = {
-        "training.class_dropout": model.get("training", {}).get("class_dropout", 0) != 0,
-        "recovery.class_dropout": model["recovery"].get("class_dropout", 0) != 0,
-        "sampling.guidance": model["sampling"].get("guidance", 1) != 1,
-    }
-    for key in (key for key, asked in used.items() if asked):
-        if model["config"].get("classes") is None:
+def published_config(
+    file: Path, place: str, family: str, config: Mapping | str
+) -> tuple[dict, models.Published | None]:
+    """The settings of a network, and the published entry that a track names in their place."""
+    if family not in models.family_names():
+        known = nearest(family, models.family_names())
+        raise UserError(f"{file}: {place}.family: unknown family '{family}'{known}")
+    entry = None
+    if isinstance(config, str):
+        table = models.published(family)
+        if config not in table:
             raise UserError(
-                f"{where}.{key}: the model is unconditional; leave it out, or give config.classes "
-                "or a text_encoder"
+                f"{file}: {place}.config: unknown name '{config}'{nearest(config, table)}"
             )
-        if not model["config"].get("null_class", True):
-            raise UserError(f"{where}.{key}: the model has no class for 'no class'; leave it out")
+        entry = table[config]
+        config = copy.deepcopy(entry.config)
+    parse(models.config(family), config, file, place, "config")
+    return config, entry
 
 
-@functools.cache
-def _schema(file: Path) -> jsonschema.Draft202012Validator:
-    return jsonschema.Draft202012Validator(yaml.safe_load(file.read_text()))
+def takes(family: str, config: Mapping) -> Takes:
+    """What a network of these settings takes."""
+    return models.config(family).model_validate(config, strict=False).takes()
 
 
-def check_schema(file: Path, content: object, schema: Path) -> None:
-    """Refuse what a JSON schema does not allow, naming the first wrong key."""
-    errors = sorted(_schema(schema).iter_errors(content), key=lambda e: list(map(str, e.path)))
-    if errors:
-        key = ".".join(map(str, errors[0].absolute_path)) or "the file"
-        raise UserError(f"{file}: {key}: {errors[0].message}")
+def _layout(file: Path, place: str, model: Model, entry: models.Published | None) -> str:
+    layout = model.weights.layout or (entry and entry.layout)
+    known = sorted({"suite", *(e.layout for e in models.published(model.family).values())})
+    if layout not in known:
+        said = f"'{layout}' is none of family {model.family}"
+        if layout is None:
+            said = "this key is missing; only a published 'config' brings its own"
+        raise UserError(f"{file}: {place}.weights.layout: {said}{nearest(layout or '', known)}")
+    return layout
 
 
-def validate(file: Path, content: object) -> None:
-    check_schema(file, content, SCHEMA)
-    for name, model in content["models"].items():
-        if name in FOLDERS:
-            raise UserError(f"{file}: models.{name}: the name is taken; choose another")
-        take_published(f"{file}: models.{name}", model)
-        _check_model(file, name, model, content)
-    extractor, lpips = content["extractor"], content["evaluation"]["lpips"]
-    needed = "training" if extractor["name"] == "domain" else "asset"
-    if needed not in extractor:
-        raise UserError(f"{file}: extractor: '{extractor['name']}' needs the key '{needed}'")
-    if lpips == "domain" != extractor["name"]:
-        raise UserError(
-            f"{file}: evaluation.lpips: 'domain' compares maps of the domain classifier and needs "
-            f"extractor.name 'domain', not '{extractor['name']}'; or use none, alex or vgg"
+def check(file: Path, settings: BenchmarkSettings) -> None:
+    """Refuse what the sections by themselves allow.
+
+    Raises:
+        UserError: see the functions below; the message names the key.
+    """
+    _check_assets(file, settings)
+    asked = Asked(file, settings, assets.data_set(settings.dataset.name))
+    for name, model in settings.models.items():
+        _check_model(asked, name, model)
+    _check_judges(asked)
+    for name, division in settings.divisions.items():
+        if name in RESERVED:
+            raise asked.refuse(f"divisions.{name}", "the name is taken; choose another")
+        for recovery in division.recoveries:
+            check_recovery(f"{file}: divisions.{name}.recoveries", recovery, settings.budgets)
+    _check_coders(asked)
+    _check_oracle(asked)
+    check_needs(file, settings.needs)
+    _check_shared_batches(asked)
+    _check_dense_seeds(asked)
+
+
+def asset_names(settings: BenchmarkSettings) -> Iterator[tuple[str, str, str]]:
+    """(key, name, kind) of every asset that a track names."""
+    yield "dataset.name", settings.dataset.name, "dataset"
+    if settings.dataset.reference not in ("held_out", "train"):
+        yield "dataset.reference", settings.dataset.reference, "reference"
+    if settings.extractor.asset:
+        yield "extractor.asset", settings.extractor.asset, "extractor"
+    evaluation = settings.evaluation.model_dump()
+    for metric in metrics().values():
+        if name := metric.weights(evaluation):
+            yield "evaluation", name, "extractor"
+    for name, model in settings.models.items():
+        if model.weights and model.weights.asset:
+            yield f"models.{name}.weights.asset", model.weights.asset, "checkpoint"
+    for kind in ("autoencoders", "text_encoders"):
+        for name, coder in getattr(settings, kind).items():
+            if coder.asset:
+                yield f"{kind}.{name}.asset", coder.asset, "checkpoint"
+
+
+def _check_assets(file: Path, settings: BenchmarkSettings) -> None:
+    for key, name, kind in asset_names(settings):
+        known = [asset.name for asset in assets.ASSETS.values() if asset.kind == kind]
+        if name not in assets.ASSETS:
+            raise UserError(f"{file}: {key}: unknown asset {name!r}{nearest(name, known)}")
+        if name not in known:
+            raise UserError(f"{file}: {key}: asset '{name}' is no {kind}{nearest(name, known)}")
+
+
+def _check_model(asked: Asked, name: str, model: Model) -> None:
+    """What of a model's settings must fit together, and fit the data set."""
+    place, needed = f"models.{name}", takes(model.family, model.config)
+    if name in FOLDERS:
+        raise asked.refuse(place, "the name is taken; choose another")
+    _check_shape(asked, place, model, needed)
+    _check_steps(asked, place, model, needed)
+    _check_conditions(asked, place, model, needed)
+    for budget, images in asked.settings.budgets.items():
+        if images < model.recovery.batch:
+            raise asked.refuse(f"budgets.{budget}", f"less than one batch of model '{name}'")
+    _check_precision(asked, name, model)
+
+
+def _check_shape(asked: Asked, place: str, model: Model, needed: Takes) -> None:
+    """Images of the data set, or latents that an autoencoder may make of them."""
+    channels, side, _ = asked.images.shape
+    if model.autoencoder is None and needed.channels != channels:
+        raise asked.refuse(
+            f"{place}.config",
+            f"the network takes {needed.channels} channels, {asked.images.name} has {channels}; "
+            "models of latents name an autoencoder",
         )
-    for division, settings in content["divisions"].items():
-        if division in RESERVED:
-            raise UserError(f"{file}: divisions.{division}: the name is taken; choose another")
-        for name in settings["recoveries"]:
-            check_recovery(f"{file}: divisions.{division}", name, content["budgets"])
-    for kind in ("autoencoder", "text_encoder"):
-        _check_coders(file, content, kind)
-    for name in content.get("autoencoders", {}):
-        if name in content.get("text_encoders", {}):
-            raise UserError(
-                f"{file}: text_encoders.{name}: an autoencoder has that name; rename it"
+    if model.autoencoder is None and needed.side not in (None, side):
+        raise asked.refuse(
+            f"{place}.config",
+            f"the network takes images of {needed.side} pixels a side, {asked.images.name} has "
+            f"{side}; models of latents name an autoencoder",
+        )
+    if side % (needed.side or needed.multiple):
+        raise asked.refuse(
+            f"{place}.config",
+            f"{side} pixels a side of {asked.images.name} are no multiple of "
+            f"{needed.side or needed.multiple}, the network's side",
+        )
+
+
+def _check_steps(asked: Asked, place: str, model: Model, needed: Takes) -> None:
+    """The sampler can do what is asked of it, also in the steps that `fewer_steps` leaves."""
+    sampling = model.sampling
+    _check_sampler(asked, place, model, sampling.steps, needed)
+    for fraction in asked.settings.fewer_steps:
+        left = round(sampling.steps * (1 - fraction))
+        if not 0 < left < sampling.steps:
+            raise asked.refuse(
+                f"{place}.sampling.steps",
+                f"{fraction} fewer of {sampling.steps} steps is {left}; change steps or "
+                "fewer_steps",
             )
-    _check_shards(file, content["sampling"])
-    _check_oracle(file, content)
-    check_needs(file, content.get("needs", {}))
-    _check_shared_batches(file, content)
+        _check_sampler(asked, place, model, left, needed)
 
 
-def _check_shared_batches(file: Path, content: Mapping) -> None:
-    """A batch that several GPUs train on must be divisible by them: said before jobs are queued."""
-    for rule, key in (("dense", "training"), ("recover", "recovery")):
-        count = needs_of(content, rule)["gpu"]
-        for name, model in content["models"].items():
-            batch = model.get(key, {}).get("batch", 0)
-            if count > 1 and batch % count:
-                raise UserError(
-                    f"{file}: models.{name}.{key}.batch: {batch} can't be shared by the {count} "
-                    f"GPUs of needs.{rule}"
+def _check_sampler(asked: Asked, place: str, model: Model, steps: int, needed: Takes) -> None:
+    sampling, goal = model.sampling, model.objective
+    times = getattr(goal, "train_steps", None)
+    try:
+        options = samplers.checked(sampling.sampler, steps, sampling.options, goal.name, times)
+    except UserError as error:
+        raise UserError(f"{asked.file}: {place}.sampling.{error}") from None
+    if options.reads_variance() and not needed.learns_variance:
+        raise asked.refuse(
+            f"{place}.sampling.options.variance_type",
+            "the model predicts no variance; leave it out",
+        )
+
+
+def _check_conditions(asked: Asked, place: str, model: Model, needed: Takes) -> None:
+    """Classes or text as the data set has them; dropping them and guidance need one of both."""
+    if (model.text_encoder is not None) != (asked.images.classes is None):
+        captions = asked.images.classes is None
+        has = "captions, not classes" if captions else "classes, not captions"
+        raise asked.refuse(f"{place}.text_encoder", f"{asked.images.name} has {has}")
+    if model.text_encoder is not None:
+        if needed.classes is not None:
+            raise asked.refuse(
+                f"{place}.text_encoder", "the model has classes; leave out one of them"
+            )
+        return
+    if needed.classes not in (None, asked.images.classes):
+        raise asked.refuse(
+            f"{place}.config.classes",
+            f"{needed.classes} classes, but {asked.images.name} has {asked.images.classes}",
+        )
+    for key in _guided(model):
+        if needed.classes is None:
+            raise asked.refuse(
+                f"{place}.{key}",
+                "the model is unconditional; leave it out, or give config.classes or a "
+                "text_encoder",
+            )
+        if not needed.no_class:
+            raise asked.refuse(
+                f"{place}.{key}", "the model has no class for 'no class'; leave it out"
+            )
+
+
+def _guided(model: Model) -> Iterator[str]:
+    """The keys that only a model of classes or text has a use for."""
+    if model.training and model.training.class_dropout:
+        yield "training.class_dropout"
+    if model.recovery.class_dropout:
+        yield "recovery.class_dropout"
+    if model.sampling.guidance != 1:
+        yield "sampling.guidance"
+
+
+def _check_precision(asked: Asked, name: str, model: Model) -> None:
+    """Weights in half precision can be pruned and sampled; small updates of them would be lost."""
+    if model.weights is None or model.weights.dtype == "float32":
+        return
+    divisions, oracle = asked.settings.divisions.values(), asked.settings.oracle
+    used = {recovery for division in divisions for recovery in division.recoveries}
+    if oracle and name in oracle.models:
+        used |= set(oracle.recoveries)
+    if model.training is not None or used != {"none"}:
+        raise asked.refuse(
+            f"models.{name}.weights.dtype",
+            "weights in half precision can't be trained; leave it out, or take only recoveries "
+            "'none' and no 'training'",
+        )
+
+
+def _check_judges(asked: Asked) -> None:
+    """What compares images can do so with these."""
+    settings, images = asked.settings, asked.images
+    lpips, extractor = settings.evaluation.lpips, settings.extractor
+    if lpips == "domain" != extractor.name:
+        raise asked.refuse(
+            "evaluation.lpips",
+            "'domain' compares maps of the domain classifier and needs extractor.name 'domain', "
+            f"not '{extractor.name}'; or use none, alex or vgg",
+        )
+    if extractor.name == "domain" and (images.classes or 0) < 2:
+        raise asked.refuse(
+            "extractor.name", f"'domain' learns classes; {images.name} has {images.classes or 0}"
+        )
+    for name, metric in metrics().items():
+        if said := metric.refusal(settings.evaluation.model_dump(), asked.side):
+            raise UserError(f"{asked.file}: {said}")
+        limit = settings.dataset.limit_reference or metric.least_images
+        for key, count in (
+            ("sampling.count", settings.sampling.count),
+            ("dataset.limit_reference", limit),
+        ):
+            if count < metric.least_images:
+                raise asked.refuse(key, f"{name} needs {metric.least_images} images, not {count}")
+    if settings.sampling.size and settings.sampling.size > images.shape[1]:
+        raise asked.refuse(
+            "sampling.size",
+            f"images are made smaller only; those of {images.name} have {images.shape[1]} a side",
+        )
+    limit = settings.dataset.limit_train
+    if extractor.training and limit and extractor.training.batch > limit:
+        raise asked.refuse("extractor.training.batch", f"more than dataset.limit_train, {limit}")
+
+
+def _check_coders(asked: Asked) -> None:
+    """The autoencoders and text encoders that models name are there; no two have one name."""
+    for name in asked.settings.text_encoders:
+        if name in asked.settings.autoencoders:
+            raise asked.refuse(f"text_encoders.{name}", "an autoencoder has that name; rename it")
+    for name, model in asked.settings.models.items():
+        for kind, coder in model.coders.items():
+            known = getattr(asked.settings, f"{kind}s")
+            if coder not in known:
+                raise asked.refuse(
+                    f"models.{name}.{kind}",
+                    f"unknown {kind.replace('_', ' ')} '{coder}' in {kind}s{nearest(coder, known)}",
                 )
 
 
-def check_needs(file: Path, needs: Mapping) -> None:
-    for rule, given in needs.items():
-        if rule not in ("default", *NEEDY):
-            known = ", ".join(("default", *NEEDY))
-            raise UserError(f"{file}: needs: unknown stage '{rule}'; known: {known}")
-        if given.get("gpu", 0) > 1 and rule not in SEVERAL_GPUS:
-            able = " and ".join(SEVERAL_GPUS)
-            raise UserError(f"{file}: needs.{rule}.gpu: only {able} can use more than one GPU")
-
-
-def _check_coders(file: Path, content: Mapping, kind: str) -> None:
-    """Autoencoders or text encoders, and the models that name one."""
-    known = content.get(f"{kind}s", {})
-    for name, entry in known.items():
-        if ("asset" in entry) == ("folder" in entry):
-            raise UserError(f"{file}: {kind}s.{name}: needs either the key 'asset' or 'folder'")
-    for name, model in content["models"].items():
-        if model.get(kind) not in (None, *known):
-            raise UserError(
-                f"{file}: models.{name}.{kind}: unknown {kind.replace('_', ' ')} '{model[kind]}'; "
-                f"known: {', '.join(known) or 'none'}"
-            )
-
-
-def _check_shards(file: Path, sampling: Mapping) -> None:
-    blocks = -(-sampling["count"] // sampling["lanes"])
-    if sampling.get("shards", 1) > blocks:
-        raise UserError(
-            f"{file}: sampling.shards: {sampling['shards']} shards, but {sampling['count']} images "
-            f"are {blocks} blocks of {sampling['lanes']} (sampling.lanes), which are never split; "
-            f"use at most {blocks}"
-        )
-
-
-def _check_oracle(file: Path, content: Mapping) -> None:
-    for name in content.get("oracle", {}).get("models", ()):
-        if name not in content["models"]:
-            known = ", ".join(content["models"])
-            raise UserError(f"{file}: oracle.models: unknown model '{name}'; known: {known}")
-    for name in content.get("oracle", {}).get("recoveries", ()):
-        check_recovery(f"{file}: oracle", name, content["budgets"])
+def _check_oracle(asked: Asked) -> None:
+    oracle, budgets = asked.settings.oracle, asked.settings.budgets
+    if oracle is None:
+        return
+    for name in oracle.models:
+        if name not in asked.settings.models:
+            known = nearest(name, asked.settings.models)
+            raise asked.refuse("oracle.models", f"unknown model '{name}'{known}")
+    for name in oracle.recoveries:
+        check_recovery(f"{asked.file}: oracle.recoveries", name, budgets)
         if name.startswith(f"{PUBLISHED}-"):
-            raise UserError(f"{file}: oracle.recoveries: '{name}' belongs to a method, not a mask")
+            raise asked.refuse("oracle.recoveries", f"'{name}' belongs to a method, not a mask")
 
 
-def check_recovery(where: str, name: str, budgets: Mapping) -> None:
+def check_recovery(where: str, name: str, budgets: Iterable[str]) -> None:
+    """Refuse what is neither "none" nor a recovery and a budget: "finetune-low"."""
     module, _, budget = name.rpartition("-")
     if name == "none":
         return
     if module not in (PUBLISHED, *recoveries.recovery_names()):
-        known = ", ".join(recoveries.recovery_names())
-        raise UserError(f"{where}: unknown recovery '{module}' in '{name}'; known: {known}")
+        known = nearest(module, recoveries.recovery_names())
+        raise UserError(f"{where}: unknown recovery '{module}' in '{name}'{known}")
     if budget not in budgets:
         raise UserError(f"{where}: '{name}' needs a budget of: {', '.join(budgets)}")
 
 
-def check_methods(file: Path, content: Mapping) -> dict[str, methods.Method]:
-    settings = content["methods"]
-    found = methods.discover(settings["folders"])
-    named = {
-        *settings.get("exclude", ()),
-        *settings.get("parameters", {}),
-        *settings.get("only", ()),
-        *(name for d in content["divisions"].values() for name in d.get("methods", ())),
-    }
-    for name in sorted(named - set(found)):
-        raise UserError(f"{file}: methods: unknown method '{name}'; known: {', '.join(found)}")
-    for name, given in settings.get("parameters", {}).items():
-        methods.check_parameters(found[name], given)
-    for method in found.values():
-        _check_recipe(method)
+def check_needs(file: Path, needs: Mapping[str, Needs]) -> None:
+    known = ("default", *NEEDY)
+    for rule, given in needs.items():
+        if rule not in known:
+            raise UserError(f"{file}: needs.{rule}: unknown stage '{rule}'{nearest(rule, known)}")
+        if (given.gpu or 0) > 1 and rule not in SEVERAL_GPUS:
+            able = " and ".join(SEVERAL_GPUS)
+            raise UserError(f"{file}: needs.{rule}.gpu: only {able} can use more than one GPU")
+
+
+def _check_shared_batches(asked: Asked) -> None:
+    """A batch that several GPUs train on must be divisible by them: said before jobs are queued."""
+    for rule, key in (("dense", "training"), ("recover", "recovery")):
+        count = needs_of(asked.settings.model_dump(include={"needs"}, exclude_none=True), rule)[
+            "gpu"
+        ]
+        for name, model in asked.settings.models.items():
+            training = getattr(model, key)
+            if count > 1 and training and training.batch % count:
+                raise asked.refuse(
+                    f"models.{name}.{key}.batch",
+                    f"{training.batch} can't be shared by the {count} GPUs of needs.{rule}",
+                )
+
+
+def _check_dense_seeds(asked: Asked) -> None:
+    """Several dense trainings are of models that are trained here; the oracle has some of them."""
+    oracle, seeds = asked.settings.oracle, asked.settings.dense_seeds
+    if oracle and not set(oracle.dense_seeds or ()) <= set(seeds):
+        known = ", ".join(map(str, seeds))
+        raise asked.refuse("oracle.dense_seeds", f"some are not among dense_seeds: {known}")
+    if len(seeds) < 2:
+        return
+    for name, model in asked.settings.models.items():
+        if model.training is None:
+            raise asked.refuse(
+                "dense_seeds", f"model '{name}' is taken as released; it has one dense seed"
+            )
+
+
+def check_methods(file: Path, settings: BenchmarkSettings, there: methods.Found) -> list[str]:
+    """The methods that a track runs: those that are there, as `only` and `exclude` say.
+
+    Raises:
+        UserError: the track names a method that is broken or unknown, or gives it parameters that
+            it does not have; or switches a control off.
+    """
+    given, found = settings.methods, there.methods
+    for key, name in _named(settings):
+        if name in there.broken:
+            raise UserError(f"{file}: {key}: {there.broken[name]}")
+        if name not in found:
+            known = nearest(name, found)
+            raise UserError(f"{file}: {key}: unknown method '{name}'{known}")
+    for name, values in given.parameters.items():
+        methods.check_parameters(found[name], values, f"{file}: methods.parameters.{name}")
     controls = {name for name, method in found.items() if method.control}
-    for name in sorted(controls & set(settings.get("exclude", ()))):
+    for name in sorted(controls & set(given.exclude)):
         raise UserError(f"{file}: methods.exclude: '{name}' is a control and can't be switched off")
-    _check_divisions(file, content, found)
-    wanted = (set(settings.get("only", found)) | controls) - set(settings.get("exclude", ()))
-    return {name: method for name, method in found.items() if name in wanted}
+    only = found if given.only is None else given.only
+    wanted = (set(only) | controls) - set(given.exclude)
+    for name, division in settings.divisions.items():
+        _check_division(f"{file}: divisions.{name}.methods", division, wanted)
+    return [name for name in found if name in wanted]
 
 
-def _check_divisions(file: Path, content: Mapping, found: Mapping) -> None:
+def _named(settings: BenchmarkSettings) -> Iterator[tuple[str, str]]:
+    """(key, method) of every method that the track names."""
+    given = settings.methods
+    for key in ("exclude", "parameters", "only"):
+        yield from ((f"methods.{key}", name) for name in getattr(given, key) or ())
+    for division, entry in settings.divisions.items():
+        yield from ((f"divisions.{division}.methods", name) for name in entry.methods or ())
+
+
+def _check_division(where: str, division: Division, wanted: set[str]) -> None:
     """A division may name only methods that the track runs."""
-    settings = content["methods"]
-    gone = set(settings.get("exclude", ()))
-    if "only" in settings:
-        gone |= {n for n, m in found.items() if n not in settings["only"] and not m.control}
-    for name, division in content["divisions"].items():
-        for method in sorted(gone & set(division.get("methods", ()))):
-            raise UserError(
-                f"{file}: divisions.{name}.methods: '{method}' is left out by methods.only or "
-                "methods.exclude"
-            )
-
-
-def _check_recipe(method: methods.Method) -> None:
-    """A published recipe names a recovery that exists and parameters that `select` has."""
-    recipe = method.published or {}
-    known = {"recovery": str, "parameters": dict, "sparsities": tuple}
-    for key, value in recipe.items():
-        if key not in known:
-            raise UserError(f"{method.file}: PUBLISHED has {key!r}; known: {', '.join(known)}")
-        if not isinstance(value, known[key]):
-            raise UserError(
-                f"{method.file}: PUBLISHED {key} is {value!r}, not a {known[key].__name__}"
-            )
-    if recipe.get("recovery", "finetune") not in recoveries.recovery_names():
-        names = ", ".join(recoveries.recovery_names())
-        raise UserError(
-            f"{method.file}: PUBLISHED names the recovery {recipe['recovery']!r}; known: {names}"
-        )
-    for sparsity in recipe.get("sparsities", ()):
-        if not (isinstance(sparsity, float) and 0 < sparsity < 1):
-            raise UserError(
-                f"{method.file}: PUBLISHED sparsities have {sparsity!r}; each must be in (0, 1)"
-            )
-    methods.check_parameters(method, recipe.get("parameters", {}), f"{method.file}: PUBLISHED")
+    for method in sorted(set(division.methods or ()) - wanted):
+        raise UserError(f"{where}: '{method}' is left out by methods.only or methods.exclude")

@@ -4,19 +4,20 @@ Free of torch, like `prunebench.tracks`, because the Snakefile imports it. A tra
 rules ask of a benchmark track; what it has none of (assets, an oracle, shards) is empty.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from prunebench import models
 from prunebench.errors import UserError
 from prunebench.tracks import checks, stages
 from prunebench.tracks.files import read
 from prunebench.tracks.layout import RUNS, Layout
+from prunebench.tracks.settings import nearest, parse
+from prunebench.tracks.settings_efficiency import Claim, EfficiencySettings, Network
 
-SCHEMA = checks.SCHEMA.with_name("efficiency.schema.yaml")
 DENSE = "dense"  # the plan that removes nothing, a row of every model
 DIVISION = "costs"  # the one table of such a track
 # What of the track a row depends on besides its model and plan; editing anything else leaves it.
@@ -25,7 +26,11 @@ DEPENDS = ("seed", "device", "precisions", "modes", "rounds", "warmup")
 
 @dataclass(frozen=True)
 class Track:
-    """A validated efficiency track; `content` is the YAML, published configurations filled in."""
+    """A validated efficiency track.
+
+    Attributes:
+        content: the settings as plain values, of the keys that are given only.
+    """
 
     name: str
     content: Mapping
@@ -34,6 +39,11 @@ class Track:
     default_division = DIVISION
     shards = 1
     dense_seeds = (0,)
+    warnings = ()
+
+    @functools.cached_property
+    def settings(self) -> EfficiencySettings:
+        return parse(EfficiencySettings, self.content, f"track {self.name}")
 
     def assets(self) -> list[str]:
         return []
@@ -54,20 +64,28 @@ class Track:
         wanted = _named("plan", plan, known, f"track {self.name}")
         self.model(model)
         if (model, plan) not in self.rows():
-            raise UserError(f"plan '{plan}' of track {self.name} is not for model '{model}'")
+            raise UserError(
+                f"plan '{plan}' of track {self.name} is not for model '{model}' (its `plans`, or "
+                "the plan's `models`)"
+            )
         return wanted
 
     def rows(self) -> list[tuple[str, str]]:
         """(model, plan) of every row, dense first."""
-        plans = self.content["plans"]
         return [
             (model, plan)
-            for model, settings in self.content["models"].items()
-            for plan in (DENSE, *plans)
-            if plan == DENSE
-            or (
-                plan in settings.get("plans", plans) and model in plans[plan].get("models", [model])
-            )
+            for model, network in self.settings.models.items()
+            for plan in (DENSE, *self._plans(model, network))
+        ]
+
+    def _plans(self, name: str, network: Network) -> list[str]:
+        """The plans that a model and the plan itself both allow."""
+        plans = self.settings.plans
+        return [
+            plan
+            for plan, entry in plans.items()
+            if plan in (plans if network.plans is None else network.plans)
+            and (entry.models is None or name in entry.models)
         ]
 
     def record(self, model: str, plan: str, runs: Path = RUNS) -> str:
@@ -90,7 +108,7 @@ class Track:
 
 def _named(what: str, name: str, known: Mapping, where: str) -> Mapping:
     if name not in known:
-        raise UserError(f"unknown {what} '{name}' in {where}; known: {', '.join(known)}")
+        raise UserError(f"unknown {what} '{name}' in {where}{nearest(name, known)}")
     return known[name]
 
 
@@ -105,51 +123,66 @@ def load(name: str) -> Track:
 
 def checked(file: Path, content: object) -> Track:
     """The track that a file's content makes; errors as `load`."""
-    checks.check_schema(file, content, SCHEMA)
-    for key, model in content["models"].items():
-        _fill_in(f"{file}: models.{key}", model)
-        for plan in model.get("plans", ()):
-            _named("plan", plan, content["plans"], f"{file}: models.{key}.plans")
-    for key, plan in content["plans"].items():
-        _check_plan(f"{file}: plans.{key}", key, plan, content["models"])
-    checks.check_needs(file, content.get("needs", {}))
-    track = Track(file.stem, content)
-    for number, claim in enumerate(content.get("published", ())):
+    settings = parse(EfficiencySettings, content, file)
+    networks = {
+        name: _filled_in(file, f"models.{name}", model) for name, model in settings.models.items()
+    }
+    settings = settings.model_copy(update={"models": networks})
+    _check_names(file, settings)
+    checks.check_needs(file, settings.needs)
+    track = Track(file.stem, settings.model_dump(mode="json", exclude_unset=True))
+    for number, claim in enumerate(settings.published):
         _check_claim(f"{file}: published.{number}", claim, track)
     return track
 
 
-def _fill_in(where: str, model: dict) -> None:
-    """Put the published configuration, its title and a batch of one in their places."""
-    named = model["config"] if isinstance(model["config"], str) else None
-    checks.take_published(where, model)
-    if named:
-        model.setdefault("title", models.published(model["family"])[named].title)
-    if "title" not in model:
-        raise UserError(f"{where}: a configuration of your own needs a 'title'")
-    if model["batches"][0] != 1:
-        raise UserError(f"{where}.batches: begins with 1, the batch that latency is read at")
+def _filled_in(file: Path, place: str, model: Network) -> Network:
+    """The network with the published configuration, and that one's title, in their places."""
+    config, entry = checks.published_config(file, place, model.family, model.config)
+    title = model.title or (entry and entry.title)
+    if title is None:
+        raise UserError(f"{file}: {place}: a configuration of your own needs a 'title'")
+    takes = checks.takes(model.family, config)
+    channels, *sides = model.x
+    if channels != takes.channels:
+        raise UserError(f"{file}: {place}.x: the network takes {takes.channels} channels")
+    for side in sides:
+        if side != (takes.side or side) or side % takes.multiple:
+            raise UserError(f"{file}: {place}.x: {side} is not a side that the network takes")
+    return model.model_copy(update={"config": config, "title": title})
 
 
-def _check_plan(where: str, name: str, plan: Mapping, known: Mapping) -> None:
-    if name == DENSE:
-        raise UserError(f"{where}: the name is taken by the rows that remove nothing")
-    for model in plan.get("models", ()):
-        if model not in known:
-            raise UserError(f"{where}.models: unknown model '{model}'; known: {', '.join(known)}")
+def _check_names(file: Path, settings: EfficiencySettings) -> None:
+    """Plans and models that name each other are there."""
+    for name, model in settings.models.items():
+        for plan in model.plans or ():
+            if plan not in settings.plans:
+                known = nearest(plan, settings.plans)
+                raise UserError(f"{file}: models.{name}.plans: unknown plan '{plan}'{known}")
+    for name, plan in settings.plans.items():
+        if name == DENSE:
+            raise UserError(
+                f"{file}: plans.{name}: the name is taken by the rows that remove nothing"
+            )
+        for model in plan.models or ():
+            if model not in settings.models:
+                known = nearest(model, settings.models)
+                raise UserError(f"{file}: plans.{name}.models: unknown model '{model}'{known}")
 
 
-def _check_claim(where: str, claim: Mapping, track: Track) -> None:
+def _check_claim(where: str, claim: Claim, track: Track) -> None:
     """A published speed-up stands beside a row and a condition of the track."""
     try:
-        track.plan(claim["model"], claim["plan"])
+        track.plan(claim.model, claim.plan)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    beside = claim["beside"]
+    settings = track.settings
     for key, known in (
-        ("precision", track.content["precisions"]),
-        ("mode", track.content["modes"]),
-        ("batch", track.model(claim["model"])["batches"]),
+        ("precision", settings.precisions),
+        ("mode", settings.modes),
+        ("batch", settings.models[claim.model].batches),
     ):
-        if beside[key] not in known:
-            raise UserError(f"{where}.beside.{key}: {beside[key]} is not measured; known: {known}")
+        if (asked := getattr(claim.beside, key)) not in known:
+            said = ", ".join(map(str, known))
+            plural = f"{key}es" if key == "batch" else f"{key}s"
+            raise UserError(f"{where}.beside.{key}: {asked} is none of the {plural}: {said}")

@@ -2,22 +2,31 @@
 
 A method file holds a docstring, whose first line is the idea, literal constants and
 `select(context, ...)`. Reading it as syntax only lets the workflow plan without importing torch and
-finds a broken file before anything runs. `docs/add_a_method.md` explains the contract.
+finds a broken file before anything runs. A broken file costs its own method only: the others go on,
+whatever an editor leaves in a folder. `docs/add_a_method.md` explains the contract.
 """
 
 import ast
+import difflib
+import functools
 import importlib.util
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from prunebench import models
+from prunebench import recovery as recoveries
 from prunebench.errors import CellError, UserError
 from prunebench.runtime import resources
+from prunebench.tracks.settings import LEAST_SPARSITY, MOST_SPARSITY, nearest, one_line
 
 KINDS = ("none", "layers", "widths", "weights", "steps")
 RECOVERY = ("optional", "never", "required")
+MOST_BYTES = 1_000_000  # of a method file
+MOST = 10**9  # of a parameter's value
+# What Python's parser raises for files that are not Python, half-written or out of the ordinary.
+UNREADABLE = (SyntaxError, ValueError, OSError, RecursionError, MemoryError)
 
 # Constant -> (type, default). A default of ... marks what every method must state.
 CONSTANTS: dict[str, tuple[type, object]] = {
@@ -79,38 +88,71 @@ class Method:
     parameters: Mapping[str, object]
 
 
-def discover(folders: Iterable[Path]) -> dict[str, Method]:
-    """All methods of the folders, by name.
+@dataclass
+class Found:
+    """What lies in the folders of methods.
+
+    Attributes:
+        methods: by name.
+        broken: name of a method -> what is wrong with its file.
+        strays: files that no method can be in, as editors and file managers leave them.
+    """
+
+    methods: dict[str, Method] = field(default_factory=dict)
+    broken: dict[str, str] = field(default_factory=dict)
+    strays: list[str] = field(default_factory=list)
+
+    def warnings(self) -> list[str]:
+        """One line for each file that is left out."""
+        strays = [f"{file} is no method: its name is no name of one" for file in self.strays]
+        return [*self.broken.values(), *strays]
+
+
+def discover(folders: Iterable[Path | str]) -> Found:
+    """All methods of the folders. Files that begin with a dot are passed over.
 
     Raises:
-        UserError: a folder is missing, a file breaks the contract, or two files share a name.
+        UserError: a folder is missing, or two files share a name.
     """
-    found: dict[str, Method] = {}
+    found = Found()
     for folder in map(resources.find, folders):
         if not folder.is_dir():
             raise UserError(f"the methods folder {folder} does not exist (methods.folders)")
-        for file in sorted(folder.glob("*.py")):
-            method = read(file)
-            if method.name in found:
-                raise UserError(
-                    f"{file} and {found[method.name].file} are both named {method.name}"
-                )
-            found[method.name] = method
+        for file in sorted(folder.glob("[!.]*.py")):
+            _take(found, file)
     return found
 
 
-def read(file: Path) -> Method:
-    """Read one method file as syntax and check it against the contract."""
-    if not re.fullmatch(r"[a-z][a-z0-9_]*", file.stem):
-        raise UserError(
-            f"{file}: a method's file name is its name everywhere; use a-z, 0-9 and _ only"
-        )
+def _take(found: Found, file: Path) -> None:
+    if not file.stem.isidentifier():
+        found.strays.append(one_line(file))
+        return
+    if file.stem in found.methods:
+        raise UserError(f"{file} and {found.methods[file.stem].file} are both named {file.stem}")
     try:
-        tree = ast.parse(file.read_text(), filename=str(file))
-    except (SyntaxError, ValueError) as error:
-        line = getattr(error, "lineno", None)
-        where = f"{file} line {line}" if line else str(file)
-        raise UserError(f"{where}: the method file is not valid Python: {error}") from None
+        found.methods[file.stem] = _known(file, file.stat().st_mtime_ns)
+    except (UserError, OSError) as error:
+        found.broken[file.stem] = str(error)
+
+
+@functools.lru_cache(maxsize=1000)
+def _known(file: Path, changed_ns: int) -> Method:
+    """As `read`; a process that reads several tracks reads a file that is as it was once."""
+    return read(file)
+
+
+def read(file: Path) -> Method:
+    """Read one method file as syntax and check it against the contract.
+
+    Raises:
+        UserError: what breaks it, in one line with the file's name.
+    """
+    if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", file.stem):
+        name = one_line(file)
+        raise UserError(
+            f"{name}: a method's file name is its name everywhere; use a-z, 0-9 and _ only"
+        )
+    tree = _parsed(file)
     constants = _constants(file, tree)
     idea = (ast.get_docstring(tree) or "").split("\n")[0].strip()
     if not idea:
@@ -120,40 +162,85 @@ def read(file: Path) -> Method:
     method = Method(
         name=file.stem, file=file, idea=idea, parameters=_parameters(file, tree), **constants
     )
+    _check_recipe(method)
     check_parameters(method, method.check, f"{file}: CHECK")
     return method
+
+
+def _parsed(file: Path) -> ast.Module:
+    try:
+        if file.stat().st_size > MOST_BYTES:
+            raise UserError(f"{file}: more than {MOST_BYTES} bytes; is it a method?")
+        return ast.parse(file.read_text(), filename=str(file))
+    except UNREADABLE as error:
+        line = getattr(error, "lineno", None)
+        where = f"{file} line {line}" if line else str(file)
+        said = one_line(error)
+        raise UserError(f"{where}: the method file is not valid Python: {said}") from None
 
 
 def _constants(file: Path, tree: ast.Module) -> dict[str, object]:
     values = {name.lower(): default for name, (_, default) in CONSTANTS.items()}
     for node in tree.body:
         target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-        name = getattr(target, "id", None)
+        name = getattr(target, "id", "")
         if name in CONSTANTS:
             values[name.lower()] = _literal(file, name, node)
+        elif near := _misspelt(name):
+            raise UserError(f"{file} line {node.lineno}: {name}: did you mean {near}?")
     missing = [name for name, (_, default) in CONSTANTS.items() if values[name.lower()] is ...]
     if missing:
         raise UserError(f"{file}: a method must state {missing[0]}, one of {', '.join(KINDS)}")
     for name, allowed in (("kind", KINDS), ("recovery", RECOVERY)):
         if values[name] not in allowed:
-            raise UserError(
-                f"{file}: {name.upper()} is '{values[name]}'; known: {', '.join(allowed)}"
-            )
+            known = ", ".join(allowed)
+            raise UserError(f"{file}: {name.upper()} is '{values[name]}'; known: {known}")
     for family in values["families"]:
         if family not in models.family_names():
             known = ", ".join(models.family_names())
-            raise UserError(f"{file}: FAMILIES names '{family}'; known: {known}")
-    for sparsity in values["sparsities"]:
-        if not (isinstance(sparsity, float) and 0 < sparsity < 1):
-            raise UserError(f"{file}: SPARSITIES has {sparsity!r}; each must be in (0, 1)")
+            raise UserError(f"{file}: FAMILIES names {family!r}; known: {known}")
+    _check_sparsities(f"{file}: SPARSITIES", values["sparsities"])
     return values
+
+
+def _misspelt(name: str) -> str:
+    """The constant that a name in capitals is nearly; "" if it is a method's own."""
+    if not name.isupper():
+        return ""
+    near = difflib.get_close_matches(name, CONSTANTS, n=1, cutoff=0.75)
+    return near[0] if near else ""
+
+
+def _check_sparsities(what: str, given: Iterable[object]) -> None:
+    for sparsity in given:
+        if not (isinstance(sparsity, float) and LEAST_SPARSITY <= sparsity <= MOST_SPARSITY):
+            raise UserError(
+                f"{what} has {sparsity!r}; each must be in (0, 1), from {LEAST_SPARSITY} to "
+                f"{MOST_SPARSITY}"
+            )
+
+
+def _check_recipe(method: Method) -> None:
+    """A published recipe names a recovery that exists and parameters that `select` has."""
+    recipe, where = method.published or {}, f"{method.file}: PUBLISHED"
+    known = {"recovery": str, "parameters": dict, "sparsities": tuple}
+    for key, value in recipe.items():
+        if key not in known:
+            raise UserError(f"{where} has {key!r}{nearest(key, known)}")
+        if not isinstance(value, known[key]):
+            raise UserError(f"{where} {key} is {value!r}, not a {known[key].__name__}")
+    named, names = recipe.get("recovery", "finetune"), recoveries.recovery_names()
+    if named not in names:
+        raise UserError(f"{where} names the recovery {named!r}{nearest(named, names)}")
+    _check_sparsities(f"{where} sparsities", recipe.get("sparsities", ()))
+    check_parameters(method, recipe.get("parameters", {}), where)
 
 
 def _literal(file: Path, name: str, node: ast.Assign) -> object:
     expected, _ = CONSTANTS[name]
     try:
         value = ast.literal_eval(node.value)
-    except ValueError:
+    except (*UNREADABLE, TypeError):
         value = None
     if not isinstance(value, expected):
         raise UserError(
@@ -174,21 +261,43 @@ def _parameters(file: Path, tree: ast.Module) -> dict[str, object]:
         raise UserError(f"{file}: every parameter of select but the context needs a default")
     try:
         return dict(zip(named, map(ast.literal_eval, defaults), strict=True))
-    except ValueError:
+    except (*UNREADABLE, TypeError):
         raise UserError(f"{file}: the defaults of select must be literals") from None
 
 
 def check_parameters(method: Method, given: Mapping[str, object], source: str = "") -> None:
-    """The values a track gives must be parameters of `select`, of the default's type."""
+    """The values a track gives must be parameters of `select`, of the default's type and sign.
+
+    A count whose default is more than 1 must be at least 1, a number whose default lies between 0
+    and 1 must be from 0 to 1, and one whose default is not negative must not be negative.
+    """
     for name, value in given.items():
         where = f"{source or f'methods.parameters.{method.name}'}.{name}"
         if name not in method.parameters:
             known = ", ".join(method.parameters) or "none"
-            raise UserError(f"{where}: {method.file} has no such parameter; it has: {known}")
+            near = difflib.get_close_matches(str(name), method.parameters, n=1)
+            meant = f"; did you mean {near[0]!r}?" if near else ""
+            raise UserError(f"{where}: {method.file} has no such parameter{meant}; it has: {known}")
         default = method.parameters[name]
         expected = (int, float) if isinstance(default, float) else type(default)
         if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, expected):
             raise UserError(f"{where} is {value!r}; it must be like its default {default!r}")
+        if isinstance(default, int | float):
+            least, most = _range(default)
+            if not least <= value <= most:
+                raise UserError(
+                    f"{where} is {value!r}; it must be from {least} to {most}, as its default is "
+                    f"{default!r}"
+                )
+
+
+def _range(default: float) -> tuple[float, float]:
+    """What a parameter may be, by its default."""
+    if default < 0:
+        return -MOST, MOST
+    if isinstance(default, int):
+        return (1 if default > 1 else 0), MOST
+    return 0, (1 if 0 < default < 1 else MOST)
 
 
 def load(method: Method) -> Callable:
@@ -201,7 +310,7 @@ def load(method: Method) -> Callable:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # a missing package, a misspelt name: this method's cells only
+    except (Exception, SystemExit) as error:  # a missing package: this method's cells only
         raise CellError(
             f"{method.file} fails at import: {type(error).__name__}: {error}"
         ) from error

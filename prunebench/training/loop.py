@@ -24,24 +24,9 @@ from prunebench.training import parallel
 from prunebench.training.budget import BudgetMeter
 from prunebench.training.checkpoints import Checkpoints
 from prunebench.training.muon import Muon
+from prunebench.training.settings import Settings
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train. Muon (Jordan et al. 2024) takes the prunable matrices when it has a rate."""
-
-    batch: int
-    learning_rate: float
-    muon_learning_rate: float = 0.0
-    weight_decay: float = 0.0
-    ema: float = 0.0
-    warmup: float = 0.0  # share of the steps with rising learning rate; cosine to 0 after it
-    clip_norm: float = 1.0
-    class_dropout: float = 0.0  # share of classes or prompts replaced by none
-    precision: str = "fp32"  # or "bf16": autocast forward and loss; weights stay fp32
-    activation_checkpointing: bool = False  # blocks' activations are computed again, not kept
 
 
 @dataclass(frozen=True)

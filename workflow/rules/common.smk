@@ -30,6 +30,10 @@ with in_one_line():
     run.plan_by(SETTINGS, ARGUMENT)
     RUN_LOCK = run.take_lock() if workflow.is_main_process else None
 
+if workflow.is_main_process:
+    for left_out in TRACK.warnings:
+        logger.warning(left_out)
+
 LAYOUT = tracks.Layout(TRACK)
 SCORES = {division: TRACK.records(division) for division in TRACK.divisions}
 BOARDS = {

@@ -13,7 +13,7 @@ class Config(configs.Config):
     channels: Count
     patch: Annotated[Count, divides("resolution")]
     width: Annotated[Count, must(lambda v: v % 4 == 0, "is no multiple of 4 (position table)")]
-    depth: Depth
+    depth: Annotated[Depth, must(lambda v: v > 0, "blocks leave nothing to prune")]
     heads: Annotated[Count, divides("width")]
     classes: Count
     mlp_ratio: Positive = 4.0
