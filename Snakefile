@@ -11,24 +11,26 @@
 include: "workflow/rules/common.smk"
 
 
-# What a run leaves: a record per job, called as its stage, and beside it the files it vouches for.
+# What a run leaves in runs/<track>: a record per job, called as its stage, and beside it the files
+# that it vouches for.
 # {dense_seed}, {precision} and {sampling} are folders, such as /dense_seed-1, and empty where the
 # track has one value; {selection} names the recovery where a method trains while it selects.
-RUN = LAYOUT.root  # runs/<track>
-ASSETS = RUN + "/assets.json"
-EXTRACTOR = RUN + "/extractor/extractor.json"  # the features of the reference images
-ENCODE = RUN + "/encode/{coder}/encode.json"  # latents or embeddings
-DENSE = RUN + "/{model}{dense_seed}/dense/dense.json"  # model.safetensors
-PRUNED = RUN + "/{model}{dense_seed}/{method}/{sparsity}"
-SELECT = PRUNED + "/{selection}/seed{seed}/select.json"  # plan.json, model.safetensors
-COST = PRUNED + "/{selection}{precision}{sampling}/seed{seed}/cost.json"
-RECOVER = PRUNED + "/{recovery}/seed{seed}/recover.json"  # model.safetensors
-SHARD = PRUNED + "/{recovery}{precision}{sampling}/seed{seed}/shard{shard}of{shards}.json"
-SAMPLE = PRUNED + "/{recovery}{precision}{sampling}/seed{seed}/sample.json"  # images.safetensors
-SCORE = PRUNED + "/{recovery}{precision}{sampling}/seed{seed}/score.json"  # grid.png
-ORACLE = RUN + "/oracle/{model}{dense_seed}/{recovery}/seed{seed}/mask{mask}/oracle.json"
-EFFICIENCY = RUN + "/{model}/{plan}/efficiency.json"
-LEADERBOARD = RUN + "/leaderboard/{division}/leaderboard.csv"  # .md, .tex, .html, .bib, raw/
+TREE = {
+    "assets": "assets.json",
+    "extractor": "extractor/extractor.json",  # features of the reference images
+    "encode": "encode/{coder}/encode.json",  # latents or embeddings
+    "dense": "{model}{dense_seed}/dense/dense.json",  # weights
+    "select": "{model}{dense_seed}/{method}/{sparsity}/{selection}/seed{seed}/select.json",  # plan, weights
+    "cost": "{model}{dense_seed}/{method}/{sparsity}/{selection}{precision}{sampling}/seed{seed}/cost.json",
+    "recover": "{model}{dense_seed}/{method}/{sparsity}/{recovery}/seed{seed}/recover.json",  # weights
+    "shard": "{model}{dense_seed}/{method}/{sparsity}/{recovery}{precision}{sampling}/seed{seed}/shard{shard}of{shards}.json",
+    "sample": "{model}{dense_seed}/{method}/{sparsity}/{recovery}{precision}{sampling}/seed{seed}/sample.json",  # images
+    "score": "{model}{dense_seed}/{method}/{sparsity}/{recovery}{precision}{sampling}/seed{seed}/score.json",  # grid.png
+    "oracle": "oracle/{model}{dense_seed}/{recovery}/seed{seed}/mask{mask}/oracle.json",
+    "efficiency": "{model}/{plan}/efficiency.json",  # of an efficiency track
+    "leaderboard": "leaderboard/{division}/leaderboard.csv",  # and .md, .tex, .html, .bib, raw/
+}
+RECORD = {stage: f"{LAYOUT.root}/{path}" for stage, path in TREE.items()}
 
 
 wildcard_constraints:
@@ -83,7 +85,7 @@ rule everything:
     input:
         SCORES.values(),
         BOARDS.values(),
-        f"{RUN}/oracle/done" if MASKS else [],
+        f"{LAYOUT.root}/oracle/done" if MASKS else [],
 
 
 rule partial:

@@ -5,9 +5,9 @@
 
 rule assets:
     output:
-        ASSETS,
+        RECORD["assets"],
     log:
-        LAYOUT.log(ASSETS),
+        LAYOUT.log(RECORD["assets"]),
     priority: 200
     localrule: True
     conda:
@@ -23,7 +23,7 @@ rule assets:
 # A target: has no output and so always runs, and fetches what has gone from the cache since.
 rule fetch:
     log:
-        LAYOUT.log(f"{RUN}/fetch.json"),
+        LAYOUT.log(f"{LAYOUT.root}/fetch.json"),
     localrule: True
     conda:
         "../../envs/prunebench.yaml"

@@ -4,11 +4,11 @@
 
 rule extractor:
     input:
-        ancient(ASSETS),
+        ancient(RECORD["assets"]),
     output:
-        EXTRACTOR,
+        RECORD["extractor"],
     log:
-        LAYOUT.log(EXTRACTOR),
+        LAYOUT.log(RECORD["extractor"]),
     priority: 100
     conda:
         "../../envs/prunebench.yaml"
@@ -23,11 +23,11 @@ rule extractor:
 
 rule encode:
     input:
-        ancient(ASSETS),
+        ancient(RECORD["assets"]),
     output:
-        ENCODE,
+        RECORD["encode"],
     log:
-        LAYOUT.log(ENCODE),
+        LAYOUT.log(RECORD["encode"]),
     priority: 100
     conda:
         "../../envs/prunebench.yaml"
@@ -42,13 +42,13 @@ rule encode:
 
 rule dense:
     input:
-        ancient(ASSETS),
+        ancient(RECORD["assets"]),
         checkpoint_file,
         encoded,
     output:
-        DENSE,
+        RECORD["dense"],
     log:
-        LAYOUT.log(DENSE),
+        LAYOUT.log(RECORD["dense"]),
     priority: 100
     conda:
         "../../envs/prunebench.yaml"

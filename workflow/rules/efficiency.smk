@@ -3,9 +3,9 @@
 
 rule efficiency:
     output:
-        EFFICIENCY,
+        RECORD["efficiency"],
     log:
-        LAYOUT.log(EFFICIENCY),
+        LAYOUT.log(RECORD["efficiency"]),
     conda:
         "../../envs/prunebench.yaml"
     threads: alone_if_measured

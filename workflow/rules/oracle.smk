@@ -5,11 +5,11 @@ rule oracle:
     input:
         encoded,
         dense=dense,
-        extractor=EXTRACTOR,
+        extractor=RECORD["extractor"],
     output:
-        ORACLE,
+        RECORD["oracle"],
     log:
-        LAYOUT.log(ORACLE),
+        LAYOUT.log(RECORD["oracle"]),
     conda:
         "../../envs/prunebench.yaml"
     resources:
@@ -27,9 +27,9 @@ rule masks:
         MASKS,
         BOARDS[TRACK.default_division],
     output:
-        touch(f"{RUN}/oracle/done"),
+        touch(f"{LAYOUT.root}/oracle/done"),
     log:
-        LAYOUT.log(f"{RUN}/oracle/done.json"),
+        LAYOUT.log(f"{LAYOUT.root}/oracle/done.json"),
     conda:
         "../../envs/prunebench.yaml"
     params:

@@ -7,9 +7,9 @@ rule recover:
         dense=dense,
         select=artefact("select"),
     output:
-        RECOVER,
+        RECORD["recover"],
     log:
-        LAYOUT.log(RECOVER),
+        LAYOUT.log(RECORD["recover"]),
     priority: 20
     conda:
         "../../envs/prunebench.yaml"

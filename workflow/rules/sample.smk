@@ -8,10 +8,10 @@ rule shard:
         checkpoint=artefact("checkpoint"),
     output:
         # Until they are gathered, images too: that Snakemake then removes them.
-        record=temp(SHARD),
-        images=temp(tracks.layout.images_of(SHARD)),
+        record=temp(RECORD["shard"]),
+        images=temp(tracks.layout.images_of(RECORD["shard"])),
     log:
-        LAYOUT.log(SHARD),
+        LAYOUT.log(RECORD["shard"]),
     # A cell is gathered before the next one is drawn.
     priority: 25
     conda:
@@ -33,9 +33,9 @@ rule sample:
         checkpoint=artefact("checkpoint"),
         shards=shards,
     output:
-        SAMPLE,
+        RECORD["sample"],
     log:
-        LAYOUT.log(SAMPLE),
+        LAYOUT.log(RECORD["sample"]),
     priority: 30
     conda:
         "../../envs/prunebench.yaml"

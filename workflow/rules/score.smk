@@ -4,16 +4,16 @@
 rule score:
     input:
         prompts,
-        extractor=EXTRACTOR,
+        extractor=RECORD["extractor"],
         select=artefact("select"),
         cost=artefact("cost"),
         checkpoint=artefact("checkpoint"),
         sample=artefact("sample"),
         dense_sample=artefact("dense_sample"),
     output:
-        SCORE,
+        RECORD["score"],
     log:
-        LAYOUT.log(SCORE),
+        LAYOUT.log(RECORD["score"]),
     # Cells are finished one after the other, the furthest first: results come early and
     # Snakemake's queue of ready jobs, which it walks at every step, stays short.
     priority: 60

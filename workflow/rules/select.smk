@@ -7,9 +7,9 @@ rule select:
         dense=dense,
         method=method_file,
     output:
-        SELECT,
+        RECORD["select"],
     log:
-        LAYOUT.log(SELECT),
+        LAYOUT.log(RECORD["select"]),
     conda:
         "../../envs/prunebench.yaml"
     resources:
@@ -27,9 +27,9 @@ rule cost:
         dense=dense,
         select=artefact("select"),
     output:
-        COST,
+        RECORD["cost"],
     log:
-        LAYOUT.log(COST),
+        LAYOUT.log(RECORD["cost"]),
     # Locally it needs every core, so the others go first until they run out or all cores are free;
     # then all that can be measured is, before scores fill the cores again.
     priority: 50
