@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from prunebench.diffusion.samplers import Options
+from prunebench.diffusion.options import Options
 
 
 def leading(steps: int, train_steps: int) -> list[int]:
