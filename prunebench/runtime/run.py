@@ -169,10 +169,9 @@ def read_run(home: Path) -> Run | None:
 # ---- planning
 
 
-def plan_by(settings: str, track: str) -> None:
+def plan_by(settings: str) -> None:
     """Have all jobs of this process refuse a track whose settings have another hash by then."""
-    os.environ.setdefault(PLANNED, settings)
-    check_planned(settings, track)  # Snakemake's processes in jobs plan by the same
+    os.environ[PLANNED] = settings
 
 
 def check_planned(settings: str, track: str) -> None:

@@ -27,8 +27,11 @@ ARGUMENT = str(config.get("track", "embedded"))
 with in_one_line():
     TRACK = tracks.load_any(ARGUMENT)
     SETTINGS = config_hash(TRACK.content)
-    run.plan_by(SETTINGS, ARGUMENT)
-    RUN_LOCK = run.take_lock() if workflow.is_main_process else None
+    if workflow.is_main_process:
+        run.plan_by(SETTINGS)
+        RUN_LOCK = run.take_lock()
+    else:  # in a Slurm job
+        run.check_planned(SETTINGS, ARGUMENT)
 
 if workflow.is_main_process:
     for left_out in TRACK.warnings:
