@@ -8,13 +8,24 @@ from prunebench.tracks import efficiency
 from prunebench.tracks.benchmark import Track
 from prunebench.tracks.cells import Cell, as_dict
 from prunebench.tracks.checks import check, check_methods, take_published
-from prunebench.tracks.files import read
+from prunebench.tracks.files import claim, read
 from prunebench.tracks.layout import RUNS, Layout, Paths
 from prunebench.tracks.methods import discover
 from prunebench.tracks.settings import parse
 from prunebench.tracks.settings_benchmark import BenchmarkSettings
 
-__all__ = ["RUNS", "Cell", "Layout", "Paths", "Track", "as_dict", "checked", "load", "load_any"]
+__all__ = [
+    "RUNS",
+    "Cell",
+    "Layout",
+    "Paths",
+    "Track",
+    "as_dict",
+    "checked",
+    "claim",
+    "load",
+    "load_any",
+]
 
 
 def load(name: str) -> Track:

@@ -18,6 +18,7 @@ from prunebench.runtime import resources
 from prunebench.tracks.settings import nearest, one_line, shown
 
 FOLDER = Path("config")
+OWNER = "track"  # in a track's folder of runs/: the file it belongs to
 MOST_BYTES, MOST_VALUES, DEEPEST = 1_000_000, 100_000, 50
 ODD_NUMBER = re.compile(r"[-+]?0[0-7_]+|.*:.*")  # octal and sexagesimal in YAML 1.1
 # What PyYAML raises where a tag does not fit its value, or nodes contain themselves.
@@ -60,6 +61,24 @@ def _found(name: str) -> Path:
             "called like the file; rename one of them"
         )
     return file
+
+
+def claim(name: str, folder: Path | str) -> None:
+    """Note that a track's artefacts are in a folder, which another file of that name may have.
+
+    Raises:
+        UserError: the folder is another file's, which is still there.
+    """
+    file, note = _found(name).resolve(), Path(folder) / OWNER
+    own = str(file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file)
+    before = note.read_text().strip() if note.exists() else own
+    if before != own and Path(before).exists():
+        raise UserError(
+            f"{name}: {folder} holds what was made of {before}, a track of the same name; rename "
+            f"one of them, or delete {note} if they are one track"
+        )
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(f"{own}\n")
 
 
 def _check_place(file: Path) -> None:

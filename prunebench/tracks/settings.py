@@ -93,7 +93,7 @@ def _first(kind: type[BaseModel], error: ValidationError, content: object) -> tu
     if cause is not None:
         key = getattr(cause, "key", "")
         return [*path, key] if key else path, str(cause)
-    said = first["msg"].removeprefix("Input ").replace("valid string", "text")
+    said = first["msg"].partition(" ")[2].replace("valid string", "text")  # without "Input"
     said = said.replace("an object", "a mapping").replace("valid dictionary", "mapping")
     return path, f"{shown(first['input'])} {said}{_hint(first)}"
 

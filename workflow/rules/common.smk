@@ -52,6 +52,7 @@ MASKS = [LAYOUT.record("oracle", **place) for place in TRACK.oracle()]
 def prepare():
     """Make ready for the jobs before the first of them starts."""
     with in_one_line():
+        tracks.claim(ARGUMENT, LAYOUT.root)
         if workflow.local_exec:
             families = {model["family"] for model in TRACK.content["models"].values()}
             # What the short stage commands import; once for the run instead of once per command.
