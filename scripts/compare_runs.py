@@ -4,7 +4,8 @@
 
 Compared are all *.safetensors, which hold weights, images and features, and plan.json by their
 bytes; of every score.json the numbers of quality and size, and the plan; of every oracle.json the
-FID. Times, dates, machines and words are not. Exit status 0 if both runs have the same files and all are equal.
+FID. Times, dates, machines and words are not. Exit status 0 if both runs have the same files and
+all are equal.
 """
 
 import argparse
