@@ -196,6 +196,92 @@ def test_a_trained_model_is_returned_unmetered():
     assert not torch.equal(changed, tiny.dense("dit").blocks[1].mlp.fc1.weight)
 
 
+def _steps(model, context):
+    """A training loop of the method's own."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    context.loss(model, context.draws(8, 8)[0]).backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("excuse", ["train", "fresh"])
+def test_a_training_without_a_step_excuses_no_other(excuse):
+    """Fewer images than a batch, or a fresh model that is not the one returned."""
+
+    def trains(context):
+        plan = context.plan_layers(context.layers())
+        with context.without(*plan.layers) as shell:
+            model = copy.deepcopy(shell)
+        if excuse == "train":
+            context.train(model, 7)
+        else:
+            context.fresh(plan)
+        _steps(model, context)
+        return plan, model
+
+    with pytest.raises(CellError, match=r"was trained, but not by context\.train"):
+        selection.select(tiny.context("dit", train_images=16), trains, "layers", {})
+
+
+def test_a_fresh_model_is_returned_as_it_is_or_not_at_all():
+    def made(context, trained):
+        plan = context.plan_layers(context.layers())
+        model = context.fresh(plan)
+        if trained:
+            _steps(model, context)
+        return plan, model
+
+    _, pruned = selection.select(tiny.context("dit"), made, "layers", {"trained": False})
+    assert not torch.equal(
+        pruned.blocks[1].mlp.fc1.weight, tiny.dense("dit").blocks[1].mlp.fc1.weight
+    )
+    with pytest.raises(CellError, match=r"was trained, but not by context\.train"):
+        selection.select(tiny.context("dit"), made, "layers", {"trained": True})
+
+
+def test_the_teacher_shares_no_memory_with_the_dense_model():
+    dense = tiny.dense("dit")
+    context = tiny.context("dit", dense)
+    with torch.no_grad():
+        for tensor in context.teacher().state_dict().values():
+            tensor.zero_()
+    tiny.assert_same(dense.state_dict(), tiny.dense("dit").state_dict())
+
+
+@pytest.mark.parametrize("role", ["model", "teacher", "fresh", "copy", "shell"])
+def test_what_would_pass_the_meter_is_refused(core, role):
+    context = tiny.context(core)
+    block = context.layers()[0].name
+    with context.without() as shell:
+        model = {
+            "model": lambda: context.model,
+            "teacher": context.teacher,
+            "fresh": lambda: context.fresh(Plan()),
+            "copy": lambda: copy.deepcopy(context.model),
+            "shell": lambda: shell,
+        }[role]()
+    (batch,) = context.draws(4, 4)
+    with pytest.raises(CellError, match="the model's forward was called past the meter"):
+        model.forward(batch.noised, batch.network_time, batch.y)
+    with pytest.raises(CellError, match="of the model was called past the meter"):
+        model.get_submodule(block)(batch.noised)
+    assert not any(context._meter.counts.values())
+    context.predict(model, batch)
+    kind = "teacher_forward" if role == "teacher" else "student_forward"
+    assert dict(context._meter.counts) == {kind: 4}
+    assert type(model).__name__ == type(tiny.dense(core)).__name__
+    free = selection.unmetered(model)
+    assert type(free) is type(tiny.dense(core))
+    free.forward(batch.noised, batch.network_time, batch.y)
+    assert sum(context._meter.counts.values()) == 4
+
+
+def test_checkpointed_blocks_run_again_in_the_backward_pass():
+    context = tiny.context("dit", settings=tiny.settings(activation_checkpointing=True))
+    (batch,) = context.draws(4, 4)
+    context.loss(context.model, batch).backward()
+    assert dict(context._meter.counts) == {"student_forward": 4, "student_backward": 4}
+
+
 def test_training_by_hand_is_metered():
     """A loop of the method's own is seen on its row, though nothing stops it."""
 

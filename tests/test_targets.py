@@ -175,6 +175,50 @@ def test_broken_n_of_m_masks_are_found():
             targets.check_n_of_m(Plan(masks=masks, pattern="2:4"), {})
 
 
+@pytest.mark.parametrize(("n", "m"), [(4, 4), (1, 1), (0, 4), (5, 4), (-1, 2)])
+def test_patterns_that_remove_nothing_or_all_are_refused(n, m):
+    with pytest.raises(CellError, match="must be from 1 to M - 1"):
+        targets.plan_n_of_m({"w": torch.rand(4, 20)}, n, m)
+    if n >= 0:
+        everything = Plan(masks={"w": torch.ones(4, 20, dtype=torch.bool)}, pattern=f"{n}:{m}")
+        with pytest.raises(CellError, match=f"a pattern {n}:{m} removes"):
+            targets.check_n_of_m(everything, {})
+
+
+@pytest.mark.parametrize("pattern", ["two:four", "2:4:8", "2", "", "2:4 "])
+def test_other_words_are_no_pattern(pattern):
+    with pytest.raises(CellError, match="unknown pattern"):
+        targets.check_n_of_m(Plan(pattern=pattern), {})
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_scores_that_are_no_numbers_are_refused_with_the_unit(value):
+    model, family = tiny.dense("dit"), tiny.INSTANCES["dit"].module
+    weights = {name: model.get_parameter(name).detach().clone() for name in family.weights(model)}
+    last = list(weights)[-1]
+    weights[last].view(-1)[3] = value
+    for plan in (lambda s: targets.plan_weights(model, s, 0.25),
+                 lambda s: targets.plan_n_of_m(s, 2, 4)):  # fmt: skip
+        with pytest.raises(CellError, match=f"1 of .* scores of weight '{last}' are not finite"):
+            plan(weights)
+    units = family.widths(model)
+    scores = {unit.name: torch.rand(unit.size) for unit in units}
+    plans = (lambda s: targets.plan_widths(model, units, s, 0.25),
+             lambda s: targets.plan_uniform(units, s, 0.25))  # fmt: skip
+    for plan in plans:
+        assert plan(scores).kept
+        wrong = {
+            **scores,
+            units[0].name: scores[units[0].name].clone().index_fill_(0, torch.tensor(1), value),
+        }
+        with pytest.raises(CellError, match=f"1 of .* scores of width '{units[0].name}'"):
+            plan(wrong)
+        with pytest.raises(CellError, match=f"width '{units[0].name}' has no scores"):
+            plan({name: score for name, score in scores.items() if name != units[0].name})
+        with pytest.raises(CellError, match=f"scores of width '{units[0].name}' are "):
+            plan({**scores, units[0].name: torch.rand(3)})
+
+
 def test_reached_counts_removed_and_masked():
     dense, pruned = torch.nn.Linear(10, 10, bias=False), torch.nn.Linear(10, 8, bias=False)
     assert targets.reached(dense, pruned, Plan()) == pytest.approx(0.2)

@@ -5,6 +5,7 @@ go first. A plan may miss its target by one unit: one layer, one channel per nor
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
@@ -42,6 +43,7 @@ def plan_widths(
     The ratio is the largest whose plan does not exceed the target; single channels then fill the
     rest, taken where rounding had held most back.
     """
+    _check_channels(units, scores)
     sizes = Sizes(model, units)
     target = sparsity * sizes.total
     low, high = 0.0, 1.0
@@ -60,6 +62,24 @@ def plan_widths(
         u.name: _highest(scores[u.name].cpu(), u, counts[u.name]) for u in units if counts[u.name]
     }
     return Plan(kept=kept, notes=notes)
+
+
+def _check_channels(units: Sequence[Width], scores: Mapping[str, Tensor]) -> None:
+    """Every width has one finite score per channel."""
+    for unit in units:
+        if unit.name not in scores:
+            raise CellError(f"width '{unit.name}' has no scores")
+        if tuple(scores[unit.name].shape) != (unit.size,):
+            found = list(scores[unit.name].shape)
+            raise CellError(f"scores of width '{unit.name}' are {found}, not [{unit.size}]")
+        check_finite(f"width '{unit.name}'", scores[unit.name])
+
+
+def check_finite(unit: str, scores: Tensor) -> None:
+    """Scores that are NaN or infinite have no order: refused with the unit's name."""
+    wrong = int((~scores.isfinite()).sum())
+    if wrong:
+        raise CellError(f"{wrong} of {scores.numel()} scores of {unit} are not finite numbers")
 
 
 def _counts(units: Sequence[Width], ratio: float) -> dict[str, int]:
@@ -88,6 +108,7 @@ def plan_uniform(
     loses n = C - int(C (1 - ratio)), with a normalisation floor(n / groups) from each of its groups
     (128 -> 96 at 0.3 under GroupNorm(32)). How many parameters go follows from it.
     """
+    _check_channels(units, scores)
     kept = {}
     for unit in units:
         if count := uniform_count(unit, ratio):
@@ -145,8 +166,12 @@ def plan_weights(
     Of equal scores the first go first.
     """
     count = round(sparsity * parameter_count(model))
-    shapes = {name: score.shape for name, score in scores.items()}
-    flat = torch.cat([precise(score).flatten().cpu() for score in scores.values()])
+    shapes, parts = {}, []
+    for name, score in scores.items():
+        check_finite(f"weight '{name}'", score)
+        shapes[name] = score.shape
+        parts.append(precise(score).flatten().cpu())
+    flat = torch.cat(parts)
     if count > len(flat):
         raise CellError(
             f"sparsity {sparsity} needs {count} zeros but only {len(flat)} weights can be masked"
@@ -172,13 +197,20 @@ def plan_n_of_m(scores: Mapping[str, Tensor], n: int, m: int, **notes: object) -
 
     Weights whose input dimension is not a multiple of m have no such pattern and stay dense.
     """
-    masks = {
-        name: n_of_m_mask(score.cpu(), n, m)
-        for name, score in scores.items()
-        if score.shape[1] % m == 0
-    }
+    _check_pattern(n, m)
+    masks = {}
+    for name, score in scores.items():
+        check_finite(f"weight '{name}'", score)
+        if score.shape[1] % m == 0:
+            masks[name] = n_of_m_mask(score.cpu(), n, m)
     notes = {**notes, "stay_dense": sorted(set(scores) - set(masks))}
     return Plan(masks=masks, pattern=f"{n}:{m}", notes=notes)
+
+
+def _check_pattern(n: int, m: int) -> None:
+    if not 0 < n < m:
+        raise CellError(f"a pattern {n}:{m} removes {'all' if n < 1 else 'nothing'}; N of N:M must "
+                        "be from 1 to M - 1")  # fmt: skip
 
 
 def n_of_m_mask(score: Tensor, n: int, m: int) -> Tensor:
@@ -230,7 +262,11 @@ def check_n_of_m(plan: Plan, shapes: Mapping[str, Sequence[int]]) -> None:
     Args:
         shapes: of all weights that may be masked.
     """
-    n, m = map(int, plan.pattern.split(":"))
+    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", plan.pattern)
+    if found is None:
+        raise CellError(f"unknown pattern '{plan.pattern}'; known: unstructured, uniform and N:M")
+    n, m = map(int, found.groups())
+    _check_pattern(n, m)
     for name, shape in shapes.items():
         if shape[1] % m == 0 and name not in plan.masks:
             raise CellError(

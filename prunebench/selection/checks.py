@@ -15,7 +15,7 @@ from prunebench.models.copies import rebuilt
 from prunebench.models.units import Width
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
-from prunebench.selection.context import Context, unmetered
+from prunebench.selection.context import Context, digest, unmetered
 
 Select = Callable[..., Plan | tuple[Plan, nn.Module]]
 
@@ -176,11 +176,13 @@ def check_shapes(own: nn.Module, pruned: nn.Module) -> None:
 
 def check_trained(context: Context, own: nn.Module, pruned: nn.Module) -> None:
     """Weights other than the dense model's come from training that the budget knows."""
-    if context.trained_images or context.made_fresh:
+    if context.progress.done:  # steps: images of less than a batch take none
         return
-    ours, theirs = own.state_dict(), pruned.state_dict()
-    pairs = ((tensor, theirs[name]) for name, tensor in ours.items())
-    if not all(torch.equal(one.to(other.device), other) for one, other in pairs):
+    theirs = pruned.state_dict()
+    for name, tensor in own.state_dict().items():
+        same = torch.equal(tensor.to(theirs[name].device), theirs[name])
+        if same or digest(tensor) in context.fresh_tensors:
+            continue
         raise CellError(
             "the returned model was trained, but not by context.train: its budget is unknown"
         )

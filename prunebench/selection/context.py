@@ -18,7 +18,7 @@ from prunebench.pruning.plan import Plan
 from prunebench.recovery import Teaching
 from prunebench.recovery.distillation import distilled
 from prunebench.training import loop
-from prunebench.training.budget import BudgetMeter
+from prunebench.training.budget import BudgetMeter, unwatched
 from prunebench.training.checkpoints import Checkpoints
 from prunebench.training.loop import Adjust, Batch, Data, Loss
 
@@ -54,7 +54,8 @@ class Context:
         checkpoints: Checkpoints | None = None,
         device: torch.device | None = None,  # of `model`; the dense one stays where it is
     ):
-        self.model = meter.watch(rebuilt(dense, lambda t: t.to(device, copy=True)).eval())
+        model = rebuilt(dense, lambda t: t.to(device, copy=True)).eval()
+        self.model = meter.watch(model, parts=_blocks(family, model))
         if settings.activation_checkpointing:
             checkpoint_activations(self.model)
         self._dense = dense
@@ -64,7 +65,8 @@ class Context:
         self.log = logging.getLogger(f"prunebench.methods.{method}")
         self._meter, self._method, self._calls = meter, method, 0
         self._checkpoints = checkpoints
-        self.made_fresh, self._draws = False, 0
+        self.fresh_tensors: set[str] = set()  # digests of what `fresh` made
+        self._draws = 0
         self.progress = loop.Progress(train_images // settings.batch)
 
     # What can be pruned.
@@ -183,19 +185,30 @@ class Context:
         return distilled(Teaching(self.teacher(), {}), weight=weight) if weight else loop.own_loss
 
     def teacher(self) -> nn.Module:
-        """The dense model, frozen; what passes through it is metered as a teacher's."""
+        """A copy of the dense model, frozen; its passes are metered as a teacher's."""
         device = next(self.model.parameters()).device
-        model = rebuilt(self._dense, lambda t: t.to(device)).requires_grad_(False)
-        return self._meter.watch(model, "teacher")
+        model = rebuilt(self._dense, lambda t: t.to(device, copy=True)).requires_grad_(False)
+        return self._meter.watch(model, "teacher", _blocks(self.family, model))
 
     def fresh(self, plan: Plan) -> nn.Module:
         """A newly initialised model of the shape that `plan` leaves, metered."""
-        self.made_fresh = True
         with torch.random.fork_rng():
             torch.manual_seed(self.generator().initial_seed())
             model = self.family.build(self.config)
         model = nn.Module.to(model, next(self.model.parameters()))
-        return self._meter.watch(surgery.apply(model, plan, self.family))
+        model = surgery.apply(model, plan, self.family)
+        self.fresh_tensors |= {digest(tensor) for tensor in model.state_dict().values()}
+        return self._meter.watch(model, parts=_blocks(self.family, model))
+
+
+def _blocks(family: ModuleType, model: nn.Module) -> list[nn.Module]:
+    return [model.get_submodule(layer.name) for layer in family.layers(model, "block")]
+
+
+def digest(tensor: Tensor) -> str:
+    """The hash of a tensor's bytes."""
+    content = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(content.numpy()).hexdigest()
 
 
 def seeded(text: str) -> Generator:
@@ -209,8 +222,7 @@ def unmetered(model: nn.Module) -> nn.Module:
 
     It keeps its activations, so that it can be traced.
     """
-    model = rebuilt(model)
-    model._forward_hooks.clear()
+    model = unwatched(rebuilt(model))
     checkpoint_activations(model, False)
     return model
 

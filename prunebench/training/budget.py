@@ -2,10 +2,13 @@
 
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
+
+from prunebench.errors import CellError
 
 KEYS = ("student_forward", "student_backward", "teacher_forward")
 
@@ -20,9 +23,17 @@ class BudgetMeter:
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.wall_s = 0.0
+        self._depth = 0  # of calls of watched models
 
-    def watch(self, model: nn.Module, role: str = "student") -> nn.Module:
-        """Count every forward of `model` from now on and, for the student, every backward."""
+    def watch(
+        self, model: nn.Module, role: str = "student", parts: Iterable[nn.Module] = ()
+    ) -> nn.Module:
+        """Count every forward of `model` from now on and, for the student, every backward.
+
+        Args:
+            parts: modules of `model` that would do its work unseen if they were called alone. That,
+                and `model.forward(...)`, is refused from now on (CellError).
+        """
 
         def count(_: nn.Module, inputs: tuple, output: Tensor) -> None:
             rows = len(inputs[0])
@@ -30,8 +41,42 @@ class BudgetMeter:
             if role == "student" and output.requires_grad:
                 output.register_hook(lambda _: self._backward(rows))
 
+        def alone(part: nn.Module, _: tuple) -> None:
+            self._refuse(f"a {type(part).__name__} of the model")
+
+        alone.meters = True
         model.register_forward_hook(count)
+        for part in parts:
+            part.register_forward_pre_hook(alone)
+        model.__class__ = self._watched(type(model))
         return model
+
+    def _watched(self, kind: type[nn.Module]) -> type[nn.Module]:
+        """The class of a watched model: an instance's own `forward` would not survive copies."""
+        meter = self
+
+        class Watched(kind):
+            unwatched = kind
+
+            def __call__(self, *inputs: object, **named: object) -> object:
+                meter._depth += 1
+                try:
+                    return super().__call__(*inputs, **named)
+                finally:
+                    meter._depth -= 1
+
+            def forward(self, *inputs: object, **named: object) -> object:
+                meter._refuse("the model's forward")
+                return super().forward(*inputs, **named)
+
+        Watched.__name__, Watched.__qualname__ = kind.__name__, kind.__qualname__
+        Watched.__module__, Watched.__doc__ = kind.__module__, kind.__doc__
+        return Watched
+
+    def _refuse(self, what: str) -> None:
+        # Checkpointed blocks run again inside the backward pass of a call that was counted.
+        if not self._depth and torch._C._current_graph_task_id() == -1:
+            raise CellError(f"{what} was called past the meter: call the model itself")
 
     def _backward(self, rows: int) -> None:
         self.counts["student_backward"] += rows
@@ -46,6 +91,17 @@ class BudgetMeter:
 
     def report(self) -> dict:
         return {**{key: self.counts[key] for key in KEYS}, "wall_s": self.wall_s}
+
+
+def unwatched(model: nn.Module) -> nn.Module:
+    """`model` itself, without what a meter put there."""
+    model.__class__ = getattr(type(model), "unwatched", type(model))
+    model._forward_hooks.clear()
+    for module in model.modules():
+        hooks = module._forward_pre_hooks
+        for key in [key for key, hook in hooks.items() if hasattr(hook, "meters")]:
+            del hooks[key]
+    return model
 
 
 def unspent() -> dict:
