@@ -7,10 +7,9 @@ from prunebench.errors import UserError
 from prunebench.tracks import efficiency
 from prunebench.tracks.benchmark import Track
 from prunebench.tracks.cells import Cell, as_dict
-from prunebench.tracks.checks import check, check_methods, take_published
+from prunebench.tracks.checks import check, check_methods, found_methods, take_published
 from prunebench.tracks.files import claim, read
 from prunebench.tracks.layout import RUNS, Layout, Paths
-from prunebench.tracks.methods import discover
 from prunebench.tracks.settings import parse
 from prunebench.tracks.settings_benchmark import BenchmarkSettings
 
@@ -62,7 +61,7 @@ def checked(file: Path, content: object) -> Track:
     }
     settings = settings.model_copy(update={"models": models})
     check(file, settings)
-    there = discover(settings.methods.folders)
+    there = found_methods(file, settings)
     named = check_methods(file, settings, there)
     plain = settings.model_dump(mode="json", exclude_unset=True)
     methods = {name: there.methods[name] for name in named}

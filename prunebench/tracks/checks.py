@@ -392,6 +392,18 @@ def _check_dense_seeds(asked: Asked) -> None:
             )
 
 
+def found_methods(file: Path, settings: BenchmarkSettings) -> methods.Found:
+    """What lies in the track's folders of methods.
+
+    Raises:
+        UserError: a folder is missing, or two files share a name.
+    """
+    try:
+        return methods.discover(settings.methods.folders)
+    except UserError as error:
+        raise UserError(f"{file}: methods.folders: {error}") from None
+
+
 def check_methods(file: Path, settings: BenchmarkSettings, there: methods.Found) -> list[str]:
     """The methods that a track runs: those that are there, as `only` and `exclude` say.
 

@@ -117,7 +117,7 @@ def discover(folders: Iterable[Path | str]) -> Found:
     found = Found()
     for folder in map(resources.find, folders):
         if not folder.is_dir():
-            raise UserError(f"the methods folder {folder} does not exist (methods.folders)")
+            raise UserError(f"the methods folder {folder} does not exist")
         for file in sorted(folder.glob("[!.]*.py")):
             _take(found, file)
     return found
