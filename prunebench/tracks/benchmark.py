@@ -14,7 +14,7 @@ from prunebench.tracks.cells import PUBLISHED, REFERENCES, Cell
 from prunebench.tracks.checks import asset_names, check_recovery
 from prunebench.tracks.layout import RUNS, Paths
 from prunebench.tracks.settings import LEAST_SPARSITY, MOST_SPARSITY, nearest, parse
-from prunebench.tracks.settings_benchmark import BenchmarkSettings, Division
+from prunebench.tracks.settings_benchmark import BenchmarkSettings, Division, Model
 from prunebench.tracks.stages import STAGES, needs_of
 
 ROW = ("model", "method", "sparsity", "recovery")
@@ -157,7 +157,7 @@ class Track:
     def _rows(self, division: Division) -> Iterator[tuple[str, str, float, str]]:
         for model, settings in self.settings.models.items():
             for method in self._participants(division):
-                if method.families and settings.family not in method.families:
+                if not _prunes(method, settings):
                     continue
                 for recovery in self._recoveries(method, division):
                     own = recovery.startswith(f"{PUBLISHED}-")
@@ -268,3 +268,9 @@ class Track:
                 entry = entry.get(stars[keys[0]] if key == "*" else key, {}) if entry else {}
             parts.append(entry)
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _prunes(method: methods.Method, model: Model) -> bool:
+    """Whether a method says that it can prune a model of these settings."""
+    claimed = not method.families or model.family in method.families
+    return claimed and not (method.needs_classes and model.text_encoder is not None)
