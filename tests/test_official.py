@@ -5,6 +5,7 @@ published networks in plain tensor operations; both are read beside prunebench's
 """
 
 import argparse
+import collections
 import copy
 import functools
 import importlib.util
@@ -635,6 +636,114 @@ def test_what_training_scripts_save_is_unwrapped(tmp_path, monkeypatch):
     _same(file)
 
 
+def _averages() -> dict[str, tuple[object, str | None]]:
+    """What scripts save -> what is said of it; None where the average is taken."""
+    average, raw = _dit(), _dit(seed=1)
+    parallel = {f"module.{name}": value for name, value in average.items()}
+    return {
+        "timm's": ({"state_dict": raw, "state_dict_ema": average, "epoch": 3}, None),
+        "DeiT's": ({"model": raw, "model_ema": average, "ema_decay": 0.999}, None),
+        "EDM's": ({"net": raw, "ema": average}, None),
+        "nested": ({"model": raw, "ema": {"model": average, "decay": 0.999}}, None),
+        "AveragedModel's": ({**parallel, "n_averaged": torch.tensor(5)}, None),
+        "compiled": ({f"_orig_mod.{name}": value for name, value in average.items()}, None),
+        "both": ({"model": {f"module._orig_mod.{n}": v for n, v in average.items()}}, None),
+        "Lightning's": ({"state_dict": {f"model.{n}": v for n, v in average.items()}}, None),
+        "two averages": (
+            {"model": raw, "ema_0.9999": average, "ema_0.999": average},
+            "holds several averages, 'ema_0.9999' and 'ema_0.999'; save the one",
+        ),
+        "without names": (
+            {"model": raw, "ema": {"shadow_params": list(average.values())}},
+            "holds no state dict|'shadow_params'|'shadow",
+        ),
+    }
+
+
+@pytest.mark.parametrize("script", _averages())
+def test_an_average_is_taken_or_refused_by_its_keys(script, tmp_path):
+    content, message = _averages()[script]
+    torch.save(content, tmp_path / "release.pt")
+    if message is None:
+        _same(tmp_path / "release.pt")
+        return
+    with pytest.raises(UserError, match=message):
+        official.read(tmp_path / "release.pt")
+
+
+def test_the_average_of_a_compvis_file_is_taken(tmp_path):
+    shapes = releases.ldm_layout(8, (1, 2), (0, 1), 12, 3)
+    shapes["cond_stage_model.embedding.weight"] = (11, 12)
+    state = releases.random(shapes)
+    raw = {n: torch.zeros_like(v) if n.startswith("model.") else v for n, v in state.items()}
+    average = {
+        f"model_ema.{name.removeprefix('model.').replace('.', '')}": value
+        for name, value in state.items()
+        if name.startswith("model.")
+    }
+    average |= {"model_ema.decay": torch.tensor(0.9), "model_ema.num_updates": torch.tensor(3)}
+    expected = official.load("conditional_unet", SMALL_LDM, _written(tmp_path, state), "compvis")
+    file = _written(tmp_path, raw | average)
+    found = official.load("conditional_unet", SMALL_LDM, file, "compvis")
+    tiny.assert_same(found.state_dict(), expected.state_dict())
+    with pytest.raises(UserError, match=r"'model_ema\.other' is the average of no weight"):
+        official.read(_written(tmp_path, raw | average | {"model_ema.other": torch.ones(2)}))
+
+
+def test_weights_that_are_not_finite_are_named(tmp_path):
+    state, file = _dit(), tmp_path / "release.pt"
+    state["blocks.0.mlp.fc1.weight"][3, 1] = float("nan")
+    torch.save(state, file)
+    with pytest.raises(UserError, match=r"'blocks\.0\.mlp\.fc1\.weight' has NaN or infinite"):
+        official.load("dit", DIT, file, "dit")
+    torch.save({name: value * 1e6 for name, value in _dit().items()}, file)
+    with pytest.raises(UserError, match=r"'pos_embed' differs|infinite values in torch\.float16"):
+        official.load("dit", DIT, file, "dit", torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "is a pointer of Git LFS, .*pull",
+        ),
+        (b"<!DOCTYPE html><html><head>", "is a web page, not the file"),
+        (b"\n <html lang='en'>", "is a web page, not the file"),
+    ],
+)
+@pytest.mark.parametrize("name_", ["release.pt", "release.safetensors"])
+def test_what_a_download_left_in_place_of_a_file_is_named(content, message, name_, tmp_path):
+    (tmp_path / name_).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name_} {message}"):
+        official.read(tmp_path / name_)
+
+
+def test_a_folder_without_the_weights_lists_what_it_has(tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "diffusion_pytorch_model.fp16.safetensors").touch()
+    with pytest.raises(UserError, match=r"found: unet/diffusion_pytorch_model\.fp16\.safetensors"):
+        official.denoiser_of(tmp_path)
+
+
+def test_a_tensor_of_two_shards_is_taken_from_the_one_that_the_index_names(tmp_path):
+    right, wrong = _dit(), _dit(seed=1)
+    name = "blocks.0.mlp.fc1.weight"
+    others = {key: value for key, value in right.items() if key != name}
+    save_file({**others, name: wrong[name]}, tmp_path / "b.safetensors")
+    save_file({name: right[name]}, tmp_path / "a.safetensors")
+    file = tmp_path / "model.safetensors.index.json"
+    where = dict.fromkeys(others, "b.safetensors") | {name: "a.safetensors"}
+    artefacts.write_json(file, {"weight_map": where})
+    _same(file)
+    artefacts.write_json(file, {"weight_map": where | {"more": "a.safetensors"}})
+    with pytest.raises(UserError, match=r"the key 'more' is not in a\.safetensors"):
+        official.read(file)
+    artefacts.write_json(file, {"metadata": {}})
+    with pytest.raises(UserError, match="has no weight_map"):
+        official.read(file)
+
+
 def test_shards_are_read_through_their_index(tmp_path):
     names = list(_dit())
     half = len(names) // 2
@@ -658,9 +767,15 @@ class _Harmful:
 def test_nothing_else_is_unpickled(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({**_dit(), "more": _Harmful()}, "release.pt")
-    with pytest.raises(UserError, match=r"release.pt holds more than tensors and is not unpickled"):
+    with pytest.raises(UserError, match=r"release\.pt holds more than tensors .*: it asks for"):
         official.load("dit", DIT, Path("release.pt"), "dit")
     assert not Path("harm").exists()
+
+
+def test_a_class_that_is_not_read_is_named(tmp_path):
+    torch.save({**_dit(), "more": collections.UserDict()}, tmp_path / "release.pt")
+    with pytest.raises(UserError, match=r"it asks for collections\.UserDict; save its state dict"):
+        official.read(tmp_path / "release.pt")
 
 
 @pytest.mark.parametrize("name_", ["release.safetensors", "release.pt"])

@@ -6,25 +6,18 @@ must hold nothing that the layout does not know. Nothing is unpickled but tensor
 containers.
 """
 
-import pickle
 import re
-import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from prunebench import models
 from prunebench.errors import UserError
-from prunebench.records import artefacts
-
-# What training scripts leave in a pickle beside the tensors: options and names of callbacks. They
-# are read as empty objects without behaviour.
-INERT = ("argparse.Namespace", "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint")
+from prunebench.models.stored import described, read
 
 
 @dataclass(frozen=True)
@@ -62,7 +55,7 @@ def load(
 
     Raises:
         UserError: the file is missing or unreadable, or the config impossible; or the first key
-            that is missing, of another shape or unexpected.
+            that is missing, of another shape, unexpected, or not finite.
     """
     module, file = models.family(family), Path(file)
     known = {SUITE: Layout(), **getattr(module, "LAYOUTS", {})}
@@ -74,7 +67,17 @@ def load(
     except (TypeError, ValueError) as error:
         raise UserError(f"config of family {family}: {error}") from error
     assign(network, read(file), known[layout], str(file), dtype)
+    _check_finite(network, file)
     return network.eval()
+
+
+def _check_finite(network: nn.Module, file: Path) -> None:
+    for name, tensor in network.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(
+                f"{file}: '{name}' has NaN or infinite values in {tensor.dtype}: the training that "
+                "wrote them had diverged, or the file is damaged; get another checkpoint"
+            )
 
 
 def with_classes(network: nn.Module, family: str, config: dict) -> nn.Module:
@@ -106,7 +109,16 @@ def denoiser_of(place: Path) -> Path:
             file = folder / f"diffusion_pytorch_model.{ending}"
             if file.is_file():
                 return file
-    raise UserError(f"{place}: no diffusion_pytorch_model.* in it, nor in its unet or transformer")
+    found = [
+        str(file.relative_to(place))
+        for file in sorted(place.rglob("*"))
+        if file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+    ]
+    raise UserError(
+        f"{place}: no diffusion_pytorch_model.* ({', '.join(endings)}) in it, nor in its unet or "
+        f"transformer; found: {', '.join(found[:10]) or 'no weights'}. Shards need their index; "
+        "another file can be named by weights.file"
+    )
 
 
 def assign(
@@ -115,10 +127,10 @@ def assign(
     """Give `network` the tensors of an official state dict, which is emptied on the way."""
     own = network.state_dict()
     names = layout.names(network, stored) if layout.names else {name: name for name in own}
+    _unwrap(stored, set(names.values()))
     state = {}
     for name, expected in own.items():
-        tensor = _taken(stored, names[name], expected, layout, where)
-        state[name] = tensor.to(dtype)
+        state[name] = _taken(stored, names[name], expected, layout, where).to(dtype)
     for name in stored:
         if layout.others is None or not re.match(layout.others, name):
             raise UserError(f"{where}: the key '{name}' is unexpected; {HINT}")
@@ -128,6 +140,20 @@ def assign(
         except ValueError as error:
             raise UserError(f"{where}: the key {error}; {HINT}") from None
     network.load_state_dict(state, strict=True, assign=True)
+
+
+# What wrappers put before every name: data-parallel and sharded training, compilation, Lightning.
+WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "model.")
+
+
+def _unwrap(stored: dict[str, Tensor], wanted: set[str]) -> None:
+    """Take what wrappers put before every name off, in place, where no name is known with it."""
+    while stored and not wanted & stored.keys():
+        prefix = next((w for w in WRAPPERS if all(name.startswith(w) for name in stored)), None)
+        if prefix is None:
+            return
+        for name in list(stored):
+            stored[name.removeprefix(prefix)] = stored.pop(name)
 
 
 HINT = "is it the checkpoint of this config, and the right layout?"
@@ -143,70 +169,7 @@ def _taken(
         tensor = tensor.flatten(1)
     if tensor.shape != expected.shape or not tensor.is_floating_point():
         raise UserError(
-            f"{where}: the key '{name}' is {_described(tensor)}, not float "
+            f"{where}: the key '{name}' is {described(tensor)}, not float "
             f"{tuple(expected.shape)}; {HINT}"
         )
     return tensor
-
-
-def _described(value: object) -> str:
-    if isinstance(value, Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-    return f"of type {type(value).__name__}"
-
-
-# Reading files.
-
-
-def read(file: Path) -> dict[str, Tensor]:
-    """The state dict in a checkpoint file, mapped into memory and not yet read."""
-    if not file.is_file():
-        raise UserError(f"checkpoint {file} does not exist")
-    if file.name.endswith(".safetensors.index.json"):
-        shards = sorted(set(artefacts.read_json(file)["weight_map"].values()))
-        return {k: v for shard in shards for k, v in read(file.with_name(shard)).items()}
-    content = _safetensors(file) if file.suffix == ".safetensors" else _pickled(file)
-    return _state_dict(content, file)
-
-
-def _safetensors(file: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(file, "pt") as handle:
-            return {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise UserError(f"checkpoint {file} is corrupt ({error})") from error
-
-
-def _pickled(file: Path) -> object:
-    inert = [(type(name.rpartition(".")[2], (), {}), name) for name in INERT]
-    try:
-        with torch.serialization.safe_globals(inert):
-            # Files older than PyTorch 1.6 are no archives and cannot be mapped.
-            mapped = zipfile.is_zipfile(file)
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        raise UserError(
-            f"checkpoint {file} holds more than tensors and is not unpickled: "
-            f"{str(error).splitlines()[-1]}; save its state dict alone"
-        ) from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"checkpoint {file} is corrupt ({error})") from error
-
-
-def _state_dict(content: object, file: Path) -> dict[str, Tensor]:
-    """Unwrap what training scripts save: a moving average comes before the raw weights."""
-    if isinstance(content, list) and content:  # DDIM: network, optimiser, ..., moving average
-        content = content[-1]
-    for key in ("ema", "state_dict", "model"):  # DiT and SiT; Lightning (LDM); DiT without average
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-            break
-    if not isinstance(content, Mapping) or not content:
-        raise UserError(
-            f"checkpoint {file} holds no state dict; its content is {_described(content)}"
-        )
-    for name, value in content.items():
-        if not isinstance(value, Tensor):
-            raise UserError(f"{file}: the key '{name}' is {_described(value)}, not a tensor")
-    parallel = all(name.startswith("module.") for name in content)
-    return {name.removeprefix("module.") if parallel else name: v for name, v in content.items()}
