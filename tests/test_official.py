@@ -865,7 +865,7 @@ def test_dense_takes_the_checkpoint_of_the_track(tmp_path, track_of):
 
 
 @pytest.mark.parametrize("classes", [7, 10])
-def test_a_checkpoint_is_fine_tuned_on_other_classes(tmp_path, classes):
+def test_a_checkpoint_is_fine_tuned_on_other_classes(tmp_path, track_of, classes):
     ours = tiny.smoke().model("dit")["config"]
     released = models.family("dit").build({**ours, "classes": classes})
     generator = torch.Generator().manual_seed(0)
@@ -905,7 +905,7 @@ def test_a_track_may_name_a_published_configuration(tmp_path, track_of):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"config": "dit_xl_3"}, r"models.dit.config: unknown name 'dit_xl_3'; did you mean 'dit_xl"),
+        ({"config": "dit_xl_3"}, r"dit.config: unknown name 'dit_xl_3'; did you mean 'dit_xl"),
         ({}, r"dit.weights.layout: this key is missing; .* known: dit, sit, suite"),
         ({"weights": {"file": "a", "layout": "uvit"}}, r"weights.layout: 'uvit' is none of"),
         ({"weights": {"layout": "dit"}}, r"models.dit.weights: needs either the key 'asset' or"),
