@@ -1,5 +1,5 @@
 # snakemake --cores all                           the embedded track's first division (matched)
-# snakemake --cores all published recovery        other divisions of the track
+# snakemake --cores all as_published recovery      other divisions of the track
 # snakemake --cores all masks                     the oracle: every layer mask of one sparsity
 # snakemake --cores all everything                all divisions and the oracle
 # snakemake --cores all --config track=smoke      another track: config/<track>.yaml, or a YAML file

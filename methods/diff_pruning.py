@@ -35,7 +35,7 @@ NOTES = (
     "division has. The paper is about noise prediction in UNets; a velocity loss does not fall "
     "below the gate: flow models use all times."
 )
-PUBLISHED = {
+RECIPE = {
     "recovery": "finetune",
     "sparsities": (0.3,),
     "parameters": {"uniform": True, "path": "a", "loss": "sum"},

@@ -25,7 +25,7 @@ TITLE = "EntPruner"
 KIND = "layers"
 TRAINS = True
 RECONSTRUCTION = True
-PUBLISHED = {"recovery": "finetune", "sparsities": (0.5,)}
+RECIPE = {"recovery": "finetune", "sparsities": (0.5,)}
 NOTES = (
     "Without a training budget it is the one-shot CED ranking. The paper is about transformers; on "
     "UNets the units are ResNet blocks and attention layers."

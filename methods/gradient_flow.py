@@ -35,7 +35,7 @@ NOTES = (
     "there is no published number to compare with. A tenth of the budget trains under soft masks."
 )
 # The suite's proposal, to be comparable with Diff-Pruning; the paper's own recipe is not known.
-PUBLISHED = {"recovery": "finetune", "sparsities": (0.3,), "parameters": {"uniform": True}}
+RECIPE = {"recovery": "finetune", "sparsities": (0.3,), "parameters": {"uniform": True}}
 CHECK = {"rounds": 1, "timesteps": 1, "batch": 4, "share": 0.5}
 PAPER = "arXiv 2501.09464"
 BIBTEX = """@inproceedings{wan2025pruning,

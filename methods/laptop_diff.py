@@ -30,7 +30,7 @@ NOTES = (
 )
 CHECK = {"draws": 40, "batch": 20}
 PAPER = "arXiv 2404.11098"
-PUBLISHED = {"recovery": "normalised_kd", "sparsities": (0.5,)}
+RECIPE = {"recovery": "normalised_kd", "sparsities": (0.5,)}
 BIBTEX = """@article{zhang2024laptop,
   title = {{LAPTOP-Diff}: Layer Pruning and Normalized Distillation for Compressing Diffusion
            Models},

@@ -11,7 +11,7 @@ TITLE = "Magnitude, widths"
 KIND = "widths"
 CONTROL = True
 # Diff-Pruning's magnitude baseline: the same share of every width.
-PUBLISHED = {"sparsities": (0.3,), "parameters": {"uniform": True}}
+RECIPE = {"sparsities": (0.3,), "parameters": {"uniform": True}}
 PAPER = "arXiv 1608.08710"
 BIBTEX = """@inproceedings{li2017pruning,
   title = {Pruning Filters for Efficient {ConvNets}},

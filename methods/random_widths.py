@@ -6,7 +6,7 @@ TITLE = "Random widths"
 KIND = "widths"
 CONTROL = True
 # Beside recipes that prune every width by one share, random masks do so too.
-PUBLISHED = {"sparsities": (0.3,), "parameters": {"uniform": True}}
+RECIPE = {"sparsities": (0.3,), "parameters": {"uniform": True}}
 
 
 def select(context, uniform=False):

@@ -30,7 +30,7 @@ NOTES = (
     "Trained with the track's optimiser; where that is Muon, the decay of pruned weights is "
     "orthogonalised with the gradient (authors: AdamW). 2:4 kernels exist on CUDA only."
 )
-PUBLISHED = {"recovery": "finetune", "parameters": {"kd": 0.1}}
+RECIPE = {"recovery": "finetune", "parameters": {"kd": 0.1}}
 PAPER = "arXiv 2404.10445"
 BIBTEX = """@inproceedings{wang2025sparsedm,
   title = {{SparseDM}: Toward Sparse Efficient Diffusion Models},

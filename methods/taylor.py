@@ -15,7 +15,7 @@ TITLE = "Taylor, widths"
 KIND = "widths"
 NOTES = "Diff-Pruning's baseline: all timesteps, and terms may cancel within a slice."
 # Diff-Pruning's Taylor baseline: the same share of every width.
-PUBLISHED = {"sparsities": (0.3,), "parameters": {"uniform": True}}
+RECIPE = {"sparsities": (0.3,), "parameters": {"uniform": True}}
 CHECK = {"timesteps": 4, "batch": 4}
 PAPER = "arXiv 1906.10771"
 BIBTEX = """@inproceedings{molchanov2019importance,

@@ -105,10 +105,10 @@ def _place(row: pd.Series) -> str:
     return f"{share} % ({row.oracle_gap_mean:+.2f})"
 
 
-def compared(name: str, matched: pd.DataFrame, published: pd.DataFrame) -> str:
+def compared(name: str, matched: pd.DataFrame, as_published: pd.DataFrame) -> str:
     """One method against the random masks of its kind: a sentence per division, and a table."""
     lines, sentences = [], []
-    for division, rows in (("matched", matched), ("as published", published)):
+    for division, rows in (("matched", matched), ("as published", as_published)):
         pairs = [(row, _control(rows, row)) for row in rows[rows.method == name].itertuples()]
         pairs = [(row, control) for row, control in pairs if control is not None]
         verdicts = [_verdict(*pair) for pair in pairs]
@@ -134,7 +134,7 @@ def _sentence(division: str, verdicts: list[str]) -> str:
 
 def _control(rows: pd.DataFrame, row: tuple) -> tuple | None:
     """The random masks with the same model, sparsity, pattern and budget, plainly fine-tuned."""
-    names = {row.recovery, f"finetune-{row.budget}", f"published-{row.budget}"}
+    names = {row.recovery, f"finetune-{row.budget}", f"recipe-{row.budget}"}
     same = (rows.method == RANDOM[row.kind]) & (rows.status == "ok") & rows.recovery.isin(names)
     for name in ("model", "sparsity", "budget", "share"):
         same &= rows[name] == getattr(row, name)
@@ -171,7 +171,7 @@ def board(division: str = "") -> pd.DataFrame:
 # What the README says of the numbers: every sentence is computed.
 
 
-def findings(matched: pd.DataFrame, published: pd.DataFrame) -> str:
+def findings(matched: pd.DataFrame, as_published: pd.DataFrame) -> str:
     """What a reader may take from the matched division, as Markdown."""
     pruned = matched[~matched.kind.isin(["none", "steps"])]
     verdicts = pruned.equal_latency_verdict.value_counts()
@@ -183,7 +183,7 @@ def findings(matched: pd.DataFrame, published: pd.DataFrame) -> str:
         f"of {_against(matched, 'diff_pruning', 'taylor')} (another score, and no gate; on `sit` "
         "Diff-Pruning's gate never closes, so that the score alone differs there); of "
         f"{_against(matched, 'diff_pruning', 'magnitude_widths')}.",
-        _layers(matched, published),
+        _layers(matched, as_published),
         f"{_one_shot()} Its staged vote removes them late, at a budget of 40 steps.",
         "The reconstruction of gradient flow against "
         f"{_against(matched, 'gradient_flow', 'random_widths')}.",
@@ -218,10 +218,10 @@ def _against(rows: pd.DataFrame, method: str, other: str) -> str:
     )
 
 
-def _layers(matched: pd.DataFrame, published: pd.DataFrame) -> str:
+def _layers(matched: pd.DataFrame, as_published: pd.DataFrame) -> str:
     """Which layer selections differ from random layer masks, in words."""
     found, better, worse = 0, [], []
-    for division, rows in (("", matched), (", as published", published)):
+    for division, rows in (("", matched), (", as published", as_published)):
         own = rows[(rows.kind == "layers") & ~rows.method.isin([RANDOM["layers"], "scratch"])]
         for row in own.itertuples():
             control = _control(rows, row)
@@ -290,14 +290,14 @@ def features(rows: pd.DataFrame) -> str:
 
 def written() -> dict[Path, str]:
     """Every page that holds results, as it should read."""
-    matched, published = board(), board("published")
+    matched, as_published = board(), board("as_published")
     readme = ROOT / "README.md"
     blocks = {
         "features": features(matched),
         "matched": table(matched),
-        "findings": findings(matched, published),
+        "findings": findings(matched, as_published),
         "oracle": f"{placed(matched)}\n\n{_one_shot()}",
-        "published": recipes(published),
+        "as_published": recipes(as_published),
         "recovery": recoveries(board("recovery")),
     }
     text = readme.read_text()
@@ -305,7 +305,7 @@ def written() -> dict[Path, str]:
         text = filled(text, block, name)
     pages = {readme: text}
     for page in sorted((ROOT / "docs" / "methods").glob("*.md")):
-        pages[page] = filled(page.read_text(), compared(page.stem, matched, published))
+        pages[page] = filled(page.read_text(), compared(page.stem, matched, as_published))
     return pages
 
 

@@ -569,11 +569,11 @@ def _ranked(compares: str, *groups: list) -> dict:
 
 
 def test_methods_are_ranked_across_recoveries_of_one_budget():
-    ranked = _ranked("methods", seeds("own", [2.0], "published-low"),
+    ranked = _ranked("methods", seeds("own", [2.0], "recipe-low"),
                      seeds("control", [3.0], "finetune-low"), seeds("c", [1.0], "none"),
                      seeds("d", [1.5], "none"))  # fmt: skip
     assert ranked == {
-        ("own", "published-low"): 1, ("control", "finetune-low"): 2, ("c", "none"): 1,
+        ("own", "recipe-low"): 1, ("control", "finetune-low"): 2, ("c", "none"): 1,
         ("d", "none"): 2,
     }  # fmt: skip
 
@@ -604,7 +604,7 @@ def test_plans_that_fix_their_own_share_are_ranked_apart(compares):
 def test_a_board_says_what_it_ranks_and_how_rows_were_recovered(tmp_path):
     notes = {"summary": "joint/sum = 0.9"}
     plan = examples.PLAN.model_copy(update={"pattern": "uniform", "notes": notes})
-    own = seeds("own", [2.0, 2.1], "published-low", title="Own", plan=plan,
+    own = seeds("own", [2.0, 2.1], "recipe-low", title="Own", plan=plan,
                 recovered_by="normalised_kd")  # fmt: skip
     cells = own + seeds("control", [3.0, 3.1], "finetune-low", title="Control")
     files = [write_cell(tmp_path, score) for score in cells]

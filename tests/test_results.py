@@ -17,7 +17,7 @@ from prunebench.records.schema import Score
 RESULTS = Path(__file__).parents[1] / "results" / "embedded"
 DIVISIONS = {
     "matched": RESULTS,
-    "published": RESULTS / "published",
+    "as_published": RESULTS / "as_published",
     "recovery": RESULTS / "recovery",
 }
 TABLES = ("leaderboard.csv", "leaderboard.md", "leaderboard.tex", "leaderboard.bib")

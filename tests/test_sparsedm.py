@@ -277,7 +277,7 @@ def test_only_distillation_asks_the_teacher():
         _select(context, kd=kd)
         assert context._meter.counts["teacher_forward"] == images
         assert context._meter.counts["student_backward"] == 16
-    assert FOUND.published["parameters"] == {"kd": 0.1}
+    assert FOUND.recipe["parameters"] == {"kd": 0.1}
     assert FOUND.parameters["kd"] == 0.0, "the matched division trains with the model's own loss"
 
 

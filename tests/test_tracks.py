@@ -208,8 +208,8 @@ REFUSED = {
         r"oracle\.models: unknown model 'dti'",
     ),
     "oracle of a recipe": (
-        {"oracle.recoveries": ["published-low"]},
-        r"oracle\.recoveries: 'published-low' belongs to a method",
+        {"oracle.recoveries": ["recipe-low"]},
+        r"oracle\.recoveries: 'recipe-low' belongs to a method",
     ),
     "sparsity 0": ({"sparsities": [0.25, 0]}, r"sparsities\.1: 0 should be greater than"),
     "sparsity 1.5": ({"sparsities": [1.5]}, r"sparsities\.0: 1\.5 should be less than"),
@@ -289,8 +289,8 @@ def test_cells_of_the_smoke_track_are_the_product():
             continue
         sparsities = {"none": 1, "steps": len(track.content["fewer_steps"])}
         levels = sparsities.get(method.kind, len(method.sparsities or track.content["sparsities"]))
-        healing = {"never": 1, "required": 1, "optional": 2}[method.recovery]
-        expected += levels * healing * seeds
+        recovered = {"never": 1, "required": 1, "optional": 2}[method.recovery]
+        expected += levels * recovered * seeds
     assert len(track.cells()) == expected
 
 
@@ -417,36 +417,36 @@ def test_one_selection_serves_all_recoveries_unless_it_trains(edited):
 
 # Divisions.
 
-RECIPE = 'PUBLISHED = {"recovery": "output_kd", "parameters": {"power": 2}, "sparsities": (0.4,)}'
+MINE = 'RECIPE = {"recovery": "output_kd", "parameters": {"power": 2}, "sparsities": (0.4,)}'
 
 
 def test_a_recipe_runs_in_the_published_division_only(edited):
-    track = edited({}, {"mine": METHOD.format(RECIPE)})
-    (cell, *_) = [c for c in track.cells("published") if c.method == "mine"]
-    assert (cell.sparsity, cell.recovery) == (0.4, "published-low")
-    assert track.healing(cell) == "output_kd" and track.parameters(cell) == {"power": 2}
+    track = edited({}, {"mine": METHOD.format(MINE)})
+    (cell, *_) = [c for c in track.cells("as_published") if c.method == "mine"]
+    assert (cell.sparsity, cell.recovery) == (0.4, "recipe-low")
+    assert track.recovered_by(cell) == "output_kd" and track.parameters(cell) == {"power": 2}
     assert track.budget(cell) == track.content["budgets"]["low"]
     paths = tracks.Paths(track, cell)
-    assert paths.select == "runs/mine/dit/mine/0.4/selection-published-low/seed0/select.json"
+    assert paths.select == "runs/mine/dit/mine/0.4/selection-recipe-low/seed0/select.json"
     matched = [c for c in track.cells() if c.method == "mine"]
     assert {c.recovery for c in matched} == {"none", "finetune-low"}
-    assert {track.healing(c) for c in matched} == {"none", "finetune"}
+    assert {track.recovered_by(c) for c in matched} == {"none", "finetune"}
     assert all(track.parameters(c) == {} and c.sparsity == 0.25 for c in matched)
 
 
 def test_what_has_no_recipe_is_finetuned_at_the_recipes_sparsities(edited):
-    track = edited({}, {"mine": METHOD.format(RECIPE)})
-    cells = [c for c in track.cells("published") if c.method == "random_layers"]
+    track = edited({}, {"mine": METHOD.format(MINE)})
+    cells = [c for c in track.cells("as_published") if c.method == "random_layers"]
     assert {c.recovery for c in cells} == {"finetune-low"}
     assert 0.4 in {c.sparsity for c in cells}
-    dense = [c for c in track.cells("published") if c.method == "dense"]
+    dense = [c for c in track.cells("as_published") if c.method == "dense"]
     assert {(c.sparsity, c.recovery) for c in dense} == {(0.0, "none")}
 
 
 def test_a_recipe_stands_whatever_the_track_sets_for_the_matched_division(edited):
     given = {"methods.parameters.mine": {"power": 3}}
-    track = edited(given, {"mine": METHOD.format(RECIPE)})
-    (cell, *_) = [c for c in track.cells("published") if c.method == "mine"]
+    track = edited(given, {"mine": METHOD.format(MINE)})
+    (cell, *_) = [c for c in track.cells("as_published") if c.method == "mine"]
     assert track.parameters(cell) == {"power": 2}
 
 
@@ -475,18 +475,18 @@ def test_an_unknown_division_lists_the_known_ones():
     [
         (
             '{"recover": "finetune"}',
-            r"mine\.py: PUBLISHED has 'recover'; did you mean 'recovery'\?; known: recovery",
+            r"mine\.py: RECIPE has 'recover'; did you mean 'recovery'\?; known: recovery",
         ),
         (
             '{"recovery": "heal"}',
-            r"mine\.py: PUBLISHED names the recovery 'heal'; known: .*finetune",
+            r"mine\.py: RECIPE names the recovery 'heal'; known: .*finetune",
         ),
-        ('{"sparsities": (50,)}', r"mine\.py: PUBLISHED sparsities has 50"),
-        ('{"parameters": {"pow": 2}}', r"mine\.py: PUBLISHED\.pow: .*no such parameter"),
+        ('{"sparsities": (50,)}', r"mine\.py: RECIPE sparsities has 50"),
+        ('{"parameters": {"pow": 2}}', r"mine\.py: RECIPE\.pow: .*no such parameter"),
     ],
 )
 def test_a_recipe_that_makes_no_sense_is_refused(edited, recipe, message):
-    track = edited({}, {"mine": METHOD.format(f"PUBLISHED = {recipe}")})
+    track = edited({}, {"mine": METHOD.format(f"RECIPE = {recipe}")})
     assert "mine" not in track.methods and re.search(message, *track.warnings)
 
 

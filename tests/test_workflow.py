@@ -234,11 +234,11 @@ def test_every_division_and_the_oracle(project):
     status, output = project.snakemake("everything", track="small")
     assert status == 0, output[-3000:]
     results = project.folder / "runs/small/leaderboard/matched"
-    published = {row["method"]: row for row in project.rows("small", "published")}
+    published = {row["method"]: row for row in project.rows("small", "as_published")}
     assert published["laptop_diff"]["recovered_by"] == "normalised_kd"
     assert float(published["laptop_diff"]["teacher_images_mean"]) > 0
     assert published["diff_pruning"]["share"] == "uniform"
-    assert published["sparsedm"]["recovery"] == "published-low"
+    assert published["sparsedm"]["recovery"] == "recipe-low"
     recovery = [
         row for row in project.rows("small", "recovery") if row["method"] == "random_layers"
     ]

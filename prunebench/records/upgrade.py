@@ -55,13 +55,19 @@ def _common(old: Mapping, stage: str, names: Mapping) -> dict:
     }
 
 
+def _names(old: Mapping) -> dict:
+    """A cell's; what is a method's recipe now was called "published"."""
+    recovery = old["cell"]["recovery"].replace("published-", "recipe-")
+    return {**SINGLE, **old["cell"], "recovery": recovery}
+
+
 def _score(old: Mapping) -> dict:
     settings, model = dict(old["settings"]), old["settings"]["model"]
     parameters, method = settings.pop("parameters"), settings.pop("method_sha256")
     batch = model["recovery"]["batch"]
     clip = old["quality"].get("clip")
     return {
-        **_common(old, "score", {**SINGLE, **old["cell"]}),
+        **_common(old, "score", _names(old)),
         "inputs": {"method": method},
         "labels": _labels(old),
         "quality": _quality(old),
@@ -82,7 +88,7 @@ def _score(old: Mapping) -> dict:
 
 
 def _failed(old: Mapping) -> dict:
-    names = {**SINGLE, **old["cell"]}
+    names = _names(old)
     return {
         **_common(old, "score", names),
         "failure": old["failure"],

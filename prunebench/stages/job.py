@@ -105,7 +105,7 @@ def labels(job: Job) -> dict:
     names = ("kind", "control", "reconstruction", "title", "paper", "bibtex", "notes")
     return {
         "family": settings["family"],
-        "healing": job.track.healing(job.cell),
+        "healing": job.track.recovered_by(job.cell),
         "objective": settings["objective"]["name"],
         **{name: getattr(method, name) for name in names},
         "idea": method.idea,

@@ -69,7 +69,7 @@ def train(
         progress: which steps of the cell's training are left.
     """
     options, data = loop.Settings(**job.settings["recovery"]), training_data(job)
-    family, module = job.family, recovery.recovery(job.track.healing(job.cell))
+    family, module = job.family, recovery.recovery(job.track.recovered_by(job.cell))
     teaching = _teaching(whole, plan, family, meter) if module.TEACHER else None
     with meter.clock():
         return loop.train(

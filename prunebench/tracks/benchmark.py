@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prunebench.errors import UserError
 from prunebench.tracks import methods
-from prunebench.tracks.cells import PUBLISHED, REFERENCES, Cell
+from prunebench.tracks.cells import RECIPE, UNPRUNED, Cell
 from prunebench.tracks.checks import asset_names, check_recovery
 from prunebench.tracks.layout import RUNS, Paths
 from prunebench.tracks.settings import LEAST_SPARSITY, MOST_SPARSITY, nearest, parse
@@ -20,11 +20,11 @@ from prunebench.tracks.stages import STAGES, needs_of
 ROW = ("model", "method", "sparsity", "recovery")
 
 
-def _published_sparsities(method: methods.Method) -> tuple[float, ...]:
+def _recipe_sparsities(method: methods.Method) -> tuple[float, ...]:
     """The sparsities of a method's own recipe, () without a recipe."""
-    if method.published is None:
+    if method.recipe is None:
         return ()
-    return method.sparsities or tuple(method.published.get("sparsities", ()))
+    return method.sparsities or tuple(method.recipe.get("sparsities", ()))
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,15 @@ class Track:
         return self._named("method", self.methods, name)
 
     def parameters(self, cell: Cell) -> dict:
-        """What `select` is called with: the track's values, then the published recipe's."""
-        recipe = self.method(cell.method).published if cell.published else None
+        """What `select` is called with: the track's values, then the recipe's."""
+        recipe = self.method(cell.method).recipe if cell.by_recipe else None
         given = self.settings.methods.parameters.get(cell.method, {})
         return {**given, **(recipe or {}).get("parameters", {})}
 
-    def healing(self, cell: Cell) -> str:
-        """The recovery module that heals a cell, or "none"."""
-        if cell.published:
-            return (self.method(cell.method).published or {}).get("recovery", "finetune")
+    def recovered_by(self, cell: Cell) -> str:
+        """The module that a cell recovers with, or "none"."""
+        if cell.by_recipe:
+            return (self.method(cell.method).recipe or {}).get("recovery", "finetune")
         return cell.recovery.rpartition("-")[0] or cell.recovery
 
     def cell(
@@ -160,20 +160,21 @@ class Track:
                 if not _prunes(method, settings):
                     continue
                 for recovery in self._recoveries(method, division):
-                    own = recovery.startswith(f"{PUBLISHED}-")
-                    named = recovery if not own or method.published else f"finetune-{recovery[10:]}"
+                    own = recovery.startswith(f"{RECIPE}-")
+                    plain = recovery.replace(RECIPE, "finetune", 1)
+                    named = recovery if method.recipe or not own else plain
                     for sparsity in self.sparsities(method, own):
                         yield model, method.name, sparsity, named
 
     def _participants(self, division: Division) -> list[methods.Method]:
         """The division's methods and the controls; only to compare recoveries, fewer will do."""
         named = self.methods if division.methods is None else division.methods
-        always = [name for name, m in self.methods.items() if m.kind in REFERENCES]
+        always = [name for name, m in self.methods.items() if m.kind in UNPRUNED]
         if division.compares != "recoveries":
             always += [name for name, m in self.methods.items() if m.control]
         return [m for name, m in self.methods.items() if name in named or name in always]
 
-    def sparsities(self, method: methods.Method, published: bool = False) -> tuple[float, ...]:
+    def sparsities(self, method: methods.Method, by_recipe: bool = False) -> tuple[float, ...]:
         """The sparsities a method runs at; for steps, the fractions of the steps to leave out.
 
         In the as-published division a method runs at its paper's; one without a recipe is there to
@@ -183,10 +184,10 @@ class Track:
             return (0.0,)
         if method.kind == "steps":
             return self.settings.fewer_steps
-        if published and not method.sparsities:
-            own = _published_sparsities(method) or sorted(
+        if by_recipe and not method.sparsities:
+            own = _recipe_sparsities(method) or sorted(
                 {s for m in self.methods.values() if m.kind == method.kind
-                 for s in _published_sparsities(m)}
+                 for s in _recipe_sparsities(m)}
             )  # fmt: skip
             return tuple(own or self.settings.sparsities)
         return method.sparsities or self.settings.sparsities

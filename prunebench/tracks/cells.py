@@ -2,8 +2,8 @@
 
 from dataclasses import asdict, dataclass
 
-REFERENCES = ("none", "steps")  # kinds of methods that only show the dense model
-PUBLISHED = "published"  # the recovery that stands for each method's own recipe
+UNPRUNED = ("none", "steps")  # kinds of methods that only show the dense model
+RECIPE = "recipe"  # the recovery that stands for each method's own
 # Axes of a cell that have a folder only where a track has several values of them.
 AXES = ("dense_seed", "precision", "sampling")
 PRECISIONS, SAMPLINGS = ("fp32",), ("default",)
@@ -35,9 +35,9 @@ class Cell:
         return self.recovery.rpartition("-")[2]
 
     @property
-    def published(self) -> bool:
+    def by_recipe(self) -> bool:
         """Whether the cell runs its method's own recipe instead of the matched one."""
-        return self.recovery.rpartition("-")[0] == PUBLISHED
+        return self.recovery.rpartition("-")[0] == RECIPE
 
 
 def as_dict(cell: Cell) -> dict:

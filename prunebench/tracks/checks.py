@@ -16,7 +16,7 @@ from prunebench.errors import UserError
 from prunebench.evaluation.metrics import metrics
 from prunebench.models import Takes
 from prunebench.tracks import methods
-from prunebench.tracks.cells import PUBLISHED
+from prunebench.tracks.cells import RECIPE
 from prunebench.tracks.settings import nearest, parse
 from prunebench.tracks.settings_benchmark import (
     BenchmarkSettings,
@@ -336,7 +336,7 @@ def _check_oracle(asked: Asked) -> None:
             raise asked.refuse("oracle.models", f"unknown model '{name}'{known}")
     for name in oracle.recoveries:
         check_recovery(f"{asked.file}: oracle.recoveries", name, budgets)
-        if name.startswith(f"{PUBLISHED}-"):
+        if name.startswith(f"{RECIPE}-"):
             raise asked.refuse("oracle.recoveries", f"'{name}' belongs to a method, not a mask")
 
 
@@ -345,7 +345,7 @@ def check_recovery(where: str, name: str, budgets: Iterable[str]) -> None:
     module, _, budget = name.rpartition("-")
     if name == "none":
         return
-    if module not in (PUBLISHED, *recoveries.recovery_names()):
+    if module not in (RECIPE, *recoveries.recovery_names()):
         known = nearest(module, recoveries.recovery_names())
         raise UserError(f"{where}: unknown recovery '{module}' in '{name}'{known}")
     if budget not in budgets:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-from prunebench.tracks.cells import AXES, PRECISIONS, PUBLISHED, SAMPLINGS, Cell, as_dict
+from prunebench.tracks.cells import AXES, PRECISIONS, RECIPE, SAMPLINGS, Cell, as_dict
 from prunebench.tracks.stages import LOGS, STAGES
 
 RUNS = Path("runs")
@@ -30,7 +30,7 @@ class Layout:
         found = {**names, **axes, "shards": self.track.shards}
         if "selection" in STAGES[stage].wildcards:
             recovery = str(names["recovery"])
-            own = self.track.method(names["method"]).trains or recovery.startswith(f"{PUBLISHED}-")
+            own = self.track.method(names["method"]).trains or recovery.startswith(f"{RECIPE}-")
             found["selection"] = f"selection-{recovery}" if own else "selection"
         return found
 

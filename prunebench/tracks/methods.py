@@ -42,7 +42,7 @@ CONSTANTS: dict[str, tuple[type, object]] = {
     "FAMILIES": (tuple, ()),
     "SPARSITIES": (tuple, ()),
     "NEEDS_CLASSES": (bool, False),
-    "PUBLISHED": (dict, None),
+    "RECIPE": (dict, None),
     "CHECK": (dict, None),
 }
 
@@ -61,7 +61,7 @@ class Method:
         families: families it applies to; empty means all.
         sparsities: sparsities it runs at whatever the track asks, because a pattern fixes them.
         needs_classes: can't prune networks that read text.
-        published: the paper's own recipe for the as-published division, None without one:
+        recipe: the paper's own for the as-published division, None without one:
             "recovery" (a module of prunebench/recovery), "parameters" of `select` and "sparsities"
             that differ from the matched division's.
         check: parameters of `select` that make it quick, for `prunebench check`.
@@ -83,7 +83,7 @@ class Method:
     families: tuple[str, ...]
     sparsities: tuple[float, ...]
     needs_classes: bool
-    published: Mapping[str, object] | None
+    recipe: Mapping[str, object] | None
     check: Mapping[str, object]
     parameters: Mapping[str, object]
 
@@ -221,8 +221,8 @@ def _check_sparsities(what: str, given: Iterable[object]) -> None:
 
 
 def _check_recipe(method: Method) -> None:
-    """A published recipe names a recovery that exists and parameters that `select` has."""
-    recipe, where = method.published or {}, f"{method.file}: PUBLISHED"
+    """A recipe names a recovery that exists and parameters that `select` has."""
+    recipe, where = method.recipe or {}, f"{method.file}: RECIPE"
     known = {"recovery": str, "parameters": dict, "sparsities": tuple}
     for key, value in recipe.items():
         if key not in known:
