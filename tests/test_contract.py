@@ -35,6 +35,7 @@ def test_every_family_has_what_methods_may_ask_for():
         assert all(family.layers(model, granularity) for granularity in ("block", "branch"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "instance"), CASES)
 def test_a_method_keeps_its_contract(method, instance):
     found = SHIPPED[method]
