@@ -201,3 +201,11 @@ def finished_run(root: Path, method: str = "a", seed: int = 0) -> dict[str, Path
         files[stage] = folder / f"{stage}.json"
         sealed.write(files[stage], record, [folder / name for name in payload[stage]])
     return files
+
+
+def write(job, payload=(), **changes) -> Path:
+    """Write an example as the record of a stage's job, with its identity; returns its place."""
+    identity = job.identity(job.stage).model_dump()
+    record = changed(every()[job.stage], identity=identity, fingerprint=job.fingerprint, **changes)
+    sealed.write(job.record, record, payload)
+    return job.record

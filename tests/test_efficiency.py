@@ -14,6 +14,7 @@ from prunebench.errors import CellError, UserError
 from prunebench.evaluation import variants
 from prunebench.leaderboard import efficiency as table
 from prunebench.pruning.plan import Plan
+from prunebench.records import schema, sealed, upgrade
 from prunebench.stages import efficiency as stage
 from prunebench.stages import networks
 from prunebench.tracks import efficiency
@@ -81,13 +82,13 @@ def load(tmp_path):
     return loaded
 
 
-def run(track: efficiency.Track, folder: Path, *plans: str) -> list[dict]:
+def run(track: efficiency.Track, folder: Path, *plans: str) -> list[schema.Efficiency]:
     """Records of the named plans of the first model; of all without names."""
     model = next(iter(track.content["models"]))
     for plan in plans or [plan for _, plan in track.rows()]:
         tiny.run("efficiency", track, folder, model=model, plan=plan)
     names = plans or [plan for _, plan in track.rows()]
-    return [json.loads(Path(track.record(model, plan, folder)).read_text()) for plan in names]
+    return [sealed.read(track.record(model, plan, folder)) for plan in names]
 
 
 def texts(track: efficiency.Track, folder: Path) -> dict[str, str]:
@@ -193,28 +194,28 @@ def test_costs_of_a_dit_by_hand(load, tmp_path):
         load(), tmp_path, "dense", "layers_50", "sparse_2_4", "named"
     )
     matrices, products = block_macs()
-    size, whole = layers["size"], dense["size"]
-    assert len(layers["layers"]) == 2 == DEPTH // 2
-    assert whole["macs"] - size["macs"] == 2 * (matrices + products)
-    difference = [s["macs_without_attention_products"] for s in (whole, size)]
+    size, whole = layers.size, dense.size
+    assert len(layers.layers) == 2 == DEPTH // 2
+    assert whole.macs - size.macs == 2 * (matrices + products)
+    difference = [s.macs_without_attention_products for s in (whole, size)]
     assert difference[0] - difference[1] == 2 * matrices
     block = 18 * WIDTH**2 + 15 * WIDTH
-    assert whole["parameters"] - size["parameters"] == 2 * block
-    assert size["dense_macs"] == whole["macs"]
+    assert whole.parameters - size.parameters == 2 * block
+    assert size.dense_macs == whole.macs
     # 2:4 zeroes half of the matrices of attention and MLP, and no count of MACs changes.
-    assert sparse["size"]["macs"] == whole["macs"]
-    assert whole["parameters"] - sparse["size"]["nonzero_parameters"] == DEPTH * 6 * WIDTH**2
+    assert sparse.size.macs == whole.macs
+    assert whole.parameters - sparse.size.nonzero_parameters == DEPTH * 6 * WIDTH**2
     # One block, and the MLP of another with its half of the modulation.
     branch = TOKENS * 8 * WIDTH**2 + 3 * WIDTH**2
-    assert whole["macs"] - named["size"]["macs"] == matrices + products + branch
+    assert whole.macs - named.size.macs == matrices + products + branch
 
 
 def test_widths_leave_what_was_asked_for(load, tmp_path):
     dense, widths, uniform = run(load(), tmp_path, "dense", "widths_25", "uniform_50")
-    assert widths["size"]["sparsity_reached"] == pytest.approx(0.25, abs=0.02)
-    assert {(left, of) for left, of in uniform["left"].values()} == {(2, 4), (64, 128)}
+    assert widths.size.sparsity_reached == pytest.approx(0.25, abs=0.02)
+    assert {(left, of) for left, of in uniform.left.values()} == {(2, 4), (64, 128)}
     # Half of the heads and neurons leave half of the matrices' and of the attention's MACs.
-    saved = dense["size"]["macs"] - uniform["size"]["macs"]
+    saved = dense.size.macs - uniform.size.macs
     matrices, products = block_macs()
     assert saved == DEPTH * (matrices - 6 * WIDTH**2 + products) // 2
 
@@ -233,8 +234,8 @@ def test_full_size_counts_are_the_published_ones(monkeypatch):
 
 def test_a_plan_that_can_not_be_is_a_failed_row(load, tmp_path):
     (record,) = run(load({"plans.widths_25.sparsity": 0.97}), tmp_path, "widths_25")
-    assert record["status"] == "failed"
-    assert "97% of the parameters can't be removed" in record["failure"]
+    assert record.status == "failed"
+    assert "97% of the parameters can't be removed" in record.failure.error
     with pytest.raises(CellError):
         networks.pruned(load().model("dit"), {"kind": "widths", "sparsity": 0.97}, 0)
 
@@ -293,7 +294,7 @@ def test_random_weights_run_in_bf16(name_, plan):
 def test_without_a_gpu_nothing_is_measured(load, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     records = run(load(), tmp_path, "dense", "layers_50")
-    assert all(r["timings"] == [] and r["not_measured"] == "no GPU" for r in records)
+    assert all(r.timings == () and r.not_measured == "no GPU" for r in records)
     found = texts(load(), tmp_path)
     assert "not measured: no GPU" in found["leaderboard.md"]
     assert "not measured here" in found["leaderboard.md"]
@@ -305,18 +306,18 @@ def test_without_a_gpu_nothing_is_measured(load, tmp_path, monkeypatch):
 def test_measuring_runs_on_a_cpu_where_a_track_says_so(load, tmp_path):
     track = load({"device": "cpu"})
     layers, sparse = run(track, tmp_path, "layers_50", "sparse_2_4")
-    places = [(t["precision"], t["mode"], t["batch"]) for t in layers["timings"]]
+    places = [(t.precision, t.mode, t.batch) for t in layers.timings]
     assert places == [(p, "eager", b) for p in ("fp32", "bf16") for b in (1, 3)]
-    for timing in layers["timings"]:
-        assert timing["ms"] > 0 and timing["ratio"] == timing["ms"] / timing["dense_ms"]
-        assert timing["images_per_s"] == pytest.approx(1e3 * timing["batch"] / timing["ms"])
-        assert 0 < timing["peak_memory_mb"] < timing["dense_peak_memory_mb"]
-    assert {t["failure"] for t in sparse["timings"]} == {
+    for timing in layers.timings:
+        assert timing.ms > 0 and timing.ratio == timing.ms / timing.dense_ms
+        assert timing.images_per_s == pytest.approx(1e3 * timing.batch / timing.ms)
+        assert 0 < timing.peak_memory_mb < timing.dense_peak_memory_mb
+    assert {t.failure for t in sparse.timings} == {
         "2:4 kernels exist in half precision only",
         "no 2:4 kernels on this CPU: the pattern brings no speed",
     }
     text = texts(track, tmp_path)["leaderboard.md"]
-    assert f"{1 / layers['timings'][3]['ratio']:.2f}×" in text.split("## Tiny DiT")[0]
+    assert f"{1 / layers.timings[3].ratio:.2f}×" in text.split("## Tiny DiT")[0]
     assert "sparse\\_2\\_4: not timed in fp32" in text and "Images/s" in text
 
 
@@ -327,8 +328,8 @@ def test_compiled_networks_are_measured(load, tmp_path, monkeypatch):
     changes = {"device": "cpu", "modes": ["compiled"], "precisions": ["fp32"], "published": []}
     track = load({**changes, "models.dit.batches": [1]})
     (record,) = run(track, tmp_path, "layers_50")
-    assert [t["mode"] for t in record["timings"]] == ["compiled"]
-    assert record["timings"][0]["ms"] > 0
+    assert [t.mode for t in record.timings] == ["compiled"]
+    assert record.timings[0].ms > 0
 
 
 def test_what_does_not_fit_is_recorded_as_such(load, tmp_path, monkeypatch):
@@ -350,9 +351,9 @@ def test_what_does_not_fit_is_recorded_as_such(load, tmp_path, monkeypatch):
     monkeypatch.setattr(networks, "materialised", materialised)
     monkeypatch.setattr(variants, "compare", narrow)
     (record,) = run(track, tmp_path, "layers_50")
-    failures = [timing.get("failure") for timing in record["timings"]]
+    failures = [timing.failure for timing in record.timings]
     assert all("out of memory" in failures[index] for index in (0, 1, 3)), failures
-    assert failures[2] is None and record["status"] == "ok"
+    assert failures[2] is None and record.status == "ok"
     text = texts(track, tmp_path)["leaderboard.md"]
     assert "not timed in fp32, eager, batch 1: out of memory" in text
 
@@ -389,11 +390,11 @@ def test_the_committed_tables_are_made_of_the_committed_records(tmp_path, monkey
     for kind in ("csv", "md", "tex", "html", "bib"):
         name = f"leaderboard.{kind}"
         assert (tmp_path / name).read_text() == (COMMITTED / name).read_text(), name
-    records = [json.loads(file.read_text()) for file in files]
-    assert not any(record["provenance"]["dirty"] for record in records)
-    for record in records:
-        name, family = record["row"]["model"], record["settings"]["model"]["family"]
+    for file in files:
+        record = upgrade.parse(file, file.read_bytes())
+        assert not record.provenance.dirty
+        name, family = record.identity.model, record.settings["model"]["family"]
         entry = models.published(family).get(name)
-        if record["row"]["plan"] == "dense" and entry:
-            assert record["size"]["macs"] == entry.macs
-            assert record["size"]["parameters"] == entry.parameters
+        if record.identity.plan == "dense" and entry:
+            assert record.size.macs == entry.macs
+            assert record.size.parameters == entry.parameters

@@ -18,7 +18,7 @@ from prunebench.diffusion import autoencoder
 from prunebench.diffusion.autoencoder import WEIGHTS, Autoencoder
 from prunebench.errors import CellError, UserError
 from prunebench.models.unet import EARLY
-from prunebench.records import artefacts
+from prunebench.records import artefacts, sealed
 from prunebench.stages import dense as stage
 from prunebench.stages.inputs import dataset, training_data
 from prunebench.stages.sample import IMAGES
@@ -306,16 +306,16 @@ def test_a_latent_track_runs_through_all_stages(track, tmp_path):
     with pytest.raises(UserError, match=r"encode\.json does not exist"):
         tiny.run("dense", track, tmp_path, model="dit")
     tiny.run("extractor", track, tmp_path)
-    record = artefacts.read_record(tiny.run("encode", track, tmp_path, coder="tiny"))
-    assert record["autoencoder"]["images"] == 60 and list(record["files"]) == [rows.INDEX]
+    record = sealed.read(tiny.run("encode", track, tmp_path, coder="tiny"))
+    assert record.count == 60 and list(record.files) == [rows.INDEX]
     tiny.run("dense", track, tmp_path, model="dit")
     dense = track.cell("dit", "dense", 0.0, "none", 0)
     cell = track.cell("dit", "random_layers", 0.25, "finetune-low", 0)
     for one in (dense, cell):
         paths = tiny.run_stages(track, tmp_path, one)
-    scored = artefacts.read_record(tiny.run("score", track, tmp_path, cell))
-    assert scored["status"] == "ok" and scored["quality"]["samples"] == 34
-    assert scored["settings"]["autoencoder"]["scale"] == SCALE
+    scored = sealed.read(tiny.run("score", track, tmp_path, cell))
+    assert scored.status == "ok" and scored.samples == 34
+    assert scored.settings["autoencoder"]["scale"] == SCALE
     drawn = artefacts.read_tensors(Path(paths.sample).parent / IMAGES)["images"]
     assert drawn.shape == (34, 1, 16, 16) and drawn.dtype == torch.uint8
     assert len({image.numpy().tobytes() for image in drawn}) == 34

@@ -36,7 +36,7 @@ from prunebench.errors import UserError
 from prunebench.evaluation.cost import count_macs
 from prunebench.models import official
 from prunebench.pruning import surgery
-from prunebench.records import artefacts
+from prunebench.records import artefacts, sealed
 
 ROOT = Path(__file__).parents[1]
 FAMILIES = ("conditional_unet", "dit", "unet", "uvit")
@@ -848,10 +848,10 @@ def test_dense_takes_the_checkpoint_of_the_track(tmp_path, track_of):
     weights = {"file": str(_written(tmp_path, _dit())), "layout": "dit"}
     track = tracks.load(str(track_of(weights=weights)))
     dense = tiny.run("dense", track, tmp_path / "runs", model="dit")
-    record = artefacts.read_record(dense)
-    assert record["status"] == "ok" and record["budget"]["student_backward"] == 0
-    assert record["weights"]["sha256"] == artefacts.sha256(Path(weights["file"]))
-    assert record["weights"]["layout"] == "dit"
+    record = sealed.read(dense)
+    assert record.status == "ok" and record.budget.student_backward == 0
+    assert record.weights.sha256 == artefacts.sha256(Path(weights["file"]))
+    assert record.weights.given["layout"] == "dit"
     network, plan = surgery.load(dense.parent)
     assert plan == surgery.Plan()
     x, y = _batch()
@@ -876,9 +876,9 @@ def test_a_checkpoint_is_fine_tuned_on_other_classes(tmp_path, track_of, classes
     training = {"images": 32, "batch": 16, "learning_rate": 1e-6}
     track = tracks.load(str(track_of(None, config=ours, weights=weights, training=training)))
     dense = tiny.run("dense", track, tmp_path / "runs", model="dit")
-    record = artefacts.read_record(dense)
-    assert record["budget"]["student_backward"] == 32
-    assert record["weights"]["sha256"] == artefacts.sha256(Path(weights["file"]))
+    record = sealed.read(dense)
+    assert record.budget.student_backward == 32
+    assert record.weights.sha256 == artefacts.sha256(Path(weights["file"]))
     network, _ = surgery.load(dense.parent)
     state, old = network.state_dict(), released.state_dict()
     table, before = (s.pop("y_embedder.embedding_table.weight") for s in (state, old))

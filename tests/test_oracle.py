@@ -1,7 +1,6 @@
 """The oracle: which masks there are, what one job records, and how selections are placed."""
 
 import itertools
-from pathlib import Path
 
 import examples
 import pandas as pd
@@ -15,7 +14,7 @@ from prunebench.leaderboard import build
 from prunebench.leaderboard import oracle as board
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
-from prunebench.records import artefacts, parts, sealed
+from prunebench.records import parts, sealed
 from prunebench.stages import oracle
 
 
@@ -117,9 +116,9 @@ def test_a_mask_that_does_not_exist_is_refused(tmp_path, monkeypatch):
     track = tracks.load("smoke")
     job = tiny.job("oracle", track, tmp_path, model="dit", recovery="none", seed=0, mask=99)
     model = job.family.build(job.settings["config"])
-    dense = Path(job.layout.dense("dit", 0))
-    files = surgery.save(dense.parent, model, Plan(), "dit", job.settings["config"])
-    artefacts.write_record(dense, {"status": "ok"}, files)
+    dense = tiny.job("dense", track, tmp_path, model="dit")
+    files = surgery.save(dense.record.parent, model, Plan(), "dit", job.settings["config"])
+    examples.write(dense, files)
     count = len(oracle.masks(model, job.family, 0.25, 4)[0])
     with pytest.raises(UserError, match=f"model 'dit' has only {count} masks"):
         oracle.oracle(job)

@@ -11,7 +11,7 @@ from torch import nn
 
 from prunebench import tracks
 from prunebench.pruning import surgery
-from prunebench.records import artefacts
+from prunebench.records import artefacts, sealed
 from prunebench.selection import scores
 from prunebench.stages.sample import IMAGES
 
@@ -105,7 +105,7 @@ def test_a_track_prunes_and_samples_weights_in_half_precision(tmp_path, method):
     names = {"model": "dit", "dense_seed": 0}
     assert track.fingerprint("dense", **names) != _track(tmp_path).fingerprint("dense", **names)
     dense = tiny.run("dense", track, runs, **names)
-    assert artefacts.read_record(dense)["weights"]["dtype"] == "bfloat16"
+    assert sealed.read(dense).weights.given["dtype"] == "bfloat16"
     sparsity = 0.5 if method == "magnitude_2_4" else 0.25
     cell = track.cell("dit", method, sparsity, "none", 0)
     paths = tiny.run_stages(track, runs, cell)

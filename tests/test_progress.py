@@ -9,21 +9,20 @@ import sys
 import time
 from pathlib import Path
 
+import examples
 import pytest
 import yaml
 
 from prunebench import cli, progress, tracks
 from prunebench.errors import CellError
 from prunebench.progress import activity, jobs, view
-from prunebench.records import artefacts
+from prunebench.records import artefacts, parts, sealed
 from prunebench.runtime import run as life
 from prunebench.stages.job import Job
 from prunebench.stages.work import guarded
 from prunebench.tracks import Cell, Paths
 
 ROOT = Path(__file__).parents[1]
-PROVENANCE = {"commit": None, "dirty": False, "code": "c0de", "config": "c0ff", "cpu": "AMD EPYC",
-              "date": "2026-11-21T07:40:13+00:00", "cores": 2}  # fmt: skip
 ENVIRONMENT = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
 
@@ -48,11 +47,24 @@ def track(tmp_path) -> tracks.Track:
     return tracks.load(str(tmp_path / "small.yaml"))
 
 
-def write_stage(record: str, wall_s: float = 3.0, gpu: str | None = None, **content) -> None:
-    """A record as stages.finish writes it."""
-    provenance = {**PROVENANCE, "gpu": gpu, "packages": {"torch": "2.15.0"}}
-    content = {"status": "ok", **content, "wall_s": wall_s, "provenance": provenance}
-    artefacts.write_record(Path(record), content)
+def write_stage(record: str, wall_s: float = 3.0, gpu: str | None = None, processes: int = 1,
+                inputs: int = 0) -> None:  # fmt: skip
+    """A record as a stage writes it; which stage's doesn't matter here.
+
+    Args:
+        inputs: how many it names, which make it long.
+    """
+    training = {**examples.TRAINING.model_dump(), "processes": processes}
+    long = {f"input{number}": examples.HASH for number in range(inputs)}
+    example = examples.every()["dense"]
+    changed = examples.changed(example, wall_s=wall_s, training=training, inputs=long,
+                               provenance={"gpu": gpu})  # fmt: skip
+    sealed.write(record, changed)
+
+
+def write_failure(record: str, stage: str, error: str, log: str) -> None:
+    failure = parts.Failure(stage=stage, error=error, log=log)
+    sealed.write(record, examples.failed(failure=failure))
 
 
 def write_log(track: tracks.Track, runs: Path, record: str, text: str) -> str:
@@ -130,10 +142,9 @@ def test_every_state_of_a_cell_and_its_stage(track, tmp_path):
 
 
 def test_a_failed_selection_fails_its_cells_before_they_are_scored(track, tmp_path):
-    runs, failure = tmp_path / "runs", {"stage": "select", "error": "no luck", "log": "a.log"}
-    record = Path(Paths(track, a_cell(track, "random_layers"), runs).select)
-    artefacts.write_record(record, {"schema": 1, "status": "failed", "failure": failure,
-                                    "provenance": {**PROVENANCE, "gpu": None}})  # fmt: skip
+    runs = tmp_path / "runs"
+    record = Paths(track, a_cell(track, "random_layers"), runs).select
+    write_failure(record, "select", "no luck", "a.log")
     text = progress.show(track, None, runs)
     assert ", 2 failed" in text.splitlines()[0]  # with and without fine-tuning
     assert "2 x select: no luck" in text
@@ -170,7 +181,7 @@ def test_all_divisions_share_cells_and_bring_the_oracle(track, tmp_path):
 def test_hours_on_gpus_count_every_process(track, tmp_path):
     runs, paths = tmp_path / "runs", Paths(track, a_cell(track, "entpruner"), tmp_path / "runs")
     gpu = {"gpu": "NVIDIA H200"}
-    write_stage(paths.dense, 3600.0, **gpu, training={"processes": 4, "resumed": False})
+    write_stage(paths.dense, 3600.0, **gpu, processes=4)
     write_stage(paths.select, 1800.0, **gpu)
     write_stage(paths.cost, 900.0)
     text = progress.show(track, None, runs)
@@ -221,10 +232,8 @@ def test_equal_failures_are_one_line(track, tmp_path):
             cell = track.cell(model, "entpruner", 0.25, "none", seed)
             other = seed == 7 and model == "sit"
             error = "ValueError: other" if other else f"the training loss is nan at step {seed}"
-            artefacts.write_record(Path(Paths(many, cell, runs).score), {
-                "schema": 1, "status": "failed", "cell": tracks.as_dict(cell),
-                "failure": {"stage": "recover", "error": error, "log": f"logs/{seed}.log"},
-                "labels": {}, "provenance": {**PROVENANCE, "gpu": None}})  # fmt: skip
+            record = Paths(many, cell, runs).score
+            write_failure(record, "recover", error, f"logs/{seed}.log")
     lines = progress.show(many, None, runs).splitlines()
     start = next(place for place, line in enumerate(lines) if line.startswith("Failed cells"))
     assert lines[start + 1 :] == [
@@ -560,7 +569,7 @@ def test_looking_again_at_a_thousand_cells_is_quick(track, tmp_path):
     assert len(planned.cells) > 1000
     for place, record in enumerate(planned.jobs):
         if place % 2:
-            write_stage(record, plan={"kept": list(range(300))})
+            write_stage(record, inputs=60)
     began = time.process_time()
     progress.show(many, None, tmp_path / "runs")
     assert time.process_time() - began < 2  # 0.3 s where nothing else runs

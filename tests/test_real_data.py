@@ -136,8 +136,8 @@ def test_the_workflow_runs_on_real_cifar10_and_real_inception_features(tiny_run)
         metrics = json.loads(file.read_text())
         assert metrics["status"] == "ok", file
         for name in ("fid", "kid", "precision", "recall", "sfid"):
-            assert math.isfinite(metrics["quality"][name]), (file, name)
-        assert metrics["quality"]["fid"] > 50
+            assert math.isfinite(metrics["quality"][name]["value"]), (file, name)
+        assert metrics["quality"]["fid"]["value"] > 50
         assert metrics["extractor"]["name"] == "inception-v3-compat"
 
 
@@ -158,8 +158,8 @@ def test_inception_score_is_not_available_from_weights_without_logits(tiny_run, 
     assert "IS: the extractor's weights have no logits layer" in board
     for file in (tiny_run / "runs/tiny").rglob("score.json"):
         quality = json.loads(file.read_text())["quality"]
-        assert quality["inception_score"] is None
-        assert "no logits layer" in quality["unavailable"]["inception_score"]
+        assert quality["inception_score"]["value"] is None
+        assert "no logits layer" in quality["inception_score"]["reason"]
 
 
 @pytest.mark.parametrize("track_name", TRACKS)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import mse_loss
 
 from prunebench.pruning import surgery
-from prunebench.records import artefacts
+from prunebench.records import sealed
 from prunebench.recovery import Teaching, recovery, recovery_names
 from prunebench.recovery.distillation import captured, predict, surviving
 from prunebench.recovery.normalised_kd import relative_error
@@ -268,7 +268,7 @@ def trained(tmp_path_factory) -> Path:
 @pytest.mark.parametrize(("named", "passes"), [("finetune", 0), ("feature_kd", 64)])
 def test_the_recover_stage_runs_a_recovery_on_narrowed_models(trained, named, passes):
     cell = tiny.smoke().cell("unet", "random_widths", 0.25, f"{named}-low", 0)
-    record = artefacts.read_record(tiny.run("recover", tiny.smoke(), trained, cell))
-    assert record["status"] == "ok" and record["loss"]["last"] > 0
-    spent = {key: record["budget"][key] for key in ("student_forward", "teacher_forward")}
+    record = sealed.read(tiny.run("recover", tiny.smoke(), trained, cell))
+    assert record.status == "ok" and record.loss.last > 0
+    spent = {key: getattr(record.budget, key) for key in ("student_forward", "teacher_forward")}
     assert spent == {"student_forward": 64, "teacher_forward": passes}

@@ -2,9 +2,9 @@
 
 import copy
 import dataclasses
-from pathlib import Path
 from types import SimpleNamespace
 
+import examples
 import pytest
 import tiny
 import torch
@@ -16,11 +16,10 @@ from torch.sparse import (
 )
 from torch.sparse import _semi_structured_conversions as conversions
 
-from prunebench import tracks
 from prunebench.evaluation import semi_structured
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
-from prunebench.records import artefacts
+from prunebench.records import sealed
 from prunebench.stages import cost, inputs
 
 SIZES = (8, 16, 24, 32, 48, 64, 96, 128)
@@ -239,19 +238,21 @@ def test_measure_records_the_kernels(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(inputs.assets, "data_set", lambda _: images)
     monkeypatch.setattr(cost.parallel, "device", lambda: torch.device("cpu"))
     cell = track.cell("dit", "magnitude_2_4", 0.5, "none", 0)
-    paths = tracks.Paths(track, cell, tmp_path)
-    for record, removed in ((paths.dense, Plan()), (paths.select, plan)):
+    made_from = {}
+    for stage, removed in (("dense", Plan()), ("select", plan)):
+        job = tiny.job(stage, track, tmp_path, cell)
         model = surgery.apply(tiny.dense("dit"), removed, instance.module)
-        files = surgery.save(Path(record).parent, model, removed, "dit", instance.config)
-        artefacts.write_record(Path(record), {"status": "ok", "size": {}}, files)
+        files = surgery.save(job.record.parent, model, removed, "dit", instance.config)
+        record = sealed.read(examples.write(job, files, inputs=made_from))
+        made_from = sealed.made_from(dense=record)
     settings = {**track.content["latency"], "variants": ["bf16"]}
     track = dataclasses.replace(track, content={**track.content, "latency": settings})
-    found = artefacts.read_record(tiny.run("cost", track, tmp_path, cell))["latency"]
-    assert found["forward_batch1"]["ratio"] > 0 and found["peak_memory_mb"] > 0
-    assert found["variants"]["bf16"]["forward_batch"]["images_per_s"] > 0
-    assert found["alone"] in (True, False) and found["others"]["during"]["cpu"] >= 0
+    found = sealed.read(tiny.run("cost", track, tmp_path, cell)).latency
+    assert found.forward_batch1.ratio > 0 and found.peak_memory_mb > 0
+    assert found.variants["bf16"].forward_batch.images_per_s > 0
+    assert found.alone in (True, False) and found.others.during.cpu >= 0
     if kind == "2:4":
-        assert found["kernels"]["reason"] == CPU_REASON
-        assert found["kernels"]["of"] == len(plan.masks)
+        assert found.kernels.reason == CPU_REASON
+        assert found.kernels.of == len(plan.masks)
     else:
-        assert found["kernels"] is None
+        assert found.kernels is None

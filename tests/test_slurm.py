@@ -20,7 +20,7 @@ from project import ROOT, Project
 
 from prunebench import tracks
 from prunebench.leaderboard import collect
-from prunebench.records import artefacts
+from prunebench.records import sealed
 
 BOX = ROOT / "tests" / "slurmbox.sh"
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge", "iproute2")
@@ -252,7 +252,7 @@ def sound_records(project: Project) -> dict[Path, bytes]:
     """All records; each must vouch for whole files beside it."""
     records = project.records("tiny")
     for record in records:
-        artefacts.read_record(record)
+        sealed.read(record)
     return records
 
 
@@ -488,15 +488,15 @@ def test_a_job_that_fails_is_tried_again_with_more(terminated, method, state):
 def test_a_training_cut_short_is_done_anew_and_a_whole_one_goes_on(project, local, terminated):
     assert "a saved training can't be used and is done anew" in project.lost_log
     assert "is corrupt" in project.lost_log
-    record = artefacts.read_record(project.folder / LOST / "select.json")
-    assert record["training"]["resumed"] == 1
+    record = sealed.read(project.folder / LOST / "select.json")
+    assert record.training.resumed == 1
     add_method(local, "lost", TRAIN + HOLD)
     cell = ("--model=dit", "--method=lost", "--sparsity=0.25", "--recovery=finetune-low")
     status, output = local.run("prunebench", "select", "--track=tiny", *cell, "--seed=0")
     assert status == 0, output
-    uninterrupted = artefacts.read_record(local.folder / LOST / "select.json")
-    assert uninterrupted["training"]["resumed"] == 0
-    assert record["files"] == uninterrupted["files"]
+    uninterrupted = sealed.read(local.folder / LOST / "select.json")
+    assert uninterrupted.training.resumed == 0
+    assert record.files == uninterrupted.files
 
 
 def test_sigterm_ends_the_run_in_good_order(terminated, damaged):

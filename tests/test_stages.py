@@ -5,6 +5,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import examples
 import pytest
 import tiny
 import torch
@@ -15,7 +16,7 @@ from prunebench.cli import main
 from prunebench.errors import UserError
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
-from prunebench.records import artefacts
+from prunebench.records import artefacts, schema, sealed
 from prunebench.stages import inputs, select, shard, work
 from prunebench.stages import sample as stage
 from prunebench.stages.sample import IMAGES
@@ -46,7 +47,7 @@ def _save(runs: Path, change: float = 0.0) -> None:
             parameter.normal_(0.0, 0.1, generator=generator).add_(change)
     paths = _paths(_track(1), runs)
     files = surgery.save(Path(paths.checkpoint).parent, model, Plan(), "dit", settings["config"])
-    artefacts.write_record(Path(paths.checkpoint), {"status": "ok"}, files)
+    examples.write(tiny.job("select", _track(1), runs, CELL), files)
 
 
 @pytest.fixture
@@ -60,12 +61,13 @@ def _draw(track: tracks.Track, runs: Path, indices: tuple[int, ...], batch: int 
         tiny.run("shard", track, runs, CELL, shard=index, batch=batch)
 
 
-def _record(runs: Path) -> dict:
-    return artefacts.read_record(_paths(_track(1), runs).sample)
+def _record(runs: Path) -> schema.Sample | schema.Failed:
+    return sealed.read(_paths(_track(1), runs).sample)
 
 
-def _comparable(record: dict) -> dict:
-    return {k: v for k, v in record.items() if k not in ("wall_s", "provenance", "shards")}
+def _comparable(record: schema.Sample) -> dict:
+    changing = {"wall_s", "provenance", "shards", "checksum", "fingerprint"}
+    return record.model_dump(exclude=changing)
 
 
 def _shard_files(runs: Path) -> set[str]:
@@ -75,7 +77,7 @@ def _shard_files(runs: Path) -> set[str]:
 def test_any_number_of_shards_gives_the_same_bytes(runs):
     tiny.run("sample", _track(1), runs, CELL)
     whole = _record(runs)
-    assert whole["shards"] == 1 and not _shard_files(runs)
+    assert whole.shards == 1 and not _shard_files(runs)
     drawn = artefacts.read_tensors(Path(_paths(_track(1), runs).sample).parent / IMAGES)
     assert drawn["images"].shape == (34, 1, 16, 16)
     assert len({image.numpy().tobytes() for image in drawn["images"]}) == 34
@@ -83,12 +85,12 @@ def test_any_number_of_shards_gives_the_same_bytes(runs):
     for shards, batch in ((2, 20), (3, 7), (5, 1)):  # the last of five has two images
         track = _track(shards)
         _draw(track, runs, tuple(reversed(range(shards))), batch)
-        parts = [artefacts.read_record(record) for record, _ in _paths(track, runs).shards]
+        parts = [sealed.read(record) for record, _ in _paths(track, runs).shards]
         tiny.run("sample", track, runs, CELL)
         gathered = _record(runs)
         assert _comparable(gathered) == _comparable(whole)  # the file's sha256 among it
-        assert gathered["shards"] == shards
-        assert gathered["wall_s"] > sum(part["wall_s"] for part in parts)
+        assert gathered.shards == shards
+        assert gathered.wall_s > sum(part.wall_s for part in parts)
 
 
 def test_a_missing_or_corrupt_shard_is_named_and_redone_alone(runs):
@@ -106,7 +108,7 @@ def test_a_missing_or_corrupt_shard_is_named_and_redone_alone(runs):
     _draw(track, runs, (2,))
     tiny.run("sample", track, runs, CELL)
     tiny.run("sample", track, runs, CELL)  # as after a kill before the shards were removed
-    assert _record(runs)["status"] == "ok"
+    assert _record(runs).status == "ok"
 
 
 @pytest.mark.parametrize("change", ["checkpoint", "track", "code"])
@@ -120,7 +122,8 @@ def test_a_stale_shard_is_not_gathered(runs, change, monkeypatch):
         content["models"]["dit"]["sampling"]["steps"] += 1
         track = tracks.Track(track.name, content, track.methods)
     else:
-        monkeypatch.setattr(shard, "code_hash", lambda _: "other")
+        for module in ("records.provenance", "stages.sample"):
+            monkeypatch.setattr(f"prunebench.{module}.code_hash", lambda _: "other")
     _draw(track, runs, (1,))
     paths = _paths(track, runs)
     with pytest.raises(
@@ -130,7 +133,7 @@ def test_a_stale_shard_is_not_gathered(runs, change, monkeypatch):
     assert _shard_files(runs) == {"shard0of2.safetensors", *map(_name, paths.shards[1])}
     _draw(track, runs, (0,))
     tiny.run("sample", track, runs, CELL)
-    assert _record(runs)["status"] == "ok"
+    assert _record(runs).status == "ok"
 
 
 def test_all_stale_shards_go_at_once(runs):
@@ -163,9 +166,9 @@ def test_a_failed_shard_fails_the_cell_with_its_reason(runs):
         job = tiny.job("shard", track, runs, CELL, shard=index)
         assert not guarded(shard.shard, dataclasses.replace(job, log=f"shard{index}.log"))
     assert not guarded(stage.sample, tiny.job("sample", track, runs, CELL))
-    failure = _record(runs)["failure"]
-    assert failure["stage"] == "shard" and failure["log"] == "shard0.log"
-    assert "not finite" in failure["error"]
+    failure = _record(runs).failure
+    assert failure.stage == "shard" and failure.log == "shard0.log"
+    assert "not finite" in failure.error
 
 
 @pytest.mark.parametrize(
@@ -203,7 +206,7 @@ def test_the_command_draws_one_shard(runs, tmp_path, monkeypatch):
     assert main(["sample", *options]) == 2  # the others are missing
     _draw(track, runs, (0, 2))
     assert main(["sample", *options]) == 0
-    assert _record(runs)["shards"] == 3
+    assert _record(runs).shards == 3
 
 
 def test_drawing_needs_no_data_set(runs, monkeypatch):

@@ -25,7 +25,8 @@ from prunebench.errors import UserError
 from prunebench.evaluation.clip import clip_score
 from prunebench.evaluation.metrics import Evidence
 from prunebench.pruning import surgery
-from prunebench.records import artefacts
+from prunebench.records import artefacts, sealed
+from prunebench.records.parts import Weights
 from prunebench.stages import score as stage
 from prunebench.stages.inputs import conditions, dataset, sampler_for
 from prunebench.stages.sample import IMAGES
@@ -337,9 +338,9 @@ def test_text_to_image_runs_through_all_stages(track, mirror, tmp_path, monkeypa
     runs = tmp_path / "runs"
     tiny.run("extractor", track, runs)
     tiny.run("encode", track, runs, coder="tiny")
-    record = artefacts.read_record(tiny.run("encode", track, runs, coder="tiny_text"))
-    assert record["text_encoder"]["prompts"] == 1 + TRAIN + ASKED
-    assert any("tokenizer/vocab.json" in name for name in record["text_encoder"]["sha256"])
+    record = sealed.read(tiny.run("encode", track, runs, coder="tiny_text"))
+    assert record.count == 1 + TRAIN + ASKED
+    assert any("tokenizer/vocab.json" in name for name in record.weights.sha256)
     # Nothing after this holds a text encoder.
     monkeypatch.setattr(TextEncoder, "__init__", None)
     tiny.run("dense", track, runs, model="tiny")
@@ -356,17 +357,14 @@ def test_text_to_image_runs_through_all_stages(track, mirror, tmp_path, monkeypa
         where = tracks.Paths(split, cell, runs)
         for index in range(shards if shards > 1 else 0):
             tiny.run("shard", split, runs, cell, shard=index, batch=batch)
-            origin = artefacts.read_record(where.shards[index][0])["origin"]
-            assert origin["prompts"] == record["files"]
+            drawn_from = sealed.read(where.shards[index][0]).inputs
+            assert sealed.made_from(prompts=record).items() <= drawn_from.items()
         tiny.run("sample", split, runs, cell, batch=batch)
         tiny.assert_same(_drawn(where), drawn)
-    scored = artefacts.read_record(tiny.run("score", track, runs, cell))
-    told = scored["text_encoder"]
-    assert told == {k: v for k, v in record["text_encoder"].items() if k != "place"}
-    assert told["sha256"] and told["prompts"] == 1 + TRAIN + ASKED
-    quality = scored["quality"]
-    assert quality["clip_score"] is quality["clip"] is None and quality["samples"] == 24
-    assert "names no CLIP" in quality["unavailable"]["clip_score"]
+    scored = sealed.read(tiny.run("score", track, runs, cell))
+    assert scored.text_encoder == record.weights.model_copy(update={"place": ""})
+    assert scored.clip is None and scored.samples == 24
+    assert "names no CLIP" in scored.quality["clip_score"].reason
 
 
 def test_prompts_decide_what_is_drawn_and_a_clip_scores_it(
@@ -401,13 +399,12 @@ def test_prompts_decide_what_is_drawn_and_a_clip_scores_it(
         settings=settings,
         weights=stage._weights(settings),
     )
-    found = stage._qualities(evidence, settings)["quality"]
+    found = stage._qualities(evidence)
     texts = dataset(job).reference_captions[:4]
-    assert found["clip_score"] == pytest.approx(_by_hand(clip, images, texts), abs=1e-5)
-    assert found["clip_score"] == clip_score(clip, images, texts, 500)
-    assert "clip_score" not in found["unavailable"]
+    assert found["clip_score"].value == pytest.approx(_by_hand(clip, images, texts), abs=1e-5)
+    assert found["clip_score"].value == clip_score(clip, images, texts, 500)
     sha256 = artefacts.sha256(clip / "model.safetensors")
-    assert found["clip"] == {"name": "clip_vit_b16", "sha256": sha256}
+    assert stage._clip(evidence) == Weights(name="clip_vit_b16", sha256=sha256)
     with pytest.raises(UserError, match=r"preprocessor_config\.json does not exist"):
         clip_score(tmp_path, images, texts, 4)
     (clip / "model.safetensors").unlink()

@@ -8,7 +8,7 @@ Importing the package is free of torch.
 
 from prunebench.assets.load import Dataset, load_dataset
 from prunebench.assets.registry import ASSETS, Asset, File, asset, data_set
-from prunebench.assets.store import DATA, locate
+from prunebench.assets.store import DATA, hashes, locate
 
 __all__ = [
     "ASSETS",
@@ -18,6 +18,7 @@ __all__ = [
     "File",
     "asset",
     "data_set",
+    "hashes",
     "load_dataset",
     "locate",
 ]

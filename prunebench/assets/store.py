@@ -126,6 +126,17 @@ def _noted(note: Path) -> str:
     return value
 
 
+def hashes(wanted: Asset) -> dict[str, str]:
+    """File -> SHA-256 of what is used: of the alternative where that is what is there."""
+    choices = [wanted, *map(asset, wanted.alternatives)]
+    used = next(choice for choice in choices if present(choice))
+    return {file.path: _sha256(root_of(used, file) / file.path) for file in used.files}
+
+
+def _sha256(path: Path) -> str:
+    return digest(path, "sha256", path.stat().st_mtime_ns, path.stat().st_size)
+
+
 @cache
 def digest(path: Path, algorithm: str, mtime_ns: int, size: int) -> str:
     """Hash of `path`, computed again only when the file changes (the last two arguments)."""

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from prunebench.progress import activity
 from prunebench.progress.activity import Work
-from prunebench.records.artefacts import skim_record, training_folder
+from prunebench.records import sealed
+from prunebench.records.artefacts import training_folder
 from prunebench.runtime.run import Run, read_run
 from prunebench.tracks import RUNS, Cell, Layout, Paths, Track, as_dict
 from prunebench.tracks.stages import NEEDY, STAGES
@@ -131,7 +132,7 @@ class Finding:
 
     Attributes:
         state: one of STATES.
-        cost: what a finished job's record says, see artefacts.skim_record.
+        cost: what a finished job's record says, see sealed.skim.
         work: the jobs of a running or queued one, several where it is drawn in shards.
         reason: why a stopped one stopped, or the last word of a running one.
         logs: where to read on.
@@ -202,7 +203,7 @@ class Records:
             status = os.stat(record)  # noqa: PTH116 (of tens of thousands; Path takes as long again)
             stamp = (status.st_mtime_ns, status.st_size, status.st_ino)
             if self.known.get(record, (None,))[0] != stamp:
-                self.known[record] = stamp, skim_record(record)
+                self.known[record] = stamp, sealed.skim(record)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:

@@ -1,25 +1,15 @@
-"""Files on disk: written under a temporary name and renamed, verified when they are read.
-
-Every stage ends by writing one JSON *record*. The record carries the SHA-256 of the payload files
-beside it, so a record that exists vouches for a complete stage.
-"""
+"""Files on disk: written under a temporary name and renamed, so that they appear whole."""
 
 import contextlib
 import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 from prunebench.errors import UserError
-
-WINDOW = 8192  # bytes of either end of a record that `skim_record` reads
-# What it looks for, as `write_json` lays it out: a line per key, a space per level.
-PROCESSES = re.compile(rb'\n  "processes": (\d+)')  # of a training
-END = re.compile(rb'\n "wall_s": ([^,]+),\n "provenance": {.*?\n  "gpu": (null|")', re.DOTALL)
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
@@ -63,80 +53,6 @@ def read_json(path: Path) -> dict:
 def sha256(path: Path) -> str:
     with Path(path).open("rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def write_record(path: Path, content: dict, payload: Iterable[Path] = ()) -> None:
-    """Write a stage's record with the hashes of its payload files, which lie in the same folder."""
-    hashes = {Path(file).name: sha256(file) for file in payload}
-    write_json(path, {**content, "files": hashes})
-
-
-def read_record(path: Path) -> dict:
-    """Read a record and verify its payload.
-
-    Raises:
-        UserError: the record or one of its files is missing or differs from its recorded hash.
-    """
-    record = read_json(path)
-    for name, expected in record.get("files", {}).items():
-        file = Path(path).parent / name
-        if not file.exists() or sha256(file) != expected:
-            state = "is corrupt" if file.exists() else "is missing"
-            raise UserError(
-                f"{file} {state} (its record {path} expects sha256 {expected}); "
-                f"delete {path} and run again, only what depends on it is computed anew"
-            )
-    return record
-
-
-def skim_record(path: str) -> dict:
-    """What a record says of its cost. There may be tens of thousands, some with plans of megabytes.
-
-    So only the ends of it are read, and of them only what is wanted.
-
-    Returns:
-        status: "ok" or "failed"; wall_s: seconds, 0 where a failure recorded none; gpu: whether it
-        ran on one; processes: how many trained together; failure: that of a failed cell.
-
-    Raises:
-        OSError: there is no such file, or it can't be read.
-        ValueError: it is not a record.
-    """
-    with open(path, "rb", buffering=0) as handle:  # noqa: PTH123 (Path would double the time)
-        text = handle.read(WINDOW)
-        if len(text) == WINDOW:
-            handle.seek(-WINDOW, os.SEEK_END)
-            text += handle.read()
-    return _cost(text) or _parsed_cost(Path(path))
-
-
-def _cost(text: bytes) -> dict | None:
-    """What `skim_record` returns; None of a failed cell's record, or one laid out otherwise."""
-    end = END.match(text, max(0, text.rfind(b'\n "wall_s": ')))
-    if not end or b'\n "status": "ok"' not in text:
-        return None
-    training = PROCESSES.search(text)
-    return {
-        "status": "ok",
-        "wall_s": float(end[1]),
-        "gpu": end[2] != b"null",
-        "processes": int(training[1]) if training else 1,
-        "failure": None,
-    }
-
-
-def _parsed_cost(path: Path) -> dict:
-    record = json.loads(path.read_bytes())
-    try:
-        return {
-            "status": record["status"],
-            "wall_s": record.get("wall_s", 0.0),
-            "gpu": record["provenance"]["gpu"] is not None,
-            "processes": record.get("training", {}).get("processes", 1),
-            "failure": record.get("failure"),
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a record: {error!r}") from error
 
 
 def training_folder(record: str | Path) -> Path:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from prunebench import tracks
 from prunebench.assets import fetch, store
-from prunebench.assets.registry import ASSETS, Asset, File, asset
+from prunebench.assets.registry import ASSETS, Asset, asset
 from prunebench.errors import UserError
-from prunebench.records.artefacts import write_json
+from prunebench.records import schema, sealed
+from prunebench.records.parts import Identity
 from prunebench.runtime import resources
 from prunebench.stages.job import Job
 
@@ -26,7 +27,7 @@ def assets(job: Job) -> None:
     if action == "fetch":
         if not (named or job.track):
             raise UserError("assets fetch: name assets, or a track with --track")
-        fetch_assets(named, job.names.get("record"))
+        fetch_assets(named, job.names.get("record"), job.track.name if job.track else "none")
     else:
         {"list": list_assets, "verify": verify_assets}[action](named)
 
@@ -55,8 +56,11 @@ def _readers() -> dict[str, list[str]]:
     return readers
 
 
-def fetch_assets(names: Iterable[str], record: Path | None = None) -> None:
+def fetch_assets(names: Iterable[str], record: Path | None = None, track: str = "none") -> None:
     """Fetch every asset, however many fail; then write the hash of each file to `record`.
+
+    Args:
+        track: which track asks for them, if any.
 
     Raises:
         UserError: says of every asset that failed what to do.
@@ -71,7 +75,9 @@ def fetch_assets(names: Iterable[str], record: Path | None = None) -> None:
     if failures:
         raise UserError("\n".join(failures))
     if record:
-        write_json(record, {"assets": {name: _hashes(asset(name)) for name in names}})
+        hashes = {name: store.hashes(asset(name)) for name in names}
+        identity = Identity(stage="assets", track=track)
+        sealed.write(record, schema.Assets(identity=identity, assets=hashes))
 
 
 def verify_assets(names: Iterable[str]) -> None:
@@ -96,18 +102,6 @@ def verify_assets(names: Iterable[str]) -> None:
 
 def _wanted(names: Iterable[str]) -> list[Asset]:
     return list(map(asset, names)) or list(ASSETS.values())
-
-
-def _hashes(wanted: Asset) -> dict[str, str]:
-    """File -> sha256 of what is used: of the alternative where that is what is there."""
-    choices = [wanted, *map(asset, wanted.alternatives)]
-    used = next(choice for choice in choices if store.present(choice))
-    return {file.path: _sha256(used, file) for file in used.files}
-
-
-def _sha256(wanted: Asset, file: File) -> str:
-    path = store.root_of(wanted, file) / file.path
-    return store.digest(path, "sha256", path.stat().st_mtime_ns, path.stat().st_size)
 
 
 def state(wanted: Asset) -> str:

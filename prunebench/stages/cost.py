@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -13,16 +12,19 @@ from prunebench.evaluation import latency, semi_structured, variants
 from prunebench.models.conditions import Condition
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
+from prunebench.records import sealed
+from prunebench.records.parts import Costs
 from prunebench.stages.inputs import sampler_for
-from prunebench.stages.job import Job, upstream
+from prunebench.stages.job import Job
 from prunebench.stages.work import dense_model
 from prunebench.training import parallel
 
 
 def cost(job: Job) -> None:
     """Measure MACs, memory and latency of the pruned architecture beside the dense one."""
-    chosen = upstream(job.paths.select)
-    pruned, plan = surgery.load(Path(job.paths.select).parent)
+    chosen, dense = job.read("select"), job.read("dense", payload=False)
+    sealed.check_made_from(job.path("select"), chosen, dense=dense)
+    pruned, plan = surgery.load(job.path("select").parent)
     pruned, whole = pruned.to(parallel.device()), dense_model(job).to(parallel.device())
     fast, plain, kernels = semi_structured.contestants(pruned, whole, plan)
     samplers = sampler_for(job, fast, plan), sampler_for(job, plain, Plan())
@@ -34,8 +36,13 @@ def cost(job: Job) -> None:
     report |= {"peak_memory_mb": counts.peak_memory(full, pruned), "kernels": kernels}
     macs = counts.count_macs(pruned, *inputs["forward_batch1"])
     theirs = counts.count_macs(whole, *inputs["forward_batch1"])
-    size = {**chosen["size"], **macs, **{f"dense_{name}": value for name, value in theirs.items()}}
-    job.finish([], latency=report, size=size)
+    products = {**macs, **{f"dense_{name}": value for name, value in theirs.items()}}
+    job.finish(
+        [],
+        sealed.made_from(select=chosen, dense=dense),
+        latency=report,
+        size=Costs(**dict(chosen.size), **products),
+    )
 
 
 def _timed(

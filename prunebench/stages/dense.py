@@ -13,7 +13,8 @@ from prunebench.models import official
 from prunebench.pruning import targets
 from prunebench.pruning.plan import Plan
 from prunebench.records import artefacts
-from prunebench.stages.inputs import training_data
+from prunebench.records.parts import Weights
+from prunebench.stages.inputs import trained_on, training_data
 from prunebench.stages.job import Job
 from prunebench.stages.work import checkpoints_of, save, training_report
 from prunebench.training import loop, parallel
@@ -32,18 +33,20 @@ def dense(job: Job) -> None:
     trained = _trained(job, network, source) if "training" in job.settings else _UNTRAINED
     if parallel.rank():
         return  # the first process writes
-    job.finish(save(job, network, Plan()), **trained, weights=source)
+    made_from = trained_on(job) if "training" in job.settings else {}
+    made_from |= {"weights": source.sha256} if source else {}
+    job.finish(save(job, network, Plan()), made_from, **trained, weights=source)
 
 
 _UNTRAINED = {"budget": unspent(), "loss": None}
 
 
-def _trained(job: Job, network: nn.Module, source: dict | None) -> dict:
+def _trained(job: Job, network: nn.Module, source: Weights | None) -> dict:
     """Train the network in place; returns what its record says of it."""
     options = dict(job.settings["training"])
     images, data = options.pop("images"), training_data(job)
     meter, progress = BudgetMeter(), loop.Progress(images // options["batch"])
-    inputs = job.layout.encoded(job.settings) + ((source["file"],) if source else ())
+    inputs = job.layout.encoded(job.settings) + ((source.place,) if source else ())
     checkpoints = checkpoints_of(job, *inputs)
     try:
         with meter.clock():
@@ -61,22 +64,26 @@ def _trained(job: Job, network: nn.Module, source: dict | None) -> dict:
     except CellError as error:
         name = job.model
         raise UserError(f"dense model '{name}': {error}; see models.{name}.training") from error
-    return _report(losses, meter, progress, checkpoints)
+    return _report(job, losses, meter, progress, checkpoints)
 
 
 def _report(
-    losses: list[float], meter: BudgetMeter, progress: loop.Progress, checkpoints: Checkpoints
+    job: Job,
+    losses: list[float],
+    meter: BudgetMeter,
+    progress: loop.Progress,
+    checkpoints: Checkpoints,
 ) -> dict:
     tail = losses[-max(1, len(losses) // 10) :]
     return {
         "earlier_s": checkpoints.earlier_s,
         "budget": meter.report(),
-        "training": training_report(progress, checkpoints),
+        "training": training_report(job, "training", progress, checkpoints),
         "loss": sum(tail) / len(tail),
     }
 
 
-def _begun(job: Job) -> tuple[nn.Module, dict | None]:
+def _begun(job: Job) -> tuple[nn.Module, Weights | None]:
     """The network before any training, and where its weights are from: None, initialised."""
     settings = job.settings
     if "weights" not in settings:
@@ -90,8 +97,8 @@ def _begun(job: Job) -> tuple[nn.Module, dict | None]:
     log.info("%s: %d parameters from %s", job.model, cost.count_parameters(network), file)
     if classes:
         network = official.with_classes(network, settings["family"], config)
-    source = {**weights, "file": str(file), "name": file.name, "sha256": artefacts.sha256(file)}
-    return network, source
+    sha256 = artefacts.sha256(file)
+    return network, Weights(name=file.name, sha256=sha256, place=str(file), given=dict(weights))
 
 
 def _built(job: Job) -> nn.Module:

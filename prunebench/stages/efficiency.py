@@ -14,6 +14,8 @@ from prunebench.errors import CellError
 from prunebench.evaluation import cost, latency, semi_structured, variants
 from prunebench.pruning import targets
 from prunebench.pruning.plan import Plan
+from prunebench.records.parts import Failure
+from prunebench.records.schema import Asked
 from prunebench.stages import networks
 from prunebench.stages.job import Job
 from prunebench.tracks.efficiency import Track
@@ -45,21 +47,22 @@ def efficiency(job: Job) -> None:
         pruned, chosen, left = networks.pruned(settings, wanted, track.content["seed"])
         row = Row(settings, networks.dense(settings), pruned, chosen)
         found = {
-            "failure": None,
-            "layers": list(chosen.layers),
+            "status": "ok",
+            "layers": chosen.layers,
             "left": left,
             "size": _size(row),
             **_measured(track, row),
         }
     except CellError as error:
         log.error("%s of %s: %s", names["plan"], job.model, error)
-        found = {"status": "failed", "failure": str(error)}
+        failure = Failure(stage="efficiency", error=str(error), log=job.log)
+        found = {"status": "failed", "failure": failure}
+    asked = {k: tuple(v) if isinstance(v, list) else v for k, v in wanted.items()}
     job.finish(
         [],
-        schema=1,
-        row={"track": track.name, **names},
+        {},
         title=settings["title"],
-        asked=dict(wanted),
+        asked=Asked(**asked),
         seed=track.content["seed"],
         settings={"model": dict(settings), **_conditions(track)},
         **found,
@@ -95,12 +98,12 @@ def _measured(track: Track, row: Row) -> dict:
     """Timings, one per precision, mode and batch; or why there are none ("not_measured")."""
     device = torch.device(track.content["device"])
     if device.type == "cuda" and not torch.cuda.is_available():
-        return {"timings": [], "not_measured": NO_GPU}
+        return {"timings": (), "not_measured": NO_GPU}
     timings = []
     for precision in track.content["precisions"]:
         timings += _in_precision(track, row, precision, device)
         _free(device)
-    return {"timings": timings, "not_measured": None}
+    return {"timings": tuple(timings), "not_measured": None}
 
 
 def _in_precision(track: Track, row: Row, precision: str, device: torch.device) -> list[dict]:

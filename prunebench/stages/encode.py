@@ -2,32 +2,38 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from prunebench.errors import UserError
+from prunebench.records.parts import Weights
 from prunebench.records.provenance import PACKAGE, code_hash
-from prunebench.stages.inputs import autoencoder, dataset, place, shape
+from prunebench.stages.inputs import autoencoder, data_set, dataset, place, shape
 from prunebench.stages.job import Job
 from prunebench.training import latents, parallel, prompts
+
+if TYPE_CHECKING:
+    from prunebench.diffusion.autoencoder import Autoencoder
+    from prunebench.diffusion.text_encoder import TextEncoder
 
 
 def encode(job: Job) -> None:
     """Encode the training set once; an interrupted start goes on with the part it was at."""
     kind, entry = job.track.coder(job.names["coder"])
-    index, report = {"autoencoder": _latents, "text_encoder": _prompts}[kind](job, entry)
-    job.finish([index], **{kind: report})
+    index, count, coder = {"autoencoder": _latents, "text_encoder": _prompts}[kind](job, entry)
+    weights = Weights(name=coder.place.name, sha256=coder.sha256(), place=str(coder.place))
+    job.finish([index], data_set(job), kind=kind, weights=weights, count=count)
 
 
-def _latents(job: Job, entry: Mapping) -> tuple[Path, dict]:
+def _latents(job: Job, entry: Mapping) -> tuple[Path, int, "Autoencoder"]:
     images, coder = dataset(job), autoencoder(entry)
-    weights, data = coder.sha256(), (images.train_images, images.train_labels)
-    identity = _identity(job, weights)
+    data, identity = (images.train_images, images.train_labels), _identity(job, coder.sha256())
     index = latents.encode(job.record.parent, *data, coder, images.flip, identity)
-    return index, {"place": str(coder.place), "sha256": weights, "images": len(images.train_labels)}
+    return index, len(images.train_labels), coder
 
 
-def _prompts(job: Job, entry: Mapping) -> tuple[Path, dict]:
+def _prompts(job: Job, entry: Mapping) -> tuple[Path, int, "TextEncoder"]:
     from prunebench.diffusion.text_encoder import FLUX_TOKENS, TextEncoder  # slow to import
 
     images = dataset(job)
@@ -35,10 +41,9 @@ def _prompts(job: Job, entry: Mapping) -> tuple[Path, dict]:
         raise UserError(f"dataset.name: {job.content['dataset']['name']} has no captions")
     tokens, device = entry.get("tokens", FLUX_TOKENS), parallel.device()
     coder = TextEncoder(place(entry), entry["batch"], shape(job)[1], tokens, device)
-    weights, told = coder.sha256(), (images.train_captions, images.reference_captions)
-    index = prompts.encode(job.record.parent, *told, coder, _identity(job, weights))
-    count = sum(map(len, told)) + 1
-    return index, {"place": str(coder.place), "sha256": weights, "prompts": count}
+    told = images.train_captions, images.reference_captions
+    index = prompts.encode(job.record.parent, *told, coder, _identity(job, coder.sha256()))
+    return index, sum(map(len, told)) + 1, coder
 
 
 def _identity(job: Job, weights: object) -> dict:

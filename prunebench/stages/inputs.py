@@ -11,7 +11,7 @@ from prunebench.diffusion.objectives import objective
 from prunebench.diffusion.sampling import Sampler
 from prunebench.models.conditions import CLASSES, Conditions
 from prunebench.pruning.plan import Plan
-from prunebench.records import artefacts
+from prunebench.records import sealed
 from prunebench.stages.job import Job
 from prunebench.training import latents, loop, parallel, prompts
 
@@ -28,14 +28,31 @@ def shape(job: Job) -> tuple[int, int, int]:
     return assets.data_set(job.content["dataset"]["name"]).shape
 
 
+def data_set(job: Job) -> dict[str, str]:
+    """Hashes of the files of the data set and its reference, as a record's `inputs` name them."""
+    given = job.content["dataset"]
+    names = [given["name"], given.get("reference", "held_out")]
+    wanted = [assets.asset(name) for name in names if name not in ("held_out", "train")]
+    hashes = [assets.hashes(one) for one in wanted]
+    return {f"dataset/{file}": value for found in hashes for file, value in found.items()}
+
+
+def trained_on(job: Job) -> dict[str, str]:
+    """What `training_data` reads, as a record's `inputs` name it."""
+    kinds = [kind for kind in ("autoencoder", "text_encoder") if kind in job.settings]
+    encoded = {kind: job.read("encode", coder=job.settings[kind]) for kind in kinds}
+    images = {} if "autoencoder" in encoded else data_set(job)
+    return {**images, **sealed.made_from(**encoded)}
+
+
 def training_data(job: Job) -> loop.Data:
     """What the model trains on: images, or latents that `encode` wrote, and what they show."""
     goal = objective(job.settings["objective"])
     shown = conditions(job, training=True)
     if name := job.settings.get("autoencoder"):
-        record, (_, entry) = job.layout.encode(name), job.track.coder(name)
-        artefacts.read_record(record)
-        encoded = latents.Latents(Path(record).parent, entry["scale"], entry.get("shift", 0.0))
+        job.read("encode", coder=name)
+        (_, entry), folder = job.track.coder(name), job.path("encode", coder=name).parent
+        encoded = latents.Latents(folder, entry["scale"], entry.get("shift", 0.0))
         return latents.LatentData(encoded, encoded.labels, goal, conditions=shown)
     images = dataset(job)
     return loop.Data(images.train_images, images.train_labels, goal, images.flip, shown)
@@ -46,9 +63,8 @@ def conditions(job: Job, training: bool) -> Conditions:
     name = job.settings.get("text_encoder")
     if name is None:
         return CLASSES
-    record = job.layout.encode(name)
-    artefacts.read_record(record)
-    return prompts.Prompts(Path(record).parent, training)
+    job.read("encode", coder=name)
+    return prompts.Prompts(job.path("encode", coder=name).parent, training)
 
 
 def place(entry: Mapping) -> Path:

@@ -9,8 +9,10 @@ from types import ModuleType
 
 from prunebench import models
 from prunebench.errors import CellError
-from prunebench.records import artefacts
+from prunebench.records import artefacts, sealed
+from prunebench.records.parts import Identity, Labels
 from prunebench.records.provenance import provenance
+from prunebench.records.schema import RECORDS, Record
 from prunebench.tracks import RUNS, Cell, Layout, Paths, Track
 
 
@@ -75,41 +77,89 @@ class Job:
         """A file beside the stage's own record."""
         return self.record.with_name(name)
 
-    def finish(self, payload: list[Path], earlier_s: float = 0.0, **content: object) -> None:
-        """Write the record of a stage that went well.
+    @property
+    def fingerprint(self) -> str:
+        """Of the settings that the stage depends on."""
+        return self.track.fingerprint(self.stage, **self.names)
+
+    def identity(self, stage: str, **changes: object) -> Identity:
+        """Which result of a stage has this job's names but for `changes`."""
+        kind = RECORDS[stage].model_fields["identity"].annotation
+        names = {**self.names, **changes}
+        known = {**names, **self._implied(stage, names), "stage": stage, "track": self.track.name}
+        return kind(**{name: known[name] for name in kind.model_fields})
+
+    def _implied(self, stage: str, names: Mapping) -> dict:
+        """What a job is not called with, but its record says."""
+        found = {}
+        if stage in ("select", "cost"):
+            found["selection"] = self.layout.wildcards(stage, names)["selection"]
+        if stage == "shard":
+            found["shards"] = self.track.shards
+        if stage == "oracle":
+            found["sparsity"] = self.content["oracle"]["sparsity"]
+        return found
+
+    def path(self, stage: str, **changes: object) -> Path:
+        """Where the record of a stage lies that has this job's names but for `changes`."""
+        return Path(self.layout.record(stage, **{**self.names, **changes}))
+
+    def read(self, stage: str, payload: bool = True, **changes: object) -> Record:
+        """The verified record of a stage that this one rests on.
+
+        Args:
+            payload: whether what it vouches for is read, and so is verified.
+            changes: where its names are not this job's.
+
+        Raises:
+            CellError: it is that of a failure, which is this stage's too.
+        """
+        identity = self.identity(stage, **changes)
+        record = sealed.read(self.path(stage, **changes), RECORDS[stage], identity, payload=payload)
+        if record.failure:
+            raise CellError(record.failure.error, inherited=record.failure)
+        return record
+
+    def finish(
+        self,
+        payload: list[Path],
+        made_from: Mapping[str, str],
+        earlier_s: float = 0.0,
+        **content: object,
+    ) -> None:
+        """Write the record of the stage.
 
         Args:
             payload: files that the record vouches for.
+            made_from: what it rests on, as `sealed.made_from` names it.
             earlier_s: seconds of work that other starts or other jobs did for it.
         """
-        seconds = time.perf_counter() - self.start + earlier_s
-        source = {"wall_s": seconds, "provenance": provenance(dict(self.content))}
-        artefacts.write_record(self.record, {"status": "ok", **content, **source}, payload)
+        record = RECORDS[self.stage](
+            identity=self.identity(self.stage),
+            wall_s=time.perf_counter() - self.start + earlier_s,
+            provenance=provenance(dict(self.content)),
+            fingerprint=self.fingerprint,
+            inputs=dict(made_from),
+            **content,
+        )
+        sealed.write(self.record, record, payload)
         artefacts.forget_training(self.record)
-
-
-def upstream(record: str | Path) -> dict:
-    """A verified input record; a failed one fails this stage with the same failure."""
-    content = artefacts.read_record(record)
-    if content["status"] == "failed":
-        raise CellError(content["failure"]["error"], inherited=content["failure"])
-    return content
 
 
 # ---- what records say
 
 
-def labels(job: Job) -> dict:
+def labels(job: Job) -> Labels:
     """What a table says of a cell's method and model."""
     method, settings = job.track.method(job.cell.method), job.settings
     names = ("kind", "control", "reconstruction", "title", "paper", "bibtex", "notes")
-    return {
-        "family": settings["family"],
-        "healing": job.track.recovered_by(job.cell),
-        "objective": settings["objective"]["name"],
+    return Labels(
+        family=settings["family"],
+        recovered_by=job.track.recovered_by(job.cell),
+        objective=settings["objective"]["name"],
         **{name: getattr(method, name) for name in names},
-        "idea": method.idea,
-    }
+        idea=method.idea,
+    )
 
 
 def shared_settings(job: Job) -> dict:

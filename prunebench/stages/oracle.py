@@ -8,21 +8,20 @@ import copy
 import dataclasses
 import itertools
 import math
-from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import nn
 
 from prunebench.errors import CellError, UserError, machine_fault
-from prunebench.evaluation import features, frechet
+from prunebench.evaluation import frechet
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.targets import plan_layers
-from prunebench.records import artefacts
-from prunebench.stages import recover
-from prunebench.stages.extractor import FEATURES
-from prunebench.stages.inputs import sampler_for
+from prunebench.records import sealed
+from prunebench.records.parts import Quality, placeless
+from prunebench.stages import extractor, recover
+from prunebench.stages.inputs import sampler_for, trained_on
 from prunebench.stages.job import Job, shared_settings
 from prunebench.stages.work import checkpoints_of, dense_model
 from prunebench.training import parallel
@@ -65,25 +64,25 @@ def oracle(job: Job) -> None:
             f"oracle.masks: model '{job.model}' has only {len(found)} masks; set it to that"
         )
     checkpoints = checkpoints_of(job, job.layout.record("dense", **job.names))
-    meter, failure, fid = BudgetMeter(), None, None
+    meter = BudgetMeter()
     try:
-        fid = _fid(job, dense, Plan(layers=found[index]), meter, checkpoints)
+        fid = Quality(value=_fid(job, dense, Plan(layers=found[index]), meter, checkpoints))
     except (CellError, RuntimeError) as error:  # as in job.guarded: the mask does not run
         if machine_fault(error):
             raise
-        failure = {"stage": "oracle", "error": str(error), "log": job.log}
+        fid = Quality(reason=placeless(str(error)) or type(error).__name__)
+    used = job.read("extractor", payload=False)
+    made_from = sealed.made_from(dense=job.read("dense", payload=False), extractor=used)
     job.finish(
         [],
+        {**made_from, **trained_on(job)},
         checkpoints.earlier_s,
-        schema=1,
-        cell={"track": job.track.name, **job.names, "sparsity": settings["sparsity"]},
-        layers=list(found[index]),
+        layers=found[index],
         masks=len(found),
         exhaustive=exhaustive,
         fid=fid,
-        failure=failure,
         settings=shared_settings(job) | {"oracle": settings},
-        extractor=artefacts.read_record(job.layout.extractor)["extractor"]["sha256"],
+        extractor=used.extractor.sha256,
         budget=meter.report(),
     )
 
@@ -98,10 +97,8 @@ def _fid(
         recover.train(job, pruned, plan, dense, meter, recover.training_left(job), checkpoints)
     settings, sampler = job.content["sampling"], sampler_for(job, pruned, plan)
     images = torch.cat(list(sampler.images(job.cell.seed, 0, settings["count"], settings["batch"])))
-    used = artefacts.read_record(job.layout.extractor)["extractor"]
-    extractor = features.load_extractor(used["name"], Path(used["weights"]))
-    generated = extractor.extract(images, job.content["evaluation"]["batch"])["features"]
-    reference = artefacts.read_tensors(Path(job.layout.extractor).parent / FEATURES)
+    used, reference, _ = extractor.load(job)
+    generated = used.extract(images, job.content["evaluation"]["batch"])["features"]
     return frechet.frechet_distance(
         *frechet.statistics(generated), *frechet.reference_statistics(reference)
     )

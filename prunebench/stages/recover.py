@@ -1,6 +1,5 @@
 """Recovery: the pruned model is trained on what selection has left of the budget."""
 
-from pathlib import Path
 from types import ModuleType
 
 from torch import Tensor, nn
@@ -8,9 +7,10 @@ from torch import Tensor, nn
 from prunebench import recovery
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
-from prunebench.records import artefacts
-from prunebench.stages.inputs import training_data
-from prunebench.stages.job import Job, upstream
+from prunebench.records import artefacts, sealed
+from prunebench.records.parts import Loss
+from prunebench.stages.inputs import trained_on, training_data
+from prunebench.stages.job import Job
 from prunebench.stages.select import AVERAGE
 from prunebench.stages.work import checkpoints_of, dense_model, save, sizes, training_report
 from prunebench.training import loop, parallel
@@ -20,22 +20,25 @@ from prunebench.training.checkpoints import Checkpoints
 
 def recover(job: Job) -> None:
     """Train the pruned model on what selection has left of the cell's budget."""
-    chosen, folder = upstream(job.paths.select), Path(job.paths.select).parent
+    chosen, dense = job.read("select"), job.read("dense", payload=False)
+    sealed.check_made_from(job.path("select"), chosen, dense=dense)
+    folder = job.path("select").parent
     pruned, plan = surgery.load(folder)
     whole, pruned = dense_model(job).to(parallel.device()), pruned.to(parallel.device())
     checkpoints, meter = checkpoints_of(job, job.paths.dense, job.paths.select), BudgetMeter()
-    begun = artefacts.read_tensors(folder / AVERAGE) if AVERAGE in chosen["files"] else {}
-    progress = training_left(job, chosen["trained_images"], begun)
+    begun = artefacts.read_tensors(folder / AVERAGE) if AVERAGE in chosen.files else {}
+    progress = training_left(job, chosen.trained_images, begun)
     losses = train(job, pruned, plan, whole, meter, progress, checkpoints)
     if parallel.rank():
         return  # the first process writes
     job.finish(
         save(job, pruned, plan),
+        {**sealed.made_from(select=chosen, dense=dense), **trained_on(job)},
         checkpoints.earlier_s,
         budget=meter.report(),
-        training=training_report(progress, checkpoints),
+        training=training_report(job, "recovery", progress, checkpoints),
         size=sizes(whole, pruned, plan),
-        loss={"first": losses[0], "last": losses[-1]} if losses else None,
+        loss=Loss(first=losses[0], last=losses[-1]) if losses else None,
     )
 
 

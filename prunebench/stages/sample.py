@@ -7,31 +7,36 @@ from torch import Tensor
 
 from prunebench.errors import UserError
 from prunebench.records import artefacts
-from prunebench.stages.job import Job, upstream
-from prunebench.stages.shard import draw, origin
+from prunebench.records.parts import Sampling
+from prunebench.records.provenance import PACKAGE, code_hash
+from prunebench.stages.job import Job
+from prunebench.stages.shard import draw, drawn_from
 
 IMAGES = "images.safetensors"
 
 
 def sample(job: Job) -> None:
     """Draw the cell's images, or gather what its shards drew: the same file, byte by byte."""
-    checkpoint, seconds = upstream(job.paths.checkpoint), 0.0
+    made_from, seconds = drawn_from(job), 0.0
     if job.paths.shards:  # wall_s is the compute, as if one job had drawn all
-        drawn, report, seconds = _gathered(job, origin(job, checkpoint))
+        drawn, report, seconds = _gathered(job, made_from)
     else:
         drawn, report = draw(job, range(job.content["sampling"]["count"]))
     file = job.file(IMAGES)
     artefacts.write_tensors(file, drawn)
-    job.finish([file], seconds, sampling=report, shards=job.track.shards)
+    job.finish([file], made_from, seconds, sampling=report, shards=job.track.shards)
     _forget_other_shards(job)
 
 
-def _gathered(job: Job, came_from: dict) -> tuple[dict[str, Tensor], dict, float]:
+def _gathered(job: Job, made_from: dict) -> tuple[dict[str, Tensor], Sampling, float]:
     """As `draw`, out of the shards' files, and the seconds that drawing them took."""
-    shards = job.paths.shards
-    records = [upstream(record) for record, _ in shards]
-    drawn_from = zip(shards, records, strict=True)
-    stale = [file for (file, _), record in drawn_from if record["origin"] != came_from]
+    shards, own = job.paths.shards, (made_from, job.fingerprint, code_hash(PACKAGE))
+    records = [job.read("shard", shard=index) for index in range(len(shards))]
+    stale = [
+        file
+        for (file, _), record in zip(shards, records, strict=True)
+        if (record.inputs, record.fingerprint, record.provenance.code) != own
+    ]
     for file in stale:
         Path(file).unlink(missing_ok=True)
     if stale:
@@ -41,7 +46,7 @@ def _gathered(job: Job, came_from: dict) -> tuple[dict[str, Tensor], dict, float
         )
     parts = [artefacts.read_tensors(Path(images)) for _, images in shards]
     drawn = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-    return drawn, records[0]["sampling"], sum(record["wall_s"] for record in records)
+    return drawn, records[0].sampling, sum(record.wall_s for record in records)
 
 
 def _forget_other_shards(job: Job) -> None:

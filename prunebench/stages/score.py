@@ -6,87 +6,152 @@ from pathlib import Path
 from torch import Tensor
 
 from prunebench import assets
-from prunebench.evaluation import features, metrics
+from prunebench.evaluation import metrics
 from prunebench.evaluation.grid import write_grid
-from prunebench.evaluation.metrics import Evidence, Missing, precision
+from prunebench.evaluation.metrics import Evidence, Missing
 from prunebench.pruning import surgery
-from prunebench.records import artefacts
-from prunebench.stages.extractor import FEATURES
-from prunebench.stages.inputs import dataset
-from prunebench.stages.job import Job, labels, shared_settings, upstream
+from prunebench.records import artefacts, sealed
+from prunebench.records.parts import (
+    Budget,
+    Costs,
+    Expected,
+    Machine,
+    Plan,
+    Quality,
+    Spent,
+    Stage,
+    Trained,
+    Weights,
+)
+from prunebench.records.schema import Record
+from prunebench.stages.extractor import load
+from prunebench.stages.inputs import data_set, dataset
+from prunebench.stages.job import Job, labels, shared_settings
 from prunebench.stages.sample import IMAGES
-from prunebench.tracks import as_dict
 from prunebench.training import parallel
 from prunebench.training.budget import unspent
 
+DENSE = {"method": "dense", "sparsity": 0.0, "recovery": "none"}  # names of the dense model's cell
 CLIP = "model.safetensors"  # of evaluation.clip
 
 
 def score(job: Job) -> None:
     """Compare the cell's images with the reference and with dense's; gather everything known."""
-    paths = job.paths
-    names = ["select", "cost", "sample", *(["recover"] if job.cell.recovery != "none" else [])]
-    records = {name: upstream(getattr(paths, name)) for name in names}
-    upstream(paths.dense_sample)
-    drawn = artefacts.read_tensors(Path(paths.sample).parent / IMAGES)
-    used = upstream(paths.extractor)["extractor"]
-    healed = records.get("recover", {"budget": unspent(), "size": {}})
+    records = _records(job)
+    drawn = artefacts.read_tensors(job.path("sample").with_name(IMAGES))
     grid = job.file("grid.png")
     write_grid(grid, drawn["images"], drawn["labels"])
-    content = {
-        "schema": 1,
-        "cell": as_dict(job.cell),
-        "failure": None,
-        "labels": labels(job),
-        **_evaluated(job, used, drawn),
-        "size": {**records["cost"]["size"], **healed["size"]},
-        "latency": records["cost"]["latency"],
-        "budget": {"selection": records["select"]["budget"], "recovery": healed["budget"]},
-        "trained": {
-            "selection": records["select"]["trained_images"],
-            "recovery": healed["budget"]["student_backward"],
-        },
-        "training": {
-            stage: record["training"] for stage, record in records.items() if "training" in record
-        },
-        "sampling": records["sample"]["sampling"],
-        "extractor": {k: v for k, v in used.items() if k != "weights"},
+    used, reference, extractor = load(job)
+    generated = used.extract(drawn["images"], job.content["evaluation"]["batch"])
+    evidence = _evidence(job, generated, reference, drawn, Path(extractor.extractor.weights))
+    undisturbed = job.read("sample", **DENSE)
+    others = {"extractor": extractor, "dense_sample": undisturbed}
+    made_from = sealed.made_from(**records, **others, method=records["select"].inputs["method"])
+    job.finish(
+        [grid],
+        {**made_from, **data_set(job)},
+        labels=labels(job),
+        quality=_qualities(evidence),
+        samples=len(generated["features"]),
+        reference_samples=len(reference["features"]),
+        **_gathered(job, records),
+        extractor=extractor.extractor.model_copy(update={"weights": ""}),
+        text_encoder=_text_encoder(job),
+        clip=_clip(evidence),
         **_told(job),
-        "settings": _settings(job),
-        "plan": artefacts.read_json(Path(paths.select).parent / surgery.PLAN)["plan"],
-        "stages": _history(records),
+    )
+
+
+def _records(job: Job) -> dict[str, Record]:
+    """The records that the cell rests on, by stage; all of one dense model and one selection.
+
+    Raises:
+        UserError: one was made from another than there is.
+    """
+    found = {"dense": job.read("dense", payload=False)}
+    found |= {name: job.read(name) for name in ("select", "cost")}
+    _check(job, "select", dense=found["dense"], records=found)
+    _check(job, "cost", select=found["select"], dense=found["dense"], records=found)
+    checkpoint = {"select": found["select"]}
+    if job.cell.recovery != "none":
+        found["recover"] = job.read("recover")
+        _check(job, "recover", select=found["select"], dense=found["dense"], records=found)
+        checkpoint = {"recover": found["recover"]}
+    found["sample"] = job.read("sample")
+    _check(job, "sample", **checkpoint, records=found)
+    return found
+
+
+def _check(job: Job, stage: str, records: Mapping[str, Record], **now: Record) -> None:
+    sealed.check_made_from(job.path(stage), records[stage], **now)
+
+
+def _gathered(job: Job, records: Mapping[str, Record]) -> dict:
+    """What the records of the other stages say."""
+    select, cost, recover = records["select"], records["cost"], records.get("recover")
+    spent = recover.budget if recover else Budget(**unspent())
+    own = {name: record for name, record in records.items() if name != "dense"}
+    return {
+        "size": Costs(**{**dict(cost.size), **(dict(recover.size) if recover else {})}),
+        "latency": cost.latency,
+        "budget": Spent(selection=select.budget, recovery=spent),
+        "trained": Trained(selection=select.trained_images, recovery=spent.student_backward),
+        "trainings": {name: record.training for name, record in own.items() if record.training},
+        "sampling": records["sample"].sampling,
+        "stages": {name: _history(record) for name, record in own.items()},
     }
-    job.finish([grid], **content)
+
+
+def _history(record: Record) -> Stage:
+    """When, where, with which code and how long a stage ran."""
+    made = record.provenance
+    machine = Machine(cpu=made.cpu, cores=made.cores, gpu=made.gpu)
+    return Stage(wall_s=record.wall_s, date=made.date, code=made.code, machine=machine)
 
 
 def _told(job: Job) -> dict:
+    """What the track and the method say."""
+    method, settings = job.track.method(job.cell.method), job.settings
+    plan = artefacts.read_json(job.path("select").with_name(surgery.PLAN))["plan"]
+    kept = {name: tuple(indices) for name, indices in plan["kept"].items()}
+    expected = settings.get("reference")
+    return {
+        "expected": Expected(**expected) if expected else None,
+        "released": "weights" in settings and "training" not in settings,
+        "plan": Plan(**{**plan, "layers": tuple(plan["layers"]), "kept": kept}),
+        "parameters": {**method.parameters, **job.track.parameters(job.cell)},
+        "settings": shared_settings(job),
+    }
+
+
+def _text_encoder(job: Job) -> Weights | None:
     """The text encoder that read the prompts, where there is one."""
-    name = job.settings.get("text_encoder")
-    if name is None:
-        return {}
-    report = artefacts.read_record(job.layout.encode(name))["text_encoder"]
-    return {"text_encoder": {k: v for k, v in report.items() if k != "place"}}
+    if name := job.settings.get("text_encoder"):
+        return job.read("encode", coder=name).weights.model_copy(update={"place": ""})
+    return None
 
 
-def _evaluated(job: Job, extractor: dict, drawn: dict[str, Tensor]) -> dict:
-    """Every metric of the cell's images."""
-    settings, weights = job.content["evaluation"], Path(extractor["weights"])
-    undisturbed = artefacts.read_tensors(Path(job.paths.dense_sample).parent / IMAGES)
-    evidence = Evidence(
-        generated=features.load_extractor(extractor["name"], weights).extract(
-            drawn["images"], settings["batch"]
-        ),
-        reference=artefacts.read_tensors(Path(job.paths.extractor).parent / FEATURES),
+def _evidence(
+    job: Job,
+    generated: Mapping[str, Tensor],
+    reference: Mapping[str, Tensor],
+    drawn: Mapping[str, Tensor],
+    extractor: Path,
+) -> Evidence:
+    settings = job.content["evaluation"]
+    undisturbed = artefacts.read_tensors(job.path("sample", **DENSE).with_name(IMAGES))
+    return Evidence(
+        generated=generated,
+        reference=reference,
         images=drawn["images"],
         dense_images=undisturbed["images"],
         labels=drawn["labels"],
         prompts=_prompts(job, drawn["labels"]) if "text_encoder" in job.settings else None,
         settings=settings,
-        extractor=weights,
+        extractor=extractor,
         weights=_weights(settings),
         device=parallel.device(),
     )
-    return _qualities(evidence, settings)
 
 
 def _prompts(job: Job, labels: Tensor) -> list[str]:
@@ -100,51 +165,16 @@ def _weights(settings: Mapping) -> dict[str, Path]:
     return {name: assets.locate(asset) for name, asset in names.items() if asset}
 
 
-def _clip(evidence: Evidence, settings: Mapping) -> dict | None:
-    if "clip" not in settings:
+def _clip(evidence: Evidence) -> Weights | None:
+    if evidence.prompts is None or "clip" not in evidence.settings:
         return None
-    place = evidence.weights["clip_score"]
-    return {"name": settings["clip"], "sha256": artefacts.sha256(place / CLIP)}
+    sha256 = artefacts.sha256(evidence.weights["clip_score"] / CLIP)
+    return Weights(name=evidence.settings["clip"], sha256=sha256)
 
 
-def _qualities(evidence: Evidence, settings: Mapping) -> dict[str, dict]:
+def _qualities(evidence: Evidence) -> dict[str, Quality]:
     """The metrics as a record holds them."""
-    found = metrics.evaluate(evidence)
-    why = {name: value.reason for name, value in found.items() if isinstance(value, Missing)}
-    values = {name: None if name in why else value for name, value in found.items()}
-    consistency = {name: values.pop(name) for name in ("lpips", "ssim", "psnr")}
-    kept = ("inception_score",) if evidence.prompts is None else ("inception_score", "clip_score")
-    if evidence.prompts is None:
-        values.pop("clip_score")
-    else:
-        values["clip"] = _clip(evidence, settings)
-    counts = {
-        "unavailable": {name: why[name] for name in kept if name in why},
-        "samples": len(evidence.generated["features"]),
-        "reference_samples": len(evidence.reference["features"]),
-        "prc_reference_samples": precision.compared(evidence),
-    }
-    return {"quality": {**values, **counts}, "consistency": consistency}
-
-
-def _settings(job: Job) -> dict:
-    """What of the track made this cell, so that its record alone says how."""
-    method = job.track.method(job.cell.method)
     return {
-        "parameters": {**method.parameters, **job.track.parameters(job.cell)},
-        "method_sha256": artefacts.sha256(method.file),
-        **shared_settings(job),
-    }
-
-
-def _history(records: dict[str, dict]) -> dict:
-    """When, where, with which code and how long each stage ran that a score rests on."""
-    return {
-        stage: {
-            "wall_s": record["wall_s"],
-            "date": record["provenance"]["date"],
-            "code": record["provenance"]["code"],
-            "machine": {name: record["provenance"][name] for name in ("cpu", "cores", "gpu")},
-        }
-        for stage, record in records.items()
+        name: Quality(reason=value.reason) if isinstance(value, Missing) else Quality(value=value)
+        for name, value in metrics.evaluate(evidence).items()
     }

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from prunebench.errors import UserError
-from prunebench.records import artefacts
+from prunebench.records import artefacts, sealed
 from prunebench.selection import checks as selection
-from prunebench.stages.inputs import training_data
+from prunebench.stages.inputs import trained_on, training_data
 from prunebench.stages.job import Job
 from prunebench.stages.work import checkpoints_of, dense_model, save, sizes, training_report
 from prunebench.tracks import methods
@@ -36,7 +36,7 @@ def select(job: Job) -> None:
         checkpoints=checkpoints,
         device=parallel.device(),
     )
-    with meter.clock(), _unedited(method.file):
+    with meter.clock(), _unedited(method.file) as source:
         plan, pruned = selection.select(
             context, methods.load(method), method.kind, job.track.parameters(cell)
         )
@@ -44,26 +44,28 @@ def select(job: Job) -> None:
     if average := selection.averaged(context, plan):
         files.append(job.file(AVERAGE))
         artefacts.write_tensors(files[-1], average)
+    made_from = sealed.made_from(dense=job.read("dense", payload=False), method=source)
     job.finish(
         files,
+        {**made_from, **trained_on(job)},
         checkpoints.earlier_s,
         budget=meter.report(),
         trained_images=context.trained_images,
-        training=training_report(context.progress, checkpoints),
+        training=training_report(job, "recovery", context.progress, checkpoints),
         size=sizes(whole, pruned, plan),
     )
 
 
 @contextlib.contextmanager
-def _unedited(file: Path) -> Iterator[None]:
-    """Else the record would be newer than an edit that it knows nothing of.
+def _unedited(file: Path) -> Iterator[str]:
+    """The file's hash. Else the record would be newer than an edit that it knows nothing of.
 
     Raises:
         UserError: the method's file is no longer what it was.
     """
     before = artefacts.sha256(file)
     try:
-        yield
+        yield before
     finally:
         if artefacts.sha256(file) != before:
             raise UserError(f"{file} was edited while it ran; run the same command again")

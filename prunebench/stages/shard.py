@@ -8,10 +8,10 @@ from torch import Tensor
 
 from prunebench.diffusion.sampling import shard_range
 from prunebench.pruning import surgery
-from prunebench.records import artefacts
-from prunebench.records.provenance import PACKAGE, code_hash
+from prunebench.records import artefacts, sealed
+from prunebench.records.parts import Sampling
 from prunebench.stages.inputs import sampler_for
-from prunebench.stages.job import Job, upstream
+from prunebench.stages.job import Job
 from prunebench.tracks.layout import images_of
 from prunebench.training import parallel
 
@@ -21,15 +21,15 @@ log = logging.getLogger(__name__)
 def shard(job: Job) -> None:
     """Draw one shard of the cell's images, which `sample` gathers."""
     index, settings = job.names["shard"], job.content["sampling"]
-    came_from = origin(job, upstream(job.paths.checkpoint))
+    made_from = drawn_from(job)
     indices = shard_range(index, job.track.shards, settings["count"], settings["lanes"])
     drawn, report = draw(job, indices)
     images = Path(images_of(str(job.record)))
     artefacts.write_tensors(images, drawn)
-    job.finish([images], sampling=report, origin=came_from)
+    job.finish([images], made_from, sampling=report)
 
 
-def draw(job: Job, indices: range) -> tuple[dict[str, Tensor], dict]:
+def draw(job: Job, indices: range) -> tuple[dict[str, Tensor], Sampling]:
     """The cell's images of some indices with their labels, and how they were drawn."""
     settings = job.content["sampling"]
     network, plan = surgery.load(Path(job.paths.checkpoint).parent)
@@ -38,18 +38,21 @@ def draw(job: Job, indices: range) -> tuple[dict[str, Tensor], dict]:
     for part in sampler.images(job.cell.seed, indices.start, indices.stop, batch):
         images.append(part)
         log.info("%d of %d images", sum(map(len, images)), len(indices))
-    report = {**sampler.settings, "steps": sampler.steps, "count": settings["count"]}
+    options = {k: v for k, v in sampler.settings.items() if k not in Sampling.model_fields}
+    report = Sampling(
+        sampler=sampler.settings["sampler"],
+        steps=sampler.steps,
+        lanes=sampler.settings["lanes"],
+        count=settings["count"],
+        options=options,
+    )
     return {"images": torch.cat(images), "labels": sampler.labels(indices)}, report
 
 
-def origin(job: Job, checkpoint: dict) -> dict:
-    """What images depend on besides their indices; shards of unequal origin are not gathered.
-
-    Args:
-        checkpoint: record of the network that draws them.
-    """
-    settings = job.track.fingerprint("sample", **job.names)
-    found = {"checkpoint": checkpoint["files"], "settings": settings, "code": code_hash(PACKAGE)}
+def drawn_from(job: Job) -> dict[str, str]:
+    """What the images are made from: the checkpoint, and prompts where the model reads any."""
+    stage = "select" if job.cell.recovery == "none" else "recover"
+    made_from = {stage: job.read(stage)}
     if reader := job.settings.get("text_encoder"):
-        found["prompts"] = artefacts.read_record(job.layout.encode(reader))["files"]
-    return found
+        made_from["prompts"] = job.read("encode", coder=reader)
+    return sealed.made_from(**made_from)

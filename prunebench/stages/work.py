@@ -17,11 +17,12 @@ from prunebench.errors import CellError, machine_fault
 from prunebench.evaluation import cost
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
-from prunebench.records import artefacts
+from prunebench.records import artefacts, sealed
+from prunebench.records.parts import Failure, Sizes, Training
 from prunebench.records.provenance import PACKAGE, code_hash, provenance
+from prunebench.records.schema import Failed
 from prunebench.runtime import child
 from prunebench.stages.job import Job, labels
-from prunebench.tracks import as_dict
 from prunebench.tracks.stages import limit_of
 from prunebench.training import loop, parallel
 from prunebench.training.checkpoints import SECONDS, Checkpoints
@@ -42,22 +43,23 @@ def guarded(stage: Callable[[Job], None], job: Job) -> bool:
         if machine_fault(error):
             raise
         traceback.print_exc()
-        own = {"stage": job.stage, "error": str(error), "log": job.log}
+        own = Failure(stage=job.stage, error=str(error), log=job.log)
         failure = getattr(error, "inherited", None) or own
         if parallel.rank() and not isinstance(error, CellError):
             raise  # the other processes may not have failed with this one
-    log.error("cell failed in %s: %s", failure["stage"], failure["error"])
+    log.error("cell failed in %s: %s", failure.stage, failure.error)
     if parallel.rank():
         return False  # the first process writes
     record_failure(job, failure)
     return False
 
 
-def record_failure(job: Job, failure: dict) -> None:
+def record_failure(job: Job, failure: Failure) -> None:
     """Write the record of a stage whose cell failed."""
-    content = {"schema": 1, "status": "failed", "cell": as_dict(job.cell), "failure": failure}
-    content |= {"labels": labels(job), "provenance": provenance(dict(job.content))}
-    artefacts.write_record(job.record, content)
+    content = {"failure": failure, "labels": labels(job), "fingerprint": job.fingerprint}
+    made = provenance(dict(job.content))
+    record = Failed(identity=job.identity(job.stage), provenance=made, **content)
+    sealed.write(job.record, record)
     artefacts.forget_training(job.record)
 
 
@@ -81,15 +83,14 @@ def contained(stage: Callable[[Job], None], job: Job) -> int:
     if end.late:
         reason += f"; needs.{job.stage}.runtime of the track says how long it may take"
     error = f"method {job.cell.method} did not come to its end: {reason}"
-    record_failure(job, {"stage": job.stage, "error": error, "log": job.log})
+    record_failure(job, Failure(stage=job.stage, error=error, log=job.log))
     return 0
 
 
 def dense_model(job: Job) -> nn.Module:
     """The verified dense model of the job, on the CPU."""
-    record = job.layout.record("dense", **job.names)
-    artefacts.read_record(record)
-    return surgery.load(Path(record).parent)[0]
+    job.read("dense")
+    return surgery.load(job.path("dense").parent)[0]
 
 
 def save(job: Job, network: nn.Module, plan: Plan) -> list[Path]:
@@ -111,20 +112,23 @@ def checkpoints_of(job: Job, *inputs: str | Path) -> Checkpoints:
     return Checkpoints(artefacts.training_folder(job.record), identity, seconds)
 
 
-def training_report(progress: loop.Progress, checkpoints: Checkpoints) -> dict:
-    """Under what conditions a stage trained."""
-    return {
-        "micro_batch": progress.micro_batch,
-        "processes": parallel.world(),
-        "resumed": checkpoints.resumed,
-    }
+def training_report(
+    job: Job, section: str, progress: loop.Progress, checkpoints: Checkpoints
+) -> Training:
+    """Under what conditions a stage trained, by which section of the model's settings."""
+    return Training(
+        batch=job.settings[section]["batch"],
+        micro_batch=progress.micro_batch,
+        processes=parallel.world(),
+        resumed=checkpoints.resumed,
+    )
 
 
-def sizes(whole: nn.Module, pruned: nn.Module, plan: Plan) -> dict:
+def sizes(whole: nn.Module, pruned: nn.Module, plan: Plan) -> Sizes:
     """Parameters of a pruned model and of the dense one."""
-    return {
-        "parameters": cost.count_parameters(pruned),
-        "nonzero_parameters": cost.count_nonzero(pruned),
-        "dense_parameters": cost.count_parameters(whole),
-        "sparsity_reached": targets.reached(whole, pruned, plan),
-    }
+    return Sizes(
+        parameters=cost.count_parameters(pruned),
+        nonzero_parameters=cost.count_nonzero(pruned),
+        dense_parameters=cost.count_parameters(whole),
+        sparsity_reached=targets.reached(whole, pruned, plan),
+    )

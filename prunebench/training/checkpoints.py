@@ -24,7 +24,8 @@ from typing import Protocol, Self
 import torch
 
 from prunebench.errors import UserError
-from prunebench.records import artefacts
+from prunebench.records import artefacts, sealed
+from prunebench.records.schema import Checkpoint
 from prunebench.training import parallel
 from prunebench.training.budget import BudgetMeter
 
@@ -132,7 +133,7 @@ class Part:
         file = self.owner.folder / f"{self.name}-{os.getpid()}-{time.time_ns()}.pt"
         try:
             artefacts.write_atomically(file, lambda temporary: _write(state, temporary))
-            artefacts.write_record(self._record, {"identity": self.owner.identity}, [file])
+            sealed.write(self._record, Checkpoint(identity=self.owner.identity), [file])
         # No reason to stop a training that may still end well. OSError: read back for its hash.
         except (UserError, OSError) as error:
             log.warning("not saved: %s", error)
@@ -163,11 +164,11 @@ class Part:
         if not self.owner.folder or not self._record.exists():
             return None
         try:
-            record = artefacts.read_record(self._record)
-            if record["identity"] != self.owner.identity:
+            record = sealed.read(self._record, Checkpoint)
+            if record.identity != self.owner.identity:
                 log.info("%s is of another code, track or input: training anew", self._record)
                 return None
-            self.file = self._record.parent / next(iter(record["files"]))
+            self.file = self._record.parent / next(iter(record.files))
             return torch.load(self.file, map_location="cpu", weights_only=True)
         except (UserError, KeyError, StopIteration, RuntimeError, OSError) as error:
             log.warning("a saved training can't be used and is done anew: %s", error)
