@@ -97,7 +97,7 @@ class Checkpoint(Sealed):
     """What an unfinished training saved of itself, beside it."""
 
     version: Literal[2] = VERSION
-    identity: parts.Json
+    identity: parts.Json | None
     """What the training depends on; a training of another identity does not go on from it."""
 
 
