@@ -83,6 +83,18 @@ FAULTY = {
         RETURNS,
         "AttributeError: 'Context' object has no attribute 'no_such_thing'",
     ),
+    "exits": (
+        f"{LAYERS}    sys.exit(3)\n",
+        RETURNS,
+        "SystemExit: 3",
+    ),
+    "calls blocks one by one": (
+        f"{LAYERS}    (batch,) = context.draws(8, 8)\n"
+        "    context.model.blocks[0](torch.zeros(8, 16, 32), torch.zeros(8, 32))\n"
+        "    return context.plan_layers(context.layers())\n",
+        RETURNS,
+        "a Block of the model was called past the meter: call the model itself",
+    ),
     "returns no plan": (
         f"{LAYERS}    return [layer.name for layer in context.layers()][:1]\n",
         RETURNS,

@@ -15,10 +15,10 @@ from project import ROOT
 
 PARTS = ("prunebench", "methods", "config", "workflow", "tests", "Snakefile", "pyproject.toml")
 EXAMPLE = re.compile(
-    r"(?P<verb>[Ss]ave this as|[Aa]dd this to)\s+`(?P<file>[^`]+)`(?:, after the line\s+"
-    r"`(?P<line>[^`]+)`)?:\n\n```\w+\n(?P<code>.*?)```",
+    r"(?P<verb>[Ss]ave this as|[Aa]dd this to)\s+`(?P<file>[^`]+)`:\n\n```\w+\n(?P<code>.*?)```",
     re.DOTALL,
 )
+CHANGE = re.compile(r"```diff\n(?P<lines>.*?)```", re.DOTALL)
 
 
 class Copy:
@@ -33,19 +33,25 @@ class Copy:
             else:
                 shutil.copy(ROOT / part, folder / part)
 
-    def add(self, page: str) -> list[str]:
-        """Follow a page of the docs; the files that it adds or changes."""
-        before = self._content()
-        for example in EXAMPLE.finditer((ROOT / "docs" / page).read_text()):
-            file, line = self.folder / example["file"], example["line"]
+    def add(self, page: str, *changed: str) -> list[str]:
+        """Follow a page of the docs; the files that it adds or changes.
+
+        Args:
+            changed: the files that its diffs are of, in their order.
+        """
+        before, text = self._content(), (ROOT / "docs" / page).read_text()
+        for example in EXAMPLE.finditer(text):
+            file = self.folder / example["file"]
             old = file.read_text() if file.exists() else ""
             assert file.exists() == example["verb"].lower().startswith("add"), file
-            if line is None:
-                new = f"{old}\n{example['code']}" if old else example["code"]
-            else:
-                assert old.splitlines().count(line) == 1, line
-                new = old.replace(f"{line}\n", f"{line}\n{example['code']}")
-            file.write_text(new)
+            file.write_text(f"{old}\n{example['code']}" if old else example["code"])
+        for name, change in zip(changed, CHANGE.finditer(text), strict=True):
+            lines = change["lines"].splitlines(keepends=True)
+            old = "".join(line[1:] for line in lines if line[0] != "+")
+            file = self.folder / name
+            assert file.read_text().count(old) == 1, f"{file}: {old}"
+            new = "".join(line[1:] for line in lines if line[0] != "-")
+            file.write_text(file.read_text().replace(old, new))
         return sorted(name for name, text in self._content().items() if before.get(name) != text)
 
     def _content(self) -> dict[str, bytes]:
@@ -142,3 +148,31 @@ def test_a_data_set_is_one_file_and_its_entry(copy, tmp_path_factory):
     ]
     folders = {f"PRUNEBENCH_{n}": str(tmp_path_factory.mktemp(n)) for n in ("MIRROR", "CACHE")}
     copy.run("-c", LOADED, **folders)
+
+
+STAGED = """
+import json, sys
+from pathlib import Path
+from prunebench import cli
+cell = ["--model", "dit", "--method", "dense", "--sparsity", "0", "--seed", "0"]
+for stage in ("dense", "select", "sample", "spectrum"):
+    words = cell if stage != "dense" else cell[:2]
+    assert cli.main([stage, "--track", "smoke", *words]) == 0
+power = json.loads(Path("runs/smoke/dit/dense/0.0/none/seed0/spectrum.json").read_text())["power"]
+assert len(power) == 8 and min(power) > 0
+"""
+
+
+def test_a_stage_is_an_entry_a_record_a_file_and_a_rule(copy):
+    changed = ("prunebench/tracks/stages.py", "Snakefile", "Snakefile")
+    assert copy.add("add_a_stage.md", *changed) == [
+        "Snakefile",
+        "prunebench/records/schema.py",
+        "prunebench/stages/spectrum.py",
+        "prunebench/tracks/stages.py",
+        "workflow/rules/spectrum.smk",
+    ]
+    copy.run("-c", STAGED)
+    target = "runs/smoke/dit/dense/0.0/none/seed1/spectrum.json"
+    asked = ("-m", "snakemake", "-n", "--cores", "1", "--config", "track=smoke", "--", target)
+    assert re.search(r"^spectrum +1$", copy.run(*asked), re.MULTILINE)
