@@ -184,7 +184,7 @@ def test_imagenet_is_indexed_and_read_where_it_lies(imagenet, form, tmp_path):
     broken = root / "n02/b.JPEG" if form == "imagenet_folder" else imagenet[form]
     broken.write_bytes(b"")
     where = f"{broken.name}, [0-9]+ bytes from [0-9]+"
-    with pytest.raises(UserError, match=f"{where}: cannot identify"):
+    with pytest.raises(UserError, match=f"{where}: it is empty"):
         images[2:3]
 
 
@@ -306,6 +306,60 @@ def test_centre_crop_halves_then_resizes_the_shorter_side():
     # 1100 x 600 -> 550 x 300 -> 469 x 256, cropped from column 106: 150 / 550 of 469 is at 22
     assert abs(edges.min() - 21) <= 1
     assert abs(edges.max() - 235) <= 1
+
+
+def _encoded(image: Image.Image, kind: str = "png") -> bytes:
+    handle = io.BytesIO()
+    image.save(handle, kind)
+    return handle.getvalue()
+
+
+GREY = Image.fromarray(np.full((8, 8), 128, np.uint8))
+NO_PICTURES = {
+    "truncated": (_encoded(GREY.resize((200, 200)), "jpeg")[:-200], "truncated"),
+    "empty": (b"", "it is empty"),
+    "a web page": (b"<!DOCTYPE html><html>", "it is a web page, not a picture"),
+    "text": (b"hello", "cannot identify image file it"),
+    "a resource fork": (b"\x00\x05\x16\x07" + bytes(100), "cannot identify image file it"),
+    "floats": (_encoded(Image.fromarray(np.ones((8, 8), np.float32)), "tiff"), "floats"),
+    "a bomb": (_encoded(Image.new("1", (20_000, 10_000))), "could be decompression bomb"),
+}
+
+
+@pytest.mark.parametrize("kind", NO_PICTURES)
+def test_what_is_no_picture_is_named_for_what_it_is(kind):
+    content, words = NO_PICTURES[kind]
+    with pytest.raises(pictures.PictureError, match=f"^a/b.jpg: .*{words}"):
+        pictures.rgb(io.BytesIO(content), 8, name="a/b.jpg")
+
+
+def test_deep_grey_keeps_its_brightness():
+    """16 bits a pixel; 128 of 255 is 32,896 of 65,535."""
+    deep = Image.fromarray(np.full((8, 8), 128 * 257, np.uint16))
+    expected = pictures.rgb(io.BytesIO(_encoded(GREY)), 8)
+    assert (pictures.rgb(io.BytesIO(_encoded(deep)), 8) == expected).all()
+    assert (expected == 128).all()
+
+
+def test_a_broken_picture_of_an_archive_is_named_and_no_fork_is_one(tmp_path):
+    good, file = _encoded(GREY), tmp_path / "artbench.tar"
+    names = {f"a/{split}/x/{n}.png": good for split in ("train", "test") for n in range(2)}
+    _tar(file, names | {"a/train/x/._0.png": b"\x00\x05\x16\x07"})
+    datasets.convert("artbench10", [file], tmp_path / "out.npz", (2, 2))
+    assert len(np.load(tmp_path / "out.npz")["train_labels"]) == 2
+    with pytest.raises(UserError, match="2 pictures of 'train', 3 were published"):
+        datasets.convert("artbench10", [file], tmp_path / "out.npz", (3, 2))
+    _tar(file, names | {"a/train/x/1.png": NO_PICTURES["truncated"][0]})
+    with pytest.raises(UserError, match=r"a/train/x/1\.png: .*truncated"):
+        datasets.convert("artbench10", [file], tmp_path / "out.npz")
+
+
+def _tar(path: Path, members: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
 
 
 def test_npz_bytes_depend_on_the_arrays_only(tmp_path):

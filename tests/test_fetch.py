@@ -524,7 +524,7 @@ CONVERSION = """
 import sys, time
 from prunebench import assets
 from prunebench.assets import datasets, fetch
-def half(conversion, files, part):
+def half(conversion, files, part, images):
     part.write_bytes(b"half")
     time.sleep(60)
 datasets.convert = half

@@ -111,7 +111,7 @@ def _converted(wanted: Asset, conversion: str, files: list[Path], part: Path) ->
 
     (made,) = wanted.files
     with _named(wanted):
-        datasets.convert(conversion, files, part)
+        datasets.convert(conversion, files, part, wanted.images)
         if made.sha256 and (found := sha256(part)) != made.sha256:
             raise UserError(
                 f"converting {files[0]} gave sha256 {found} instead of {made.sha256}; this is a "

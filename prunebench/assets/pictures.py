@@ -2,9 +2,10 @@
 
 import io
 import os
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
@@ -12,7 +13,12 @@ import numpy as np
 from prunebench.errors import UserError
 
 if TYPE_CHECKING:
+    from PIL import Image
     from torch import Tensor
+
+
+class PictureError(ValueError):
+    """A picture can't be read; begins with which one."""
 
 
 def rgb(
@@ -20,6 +26,7 @@ def rgb(
     size: int,
     box: tuple[int, int, int, int] | None = None,
     squash: bool = False,
+    name: str = "a picture",
 ) -> np.ndarray:
     """A picture as uint8 [3, size, size].
 
@@ -27,10 +34,13 @@ def rgb(
     `squash`: the whole of it, bicubically (COCO's references as in BK-SDM). Without either:
     ADM's centre crop, which DiT trains with: halved by box filter while twice too large, resized
     bicubically until the shorter side is `size`, and cropped in the middle.
+
+    Raises:
+        PictureError: what is called `name` is no picture, is cut off, or is too large to be meant.
     """
     from PIL import Image
 
-    picture = Image.open(content).convert("RGB")
+    picture = _decoded(content, name)
     if box:
         picture = picture.crop(box).resize((size, size), Image.Resampling.BILINEAR)
         return np.asarray(picture).transpose(2, 0, 1)
@@ -46,6 +56,39 @@ def rgb(
     left, top = (picture.width - size) // 2, (picture.height - size) // 2
     picture = picture.crop((left, top, left + size, top + size))
     return np.asarray(picture).transpose(2, 0, 1)
+
+
+def _decoded(content: BinaryIO, name: str) -> "Image.Image":
+    """A picture in RGB, 8 bits a channel."""
+    from PIL import Image
+
+    try:
+        picture = Image.open(content)
+        picture.load()
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise PictureError(f"{name}: {_fault(content, error)}") from error
+    if picture.mode.startswith("I"):  # 16-bit grey, which PIL's conversion would cut off at 255
+        high = np.asarray(picture).astype(np.int64) >> 8
+        picture = Image.fromarray(high.clip(0, 255).astype(np.uint8))
+    if picture.mode == "F":
+        raise PictureError(f"{name}: its pixels are floats, of which the range is not known")
+    return picture.convert("RGB")
+
+
+def _fault(content: BinaryIO, error: Exception) -> str:
+    """What a file is that is no picture."""
+    content.seek(0)
+    head = content.read(512)
+    if not head:
+        return "it is empty"
+    if head.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "it is a web page, not a picture"
+    return re.sub(r"<_io\.\w+ object at 0x[0-9a-f]+>", "it", str(error))
+
+
+def is_picture(path: str) -> bool:
+    """Whether a member of an archive or folder may be one: not what macOS leaves beside files."""
+    return not PurePosixPath(path).name.startswith("._")
 
 
 class Pictures:
@@ -87,10 +130,14 @@ class Pictures:
     def _picture(self, row: int) -> np.ndarray:
         offset, size = (int(self._of(key)[row]) for key in ("offsets", "sizes"))
         path = self._path(row)
+        where = f"{path}, {size} bytes from {offset}"
         try:
-            return rgb(io.BytesIO(self._read(path, offset, size)), self._side, squash=self._squash)
-        except OSError as error:  # of the disk, or of a picture that can't be decoded
-            raise UserError(f"{path}, {size} bytes from {offset}: {error}") from error
+            content = io.BytesIO(self._read(path, offset, size))
+            return rgb(content, self._side, squash=self._squash, name=where)
+        except PictureError as error:
+            raise UserError(str(error)) from error
+        except OSError as error:
+            raise UserError(f"{where}: {error}") from error
 
     def _of(self, key: str) -> np.ndarray | None:
         return self._arrays.get(f"{self._split}_{key}")

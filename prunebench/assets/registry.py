@@ -52,6 +52,7 @@ class Asset:
         alternatives: assets that serve as well where this one is absent.
         shape, classes: (C, H, W) of a data set's images, and how many labels there are, so that
             drawing others like them needs no file. Sets with captions have no classes.
+        images: how many it has for training and as reference, as published.
     """
 
     name: str
@@ -66,6 +67,7 @@ class Asset:
     alternatives: tuple[str, ...] = ()
     shape: tuple[int, int, int] | None = None
     classes: int | None = None
+    images: tuple[int, ...] | None = None
 
     @property
     def size(self) -> int | None:
@@ -92,8 +94,8 @@ def _asset(name: str, content: Mapping) -> Asset:
     hub = f"{HUB}/{repository}/resolve/{revision}" if repository else None
     listed, alternatives = entry.pop("files"), tuple(entry.pop("or", ()))
     files = tuple(_file(name, file, len(listed), hub) for file in listed)
-    shape = tuple(entry.pop("shape", ())) or None
-    return Asset(name=name, files=files, alternatives=alternatives, shape=shape, **entry)
+    lists = {key: tuple(entry.pop(key)) for key in ("shape", "images") if key in entry}
+    return Asset(name=name, files=files, alternatives=alternatives, **lists, **entry)
 
 
 def read(path: Path) -> dict[str, Asset]:

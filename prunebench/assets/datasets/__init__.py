@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from prunebench.assets.npz import Stack, write_npz
-from prunebench.assets.pictures import rgb
+from prunebench.assets.pictures import is_picture, rgb
 from prunebench.errors import UserError
 
 SIZE = 256  # side of the downstream sets, LSUN and ImageNet
@@ -54,21 +54,40 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__))
 
 
-def convert(name: str, files: Sequence[Path], target: Path) -> None:
+def convert(
+    name: str, files: Sequence[Path], target: Path, images: Sequence[int] | None = None
+) -> None:
     """Write `target`, a data set in the suite's layout, out of verified originals.
 
+    Args:
+        images: how many the publisher states, for training and as reference; None where that is
+            not known.
+
     Raises:
-        UserError: the originals have not the layout that the reader `name` reads.
+        UserError: the originals have not the layout that the reader `name` reads, or another number
+            of images.
     """
     reader = importlib.import_module(f"{__name__}.{name}")
     told = ", ".join(map(str, files))
     try:
         if not getattr(reader, "UNPACKED", False):
-            return write_npz(target, reader.read(files))
+            return write_npz(target, _counted(reader.read(files), images))
         with _folder_beside(target) as folder:
-            write_npz(target, reader.read([_unpacked(file, folder) for file in files]))
+            unpacked = [_unpacked(file, folder) for file in files]
+            write_npz(target, _counted(reader.read(unpacked), images))
     except (KeyError, ValueError, AttributeError, tarfile.TarError, zipfile.BadZipFile) as error:
         raise UserError(f"{told}: not the layout that '{name}' reads ({error})") from error
+
+
+def _counted(
+    arrays: Mapping[str, np.ndarray | Stack], images: Sequence[int] | None
+) -> Mapping[str, np.ndarray | Stack]:
+    """The arrays, whose images are as many as the publisher states."""
+    for split, count in zip(("train", "reference"), images or (), strict=False):
+        found = len(arrays.get(f"{split}_labels", ()))
+        if found != count:
+            raise ValueError(f"{found} pictures of '{split}', {count} were published")
+    return arrays
 
 
 @contextmanager
@@ -123,14 +142,14 @@ def from_tar(path: Path) -> Callable[[Sequence[str]], Iterator[np.ndarray]]:
         with tarfile.open(path) as tar:
             for member in tar:
                 if member.name in wanted:
-                    yield rgb(tar.extractfile(member), SIZE)
+                    yield rgb(tar.extractfile(member), SIZE, name=member.name)
 
     return images
 
 
 def names_in(path: Path) -> list[str]:
     with tarfile.open(path) as tar:
-        return [member.name for member in tar if member.isfile()]
+        return [m.name for m in tar if m.isfile() and is_picture(m.name)]
 
 
 def captioned(

@@ -25,6 +25,6 @@ def read(files: Sequence[Path]) -> dict[str, np.ndarray | Stack]:
     def images(names: Sequence[str]) -> Iterator[np.ndarray]:
         with zipfile.ZipFile(files[0]) as archive:
             for name in names:
-                yield rgb(io.BytesIO(archive.read(name)), 64, BOX)
+                yield rgb(io.BytesIO(archive.read(name)), 64, BOX, name=name)
 
     return split_images(images, splits, 64)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from prunebench.assets.datasets.imagenet_archive import index
+from prunebench.assets.pictures import is_picture
 
 
 def read(files: Sequence[Path]) -> dict[str, np.ndarray]:
@@ -16,7 +17,8 @@ def read(files: Sequence[Path]) -> dict[str, np.ndarray]:
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir())
     names, places, labels = [], [], []
     for label, one in enumerate(classes):
-        for picture in sorted(os.scandir(root / one), key=lambda entry: entry.name):
+        found = (entry for entry in os.scandir(root / one) if is_picture(entry.name))
+        for picture in sorted(found, key=lambda entry: entry.name):
             places.append((len(names), 0, picture.stat().st_size))
             names.append(f"{one}/{picture.name}")
             labels.append(label)
