@@ -25,6 +25,9 @@ AnyIdentity = (
 )
 
 
+RECORDS: dict[str, type["Sealed"]] = {}  # by the name of the stage, in the order of this file
+
+
 class Sealed(Part):
     """What every record holds, and a saved training too; both are filled in when it is written."""
 
@@ -34,6 +37,11 @@ class Sealed(Part):
     """Payload beside the record -> SHA-256."""
     checksum: str = ""
     """SHA-256 of all the rest."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: object) -> None:
+        if cls.STAGE:
+            RECORDS[cls.STAGE] = cls
 
 
 class Record(Sealed):
@@ -282,10 +290,3 @@ class Efficiency(Record):
         if (self.status == "failed") != (self.size is None):
             raise ValueError("a row has a size, or else status 'failed' and the reason")
         return self
-
-
-RECORDS: dict[str, type[Sealed]] = {
-    kind.STAGE: kind
-    for kind in (Assets, FeatureExtractor, Encode, Dense, Select, Recover, Sample, Shard, Cost,
-                 Score, Oracle, Efficiency)
-}  # fmt: skip
