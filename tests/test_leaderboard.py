@@ -1,6 +1,7 @@
 """The leaderboard's arithmetic on known numbers, and its files as a pure function of the cells."""
 
 import io
+import json
 import math
 import statistics
 from pathlib import Path
@@ -456,6 +457,15 @@ def test_a_copied_cell_and_a_changed_picture_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"grid\.png is not the one of .*score\.json"):
         build([file], tmp_path / "out", expected_cells=[a_cell("a")], title="t")
     assert not (tmp_path / "out").exists()
+
+
+def test_records_that_nothing_seals_are_read_only_where_that_is_asked_for():
+    folder = Path(__file__).parents[1] / "results/embedded/raw/dit/dense"
+    file = next(folder.rglob("seed0.json"))
+    assert len(collect.read_sources([file], older=True)) == 1
+    if "schema" in json.loads(file.read_text()):
+        with pytest.raises(UserError, match="not a record of version 2"):
+            collect.read_sources([file])
 
 
 def test_other_dense_trainings_are_rows_of_their_own(tmp_path):

@@ -97,11 +97,14 @@ def cell_name(cell) -> str:
     return own if not cell.dense_seed else f"{own} (dense seed {cell.dense_seed})"
 
 
-def read_sources(files: Iterable[Path], expected: Iterable[Mapping] | None = None) -> list[Source]:
+def read_sources(
+    files: Iterable[Path], expected: Iterable[Mapping] | None = None, older: bool = False
+) -> list[Source]:
     """Read and check score.json files, in the order of their cells.
 
     Args:
         expected: the planned cells, of which each file has to be one; None takes any.
+        older: whether records of schema 1, which nothing seals, are read too.
 
     Raises:
         UserError: a file is unreadable, no score, repeats a cell, is of a cell that was not
@@ -109,7 +112,7 @@ def read_sources(files: Iterable[Path], expected: Iterable[Mapping] | None = Non
     """
     sources, planned = {}, None if expected is None else set(map(cell_key, expected))
     for file in map(Path, files):
-        source = _read_source(file)
+        source = _read_source(file, older)
         if planned is not None and source.key not in planned:
             raise UserError(
                 f"{file} is the record of {source.record.identity}, which is none of the planned "
@@ -127,12 +130,12 @@ def read_sources(files: Iterable[Path], expected: Iterable[Mapping] | None = Non
     return found
 
 
-def _read_source(file: Path) -> Source:
+def _read_source(file: Path, older: bool) -> Source:
     try:
         content = file.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from error
-    record = upgrade.parse(file, content)
+    record = (upgrade if older else sealed).parse(file, content)
     if record.identity.stage != "score":
         raise UserError(f"{file} is the record of {record.identity}, not of a score")
     if isinstance(record, Score):

@@ -18,7 +18,7 @@ from prunebench.leaderboard.writers import (
     escape_markdown,
     plain_lines,
 )
-from prunebench.records import upgrade
+from prunebench.records import sealed, upgrade
 from prunebench.records.parts import Costs
 from prunebench.records.schema import Efficiency, ForwardTiming
 
@@ -106,19 +106,21 @@ def _speedup(timing: ForwardTiming) -> str:
     return f"{1 / timing.ratio:.2f}×"
 
 
-def build(track, files: Sequence[Path], out: Path) -> None:
+def build(track, files: Sequence[Path], out: Path, older: bool = False) -> None:
     """Write the tables of an efficiency track and copies of its records; same inputs, same bytes.
 
     Args:
         track: a `prunebench.tracks.efficiency.Track`.
         files: its records, or those that exist.
         out: a folder; what an earlier build wrote there and no longer belongs there is removed.
+        older: whether records of schema 1, which nothing seals, are read too.
 
     Raises:
         UserError: a file is no record of such a row.
     """
     contents = [Path(file).read_bytes() for file in files]
-    records = [upgrade.parse(file, content) for file, content in zip(files, contents, strict=True)]
+    parse = (upgrade if older else sealed).parse
+    records = [parse(file, content) for file, content in zip(files, contents, strict=True)]
     raw = {_raw_name(r): content for r, content in zip(records, contents, strict=True)}
     texts = {name: text.encode() for name, text in published(track, records).items()}
     publish(out, texts | raw)

@@ -17,7 +17,7 @@ from prunebench.leaderboard.writers import (
     to_csv,
     to_markdown,
 )
-from prunebench.records import upgrade
+from prunebench.records import sealed, upgrade
 from prunebench.records.schema import Oracle, Score
 
 PLACE = ("model", "dense_seed", "sparsity", "recovery")  # whose masks are compared, under one seed
@@ -52,15 +52,19 @@ class Mask:
         return f"raw/oracle/{own.model}/{seed}{own.recovery}/seed{own.seed}/mask{own.mask}.json"
 
 
-def read(files: Iterable[Path]) -> list[Mask]:
-    """Read oracle records in the order of their masks; a UserError names a file that is none."""
+def read(files: Iterable[Path], older: bool = False) -> list[Mask]:
+    """Read oracle records in the order of their masks; a UserError names a file that is none.
+
+    Args:
+        older: whether records of schema 1, which nothing seals, are read too.
+    """
     masks = []
     for file in map(Path, files):
         try:
             content = file.read_bytes()
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror or error}") from error
-        record = upgrade.parse(file, content)
+        record = (upgrade if older else sealed).parse(file, content)
         if not isinstance(record, Oracle):
             raise UserError(f"{file} is the record of {record.identity}, not of a mask; delete it")
         masks.append(Mask(content, record))

@@ -114,6 +114,7 @@ def build(
     title: str,
     compares: str = "selections",
     oracle_files: Iterable[Path] = (),
+    older: bool = False,
 ) -> None:
     """Write the leaderboard's tables, plots, page and raw copies; same inputs, same bytes.
 
@@ -126,11 +127,12 @@ def build(
         title: heading of the page and the tables.
         compares: what differs between ranked rows, a key of collect.COMPARISONS.
         oracle_files: records of layer masks, to place the layer selections among.
+        older: whether records of schema 1, which nothing seals, are read too.
 
     Raises:
         UserError: a file is unreadable, no score, a duplicate or can't be compared with another.
     """
-    sources, masks = read_sources(scores, expected_cells), oracle.read(oracle_files)
+    sources, masks = read_sources(scores, expected_cells, older), oracle.read(oracle_files, older)
     frame = oracle.attached(cell_frame(sources, expected_cells), sources, masks)
     board = Board(title, sources, frame, read_grids(sources), compares)
     fid = tables.fid_label(board.rows)
