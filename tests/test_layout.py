@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from prunebench import tracks
-from prunebench.records import artefacts
+from prunebench.records import sealed
 from prunebench.tracks.stages import STAGES
 
 CELL = {"model": "dit", "method": "random_layers", "sparsity": 0.25, "recovery": "finetune-low"}
@@ -94,11 +94,11 @@ def test_a_dense_seed_given_by_hand_is_checked(several):
 
 def test_dense_models_of_other_seeds_are_others(several, tmp_path):
     files = {
-        seed: artefacts.read_record(
-            tiny.run("dense", several, tmp_path, model="dit", dense_seed=seed)
-        )["files"]["model.safetensors"]
+        seed: sealed.read(tiny.run("dense", several, tmp_path, model="dit", dense_seed=seed)).files[
+            "model.safetensors"
+        ]
         for seed in (0, 3)
     }
     alone = tiny.run("dense", tiny.smoke(), tmp_path, model="dit")
     assert files[0] != files[3]
-    assert artefacts.read_record(alone)["files"]["model.safetensors"] == files[0]
+    assert sealed.read(alone).files["model.safetensors"] == files[0]
