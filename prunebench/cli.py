@@ -125,7 +125,7 @@ def _progress_command(commands) -> None:
 def _run_stage(arguments: argparse.Namespace) -> int:
     stage = STAGES[arguments.stage]
     track = (tracks.load_any if stage.name == "efficiency" else tracks.load)(arguments.track)
-    run.check_planned(config_hash(track.content), arguments.track)
+    run.check_planned(config_hash(track.in_force), arguments.track)
     names = {name: getattr(arguments, name) for name in stage.names}
     names = _checked(track, stage, names)
     if getattr(arguments, "batch", None):

@@ -18,6 +18,8 @@ from prunebench.records import schema, sealed, upgrade
 from prunebench.stages import efficiency as stage
 from prunebench.stages import networks
 from prunebench.tracks import efficiency
+from prunebench.tracks.settings_efficiency import Network
+from prunebench.tracks.settings_efficiency import Plan as Asked
 
 COMMITTED = tiny.ROOT / "results" / "efficiency"
 DEPTH, WIDTH, TOKENS = 4, 32, 16
@@ -84,7 +86,7 @@ def load(tmp_path):
 
 def run(track: efficiency.Track, folder: Path, *plans: str) -> list[schema.Efficiency]:
     """Records of the named plans of the first model; of all without names."""
-    model = next(iter(track.content["models"]))
+    model = next(iter(track.settings.models))
     for plan in plans or [plan for _, plan in track.rows()]:
         tiny.run("efficiency", track, folder, model=model, plan=plan)
     names = plans or [plan for _, plan in track.rows()]
@@ -104,9 +106,9 @@ def test_the_committed_track_names_every_family_and_published_speedup(monkeypatc
     monkeypatch.chdir(tiny.ROOT)
     track = tracks.load_any("efficiency")
     published = {family for family in models.family_names() if models.published(family)}
-    assert {m["family"] for m in track.content["models"].values()} == published
-    assert [claim["speedup"] for claim in track.content["published"]] == [2.22, 1.96, 1.2, 1.95]
-    kinds = {plan["kind"] for plan in track.content["plans"].values()}
+    assert {m.family for m in track.settings.models.values()} == published
+    assert [claim.speedup for claim in track.settings.published] == [2.22, 1.96, 1.2, 1.95]
+    kinds = {plan.kind for plan in track.settings.plans.values()}
     assert kinds == {"layers", "widths", "uniform", "2:4"}
     assert track.rows()[0] == ("dit_xl_2_256", "dense")
     assert ("dit_xl_2_256", "snapfusion_removals") not in track.rows()
@@ -225,7 +227,7 @@ def test_full_size_counts_are_the_published_ones(monkeypatch):
     track = tracks.load_any("efficiency")
     for name in ("dit_xl_2_256", "sd15", "ddpm_cifar10", "uvit_s_2_cifar10"):
         settings = track.model(name)
-        entry = models.published(settings["family"])[name]
+        entry = models.published(settings.family)[name]
         network = networks.dense(settings)
         found = stage._size(stage.Row(settings, network, network, Plan()))
         for key in ("parameters", "macs", "macs_without_attention_products"):
@@ -237,14 +239,14 @@ def test_a_plan_that_can_not_be_is_a_failed_row(load, tmp_path):
     assert record.status == "failed"
     assert "97% of the parameters can't be removed" in record.failure.error
     with pytest.raises(CellError):
-        networks.pruned(load().model("dit"), {"kind": "widths", "sparsity": 0.97}, 0)
+        networks.pruned(load().model("dit"), Asked(kind="widths", sparsity=0.97), 0)
 
 
 @pytest.mark.parametrize("name_", ["unet", "unet_attention"])
 def test_widths_of_a_unet_do_not_need_memory_or_its_image_size(name_):
     """What is traced on a small image is what one of its own size gives."""
     instance = tiny.INSTANCES[name_]
-    settings = {"family": "unet", "config": instance.config, "title": name_}
+    settings = _network(name_)
     real, empty = tiny.dense(name_), networks.dense(settings)
     expected, found = instance.module.widths(real), instance.module.widths(empty)
     side = instance.config["sample_size"]
@@ -269,14 +271,24 @@ def test_widths_of_a_unet_do_not_need_memory_or_its_image_size(name_):
 # Measured
 
 
+def _network(name: str) -> Network:
+    """A tiny instance as an efficiency track would name it."""
+    instance = tiny.INSTANCES[name]
+    return Network(
+        family=instance.family,
+        config=dict(instance.config),
+        title=name,
+        x=instance.shape,
+        batches=(1,),
+    )
+
+
 @pytest.mark.parametrize("name_", tiny.SHAPES)
 @pytest.mark.parametrize("plan", ["layers", "widths", "2:4"])
 def test_random_weights_run_in_bf16(name_, plan):
     """Every architecture, pruned, straight in its dtype; a 2:4 network keeps the pattern."""
-    instance = tiny.INSTANCES[name_]
-    settings = {"family": instance.family, "config": instance.config, "title": name_}
-    settings["x"] = list(instance.shape)
-    wanted = {"kind": plan} if plan == "2:4" else {"kind": plan, "sparsity": 0.25}
+    settings = _network(name_)
+    wanted = Asked(kind=plan, sparsity=None if plan == "2:4" else 0.25)
     network, chosen, _ = networks.pruned(settings, wanted, 0)
     assert all(parameter.is_meta for parameter in network.parameters())
     real = networks.materialised(network, chosen, torch.device("cpu"), torch.bfloat16)

@@ -1,6 +1,5 @@
 """Latent models: encoding once, training on what was encoded, images decoded for scoring."""
 
-import copy
 import itertools
 import json
 from pathlib import Path
@@ -285,7 +284,7 @@ def test_memory_does_not_grow_with_the_latents(folder, tmp_path):
 @pytest.fixture
 def track(folder) -> tracks.Track:
     """The smoke track's transformer on latents 2x8x8 of 60 images."""
-    content = copy.deepcopy(dict(SMOKE.content))
+    content = tiny.plain(SMOKE)
     content["dataset"] |= {"limit_train": 60, "limit_reference": 60, "flip": True}
     content["autoencoders"] = {"tiny": {"folder": str(folder), "scale": SCALE, "batch": BATCH}}
     model = content["models"]["dit"]
@@ -293,13 +292,13 @@ def track(folder) -> tracks.Track:
     model["training"] |= {"images": 32}
     content["models"] = {"dit": {**model, "autoencoder": "tiny"}}
     content["sampling"] |= {"count": 34, "lanes": 10, "batch": 20}
-    return tracks.Track("tiny", content, SMOKE.methods)
+    return tiny.track("tiny", content, SMOKE.methods)
 
 
 def _with(track: tracks.Track, shards: int) -> tracks.Track:
-    content = copy.deepcopy(dict(track.content))
+    content = tiny.plain(track)
     content["sampling"]["shards"] = shards
-    return tracks.Track(track.name, content, track.methods)
+    return tiny.track(track.name, content, track.methods)
 
 
 def test_a_latent_track_runs_through_all_stages(track, tmp_path):
@@ -349,7 +348,9 @@ def test_a_training_does_not_go_on_with_other_latents(track, tmp_path, monkeypat
 
     monkeypatch.setattr(stage.loop, "train", begun)
     for scale in (SCALE, 2 * SCALE):
-        track.content["autoencoders"]["tiny"]["scale"] = scale
+        content = tiny.plain(track)
+        content["autoencoders"]["tiny"]["scale"] = scale
+        track = tiny.track(track.name, content, track.methods)
         record = tiny.run("encode", track, tmp_path, coder="tiny")
         for _ in range(2):
             with pytest.raises(UserError, match="killed"):
@@ -363,7 +364,7 @@ def test_a_training_does_not_go_on_with_other_latents(track, tmp_path, monkeypat
 
 def test_what_a_track_says_of_autoencoders_is_checked(tmp_path):
     def loaded(change) -> tracks.Track:
-        content = json.loads(json.dumps(SMOKE.content))
+        content = tiny.plain(SMOKE)
         content["methods"]["folders"] = [str(tiny.ROOT / "methods")]
         change(content)
         file = tmp_path / "mine.yaml"
@@ -384,11 +385,12 @@ def test_what_a_track_says_of_autoencoders_is_checked(tmp_path):
 
     def reads(content):
         content["text_encoders"] = {"sd": {"asset": "sd15", "batch": 4}}
-        content["models"]["dit"]["config"].pop("classes", None)
-        content["models"]["dit"]["text_encoder"] = "sd"
+        content["models"]["unet"]["config"].pop("classes", None)
+        content["models"]["unet"]["text_encoder"] = "sd"
 
     def variance(content):
-        content["models"]["dit"]["sampling"]["options"] = {"variance_type": "learned_range"}
+        learned = {"variance_type": "learned_range"}
+        content["models"]["dit"]["sampling"] = {"sampler": "ddpm", "steps": 4, "options": learned}
 
     track = loaded(good)
     assert "sd_vae_ft_ema" in track.assets()
@@ -404,7 +406,7 @@ def test_what_a_track_says_of_autoencoders_is_checked(tmp_path):
             r"models\.dit\.autoencoder: unknown autoencoder 'sd' in autoencoders; known: none",
         ),
         (neither, r"autoencoders\.sd: needs either the key 'asset' or 'folder'"),
-        (reads, r"models\.dit\.text_encoder: fashion_mnist_16 has classes, not captions"),
+        (reads, r"models\.unet\.text_encoder: fashion_mnist_16 has classes, not captions"),
         (
             variance,
             r"models\.dit\.sampling\.options\.variance_type: the model predicts no variance",

@@ -16,7 +16,7 @@ CELL = {"model": "dit", "method": "random_layers", "sparsity": 0.25, "recovery":
 @pytest.fixture
 def several() -> tracks.Track:
     smoke = tiny.smoke()
-    return tracks.Track("several", {**smoke.content, "dense_seeds": [0, 3]}, smoke.methods)
+    return tiny.track("several", {**tiny.plain(smoke), "dense_seeds": [0, 3]}, smoke.methods)
 
 
 def test_the_snakefile_shows_the_tree_of_the_package():

@@ -866,7 +866,7 @@ def test_dense_takes_the_checkpoint_of_the_track(tmp_path, track_of):
 
 @pytest.mark.parametrize("classes", [7, 10])
 def test_a_checkpoint_is_fine_tuned_on_other_classes(tmp_path, track_of, classes):
-    ours = tiny.smoke().model("dit")["config"]
+    ours = tiny.smoke().model("dit").config
     released = models.family("dit").build({**ours, "classes": classes})
     generator = torch.Generator().manual_seed(0)
     for parameter in released.parameters():
@@ -894,12 +894,12 @@ def test_a_checkpoint_is_fine_tuned_on_other_classes(tmp_path, track_of, classes
 def test_a_track_may_name_a_published_configuration(tmp_path, track_of):
     file = track_of((4, 32, 32), 1000, config="dit_xl_2_256")
     model = tracks.load(str(file)).model("dit")
-    assert model["config"] == models.published("dit")["dit_xl_2_256"].config
-    assert model["weights"]["layout"] == "dit"
+    assert model.config == models.published("dit")["dit_xl_2_256"].config
+    assert model.weights.layout == "dit"
     other = {"name": "flow", "times": "uniform"}
     sampling = {"sampler": "euler", "steps": 4}
     flow = track_of((4, 32, 32), 1000, config="sit_xl_2_256", objective=other, sampling=sampling)
-    assert tracks.load(str(flow)).model("dit")["weights"]["layout"] == "sit"
+    assert tracks.load(str(flow)).model("dit").weights.layout == "sit"
 
 
 @pytest.mark.parametrize(

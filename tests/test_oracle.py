@@ -115,9 +115,9 @@ def test_a_mask_that_does_not_exist_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tiny.ROOT)
     track = tracks.load("smoke")
     job = tiny.job("oracle", track, tmp_path, model="dit", recovery="none", seed=0, mask=99)
-    model = job.family.build(job.settings["config"])
+    model = job.family.build(job.settings.config)
     dense = tiny.job("dense", track, tmp_path, model="dit")
-    files = surgery.save(dense.record.parent, model, Plan(), "dit", job.settings["config"])
+    files = surgery.save(dense.record.parent, model, Plan(), "dit", job.settings.config)
     examples.write(dense, files)
     count = len(oracle.masks(model, job.family, 0.25, 4)[0])
     with pytest.raises(UserError, match=f"model 'dit' has only {count} masks"):

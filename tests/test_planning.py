@@ -95,7 +95,7 @@ def test_a_tracks_path_is_text_to_the_shell(tmp_path):
 def test_jobs_run_what_the_workflow_planned(tmp_path, monkeypatch):
     """A job whose track was edited after planning does nothing, whatever the edit is."""
     file = _small(tmp_path, "mine")
-    monkeypatch.setenv(run.PLANNED, config_hash(tracks.load(str(file)).content))
+    monkeypatch.setenv(run.PLANNED, config_hash(tracks.load(str(file)).in_force))
     command = ("prunebench", "dense", "--model", "dit", "--track", str(file))
     file.write_text(file.read_text().replace("images: 160", "images: 176"))
     status, output = _run(tmp_path, *command)

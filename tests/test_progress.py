@@ -11,6 +11,7 @@ from pathlib import Path
 
 import examples
 import pytest
+import tiny
 import yaml
 
 from prunebench import cli, progress, tracks
@@ -224,8 +225,8 @@ def test_stages_of_which_none_has_finished_are_left_out_of_the_estimate(track, t
 
 def test_equal_failures_are_one_line(track, tmp_path):
     """Equal but for numbers; 500 more cells of them, and one of another kind."""
-    content = {**track.content, "seeds": list(range(250))}
-    many = tracks.Track(track.name, content, track.methods)
+    content = {**tiny.plain(track), "seeds": list(range(250))}
+    many = tiny.track(track.name, content, track.methods)
     runs = tmp_path / "runs"
     for seed in range(250):
         for model in ("dit", "sit"):
@@ -457,7 +458,7 @@ def test_stage_commands_among_processes(command, found):
 
 def test_a_running_process_is_seen_and_missed_when_it_is_killed(track, tmp_path):
     """A real stage, in a folder of its own, and a second look after SIGKILL."""
-    content = dict(track.content)
+    content = tiny.plain(track)
     content["models"]["dit"]["training"]["images"] = 16 * 100_000
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(content))
     runs, log = tmp_path / "runs", tmp_path / "runs/small/logs/dit/dense/dense.log"
@@ -564,7 +565,7 @@ def test_it_needs_no_torch_and_no_pandas():
 
 
 def test_looking_again_at_a_thousand_cells_is_quick(track, tmp_path):
-    many = tracks.Track(track.name, {**track.content, "seeds": list(range(40))}, track.methods)
+    many = tiny.track(track.name, {**tiny.plain(track), "seeds": list(range(40))}, track.methods)
     planned = jobs.plan(many, ["matched"], tmp_path / "runs")
     assert len(planned.cells) > 1000
     for place, record in enumerate(planned.jobs):

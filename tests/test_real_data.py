@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 import yaml
 
@@ -19,6 +20,7 @@ from prunebench.diffusion.objectives import NoisePrediction
 from prunebench.errors import UserError
 from prunebench.evaluation.features import load_extractor
 from prunebench.evaluation.metrics import Evidence, evaluate
+from prunebench.tracks.settings_benchmark import Sampling
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
@@ -166,12 +168,12 @@ def test_inception_score_is_not_available_from_weights_without_logits(tiny_run, 
 def test_tracks_with_checkpoints_have_their_numbers_to_reach(track_name):
     track = tracks.load(str(ROOT / "config" / f"{track_name}.yaml"))
     usual = {"name": track_name.partition("_")[0], "reference": "train"}
-    assert track.content["dataset"] == {**SETS.get(track_name, usual), "flip": True}
+    assert tiny.plain(track)["dataset"] == {**SETS.get(track_name, usual), "flip": True}
     own = track_name == "cifar10_scratch"
-    assert track.content["sampling"]["count"] == (10_000 if own else 50_000)
-    assert track.needs("sample")["gpu"] == track.needs("score")["gpu"] == 1
-    for model in track.content["models"].values():
-        assert ("reference" in model) == ("weights" in model)
+    assert track.settings.sampling.count == (10_000 if own else 50_000)
+    assert track.needs("shard")["gpu"] == track.needs("score")["gpu"] == 1
+    for model in track.settings.models.values():
+        assert (model.reference is None) == (model.weights is None)
     for division in track.divisions:
         assert track.cells(division)
 
@@ -191,12 +193,14 @@ def test_the_table_of_diff_pruning_takes_quadratic_steps():
 
 
 def _ddim(track_name: str) -> tuple:
-    settings = tracks.load(str(ROOT / "config" / f"{track_name}.yaml")).model("ddpm")["sampling"]
-    options = samplers.checked("ddim", settings["steps"], settings["options"], "noise", 1000)
-    return options, options.times(settings["steps"], 1000)
+    settings = tracks.load(str(ROOT / "config" / f"{track_name}.yaml")).model("ddpm").sampling
+    options = samplers.checked("ddim", settings.steps, settings.options, "noise", 1000)
+    return options, options.times(settings.steps, 1000)
 
 
-def _followed(name: str, goal: NoisePrediction, sampling: dict, randomness: list | None) -> list:
+def _followed(
+    name: str, goal: NoisePrediction, sampling: Sampling, randomness: list | None
+) -> list:
     """The time, the input and the prediction of every pass, for predictions that mean nothing."""
     generator, passes = torch.Generator().manual_seed(0), []
 
@@ -204,7 +208,7 @@ def _followed(name: str, goal: NoisePrediction, sampling: dict, randomness: list
         passes.append((int(t), x, torch.randn(x.shape, generator=generator)))
         return passes[-1][2]
 
-    steps, options = sampling["steps"], sampling["options"]
+    steps, options = sampling.steps, sampling.options
     checked = samplers.checked(name, steps, options, goal.name, goal.train_steps)
     settings = {"objective": goal, "steps": steps, "options": checked, "randomness": randomness}
     samplers.denoise(name, predict, torch.randn(2, 3, 8, 8, generator=generator), **settings)
@@ -213,7 +217,7 @@ def _followed(name: str, goal: NoisePrediction, sampling: dict, randomness: list
 
 def test_a_step_of_the_uvit_tracks_is_an_euler_maruyama_step():
     """x + beta x / 2 - beta eps / sigma + sqrt(beta) z of the reverse SDE, up to beta^2 terms."""
-    settings = tracks.load(str(ROOT / "config" / "cifar10_uvit.yaml")).model("uvit")["sampling"]
+    settings = tracks.load(str(ROOT / "config" / "cifar10_uvit.yaml")).model("uvit").sampling
     draws = [[torch.Generator().manual_seed(i) for i in range(2)] for _ in range(2)]
     goal = NoisePrediction()
     passes = _followed("ddpm", goal, settings, draws[0])
@@ -237,8 +241,8 @@ def test_ddim_steps_as_the_code_does_that_the_number_to_reach_is_from(
     track_name, model, times, clips
 ):
     settings = tracks.load(str(ROOT / "config" / f"{track_name}.yaml")).model(model)
-    objective = NoisePrediction(**{k: v for k, v in settings["objective"].items() if k != "name"})
-    passes = _followed("ddim", objective, settings["sampling"], None)
+    objective = NoisePrediction(**settings.objective.model_dump(exclude={"name"}))
+    passes = _followed("ddim", objective, settings.sampling, None)
     assert [t for t, *_ in passes] == list(times)
     middle = len(times) // 2
     (t, x, noise), (_, step, _) = passes[middle : middle + 2]

@@ -58,8 +58,8 @@ def test_the_tables_follow_from_the_raw_records(tmp_path, division):
         raw(division),
         tmp_path,
         expected_cells=planned(division),
-        title=f"{track.content['title']}: {division}",
-        compares=track.divisions[division]["compares"],
+        title=f"{track.settings.title}: {division}",
+        compares=track.divisions[division].compares,
         oracle_files=masks() if division == "matched" else (),
         older=True,
     )
@@ -90,7 +90,7 @@ def test_records_come_from_a_clean_tree_and_what_is_mixed_is_told(division):
 @pytest.mark.parametrize("division", DIVISIONS)
 def test_the_budget_is_kept(division):
     """No pruned cell trains on more images than its budget, in selection and recovery together."""
-    budgets, found = tracks.load("embedded").content["budgets"], scores(division)
+    budgets, found = tracks.load("embedded").settings.budgets, scores(division)
     for score in found:
         limit = budgets.get(score.identity.recovery.rpartition("-")[2], 0)
         assert score.budget.recovery.student_forward <= limit, score.identity

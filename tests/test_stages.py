@@ -1,6 +1,5 @@
 """Sampling in shards: the same file whatever their number, and nothing stale among them."""
 
-import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -28,9 +27,9 @@ CELL = SMOKE.cell("dit", "dense", 0.0, "none", 3)
 
 
 def _track(shards: int, **sampling) -> tracks.Track:
-    content = copy.deepcopy(dict(SMOKE.content))
+    content = tiny.plain(SMOKE)
     content["sampling"] |= {"count": 34, "lanes": 8, "shards": shards, **sampling}
-    return tracks.Track(SMOKE.name, content, SMOKE.methods)
+    return tiny.track(SMOKE.name, content, SMOKE.methods)
 
 
 def _paths(track: tracks.Track, runs: Path) -> tracks.Paths:
@@ -40,13 +39,13 @@ def _paths(track: tracks.Track, runs: Path) -> tracks.Paths:
 def _save(runs: Path, change: float = 0.0) -> None:
     """Write the cell's checkpoint, random weights moved by `change`."""
     settings = SMOKE.model("dit")
-    model = models.family("dit").build(settings["config"])
+    model = models.family("dit").build(settings.config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():  # DiT's own output layer starts at zero
             parameter.normal_(0.0, 0.1, generator=generator).add_(change)
     paths = _paths(_track(1), runs)
-    files = surgery.save(Path(paths.checkpoint).parent, model, Plan(), "dit", settings["config"])
+    files = surgery.save(Path(paths.checkpoint).parent, model, Plan(), "dit", settings.config)
     examples.write(tiny.job("select", _track(1), runs, CELL), files)
 
 
@@ -118,9 +117,9 @@ def test_a_stale_shard_is_not_gathered(runs, change, monkeypatch):
     if change == "checkpoint":
         _save(runs, change=0.5)
     elif change == "track":
-        content = copy.deepcopy(dict(track.content))
+        content = tiny.plain(track)
         content["models"]["dit"]["sampling"]["steps"] += 1
-        track = tracks.Track(track.name, content, track.methods)
+        track = tiny.track(track.name, content, track.methods)
     else:
         for module in ("records.provenance", "stages.sample"):
             monkeypatch.setattr(f"prunebench.{module}.code_hash", lambda _: "other")
@@ -185,7 +184,7 @@ def test_the_command_refuses_what_makes_no_sense(
 ):
     monkeypatch.chdir(tiny.ROOT)
     file = tmp_path / "mine.yaml"
-    file.write_text(yaml.safe_dump(json.loads(json.dumps(dict(_track(shards).content)))))
+    file.write_text(yaml.safe_dump(tiny.plain(_track(shards))))
     cell = ["--model", "dit", "--method", "dense", "--sparsity", "0", "--seed", "3"]
     command = "shard" if "--shard" in arguments else "sample"
     assert main([command, "--track", str(file), *cell, *arguments]) == 2
@@ -198,7 +197,7 @@ def test_the_command_draws_one_shard(runs, tmp_path, monkeypatch):
     file = tmp_path / "config" / f"{SMOKE.name}.yaml"  # goes before the one that is shipped
     file.parent.mkdir()
     track = _track(3)
-    file.write_text(yaml.safe_dump(json.loads(json.dumps(dict(track.content)))))
+    file.write_text(yaml.safe_dump(tiny.plain(track)))
     cell = ["--model", "dit", "--method", "dense", "--sparsity", "0", "--seed", "3"]
     options = ["--track", str(file), "--runs", str(runs), *cell]
     assert main(["shard", *options, "--shard", "1", "--batch", "3"]) == 0

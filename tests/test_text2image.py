@@ -312,7 +312,7 @@ def _track(pipeline: Path, mirror: Path, monkeypatch, tmp_path: Path) -> tracks.
     model = copy.deepcopy(MODELS[_kind(pipeline)])
     network = models.family(model["family"]).build(model["config"])
     save_file(network.state_dict(), tmp_path / "model.safetensors")
-    content = copy.deepcopy(dict(tiny.smoke().content))
+    content = tiny.plain(tiny.smoke())
     content["dataset"] = {"name": "coco2014"}
     entry = {"folder": str(pipeline), "batch": 8}
     content["autoencoders"] = {"tiny": {**entry, "scale": 0.4, "shift": 0.1}}
@@ -327,7 +327,7 @@ def _track(pipeline: Path, mirror: Path, monkeypatch, tmp_path: Path) -> tracks.
     content["models"] = {"tiny": model}
     content["budgets"] = {"low": 16}
     content["sampling"] |= {"count": 24, "lanes": 4, "batch": 20, "size": SEEN}
-    return tracks.Track("text", content, tiny.smoke().methods)
+    return tiny.track("text", content, tiny.smoke().methods)
 
 
 def _drawn(paths: tracks.Paths) -> dict[str, torch.Tensor]:
@@ -352,8 +352,9 @@ def test_text_to_image_runs_through_all_stages(track, mirror, tmp_path, monkeypa
     assert drawn["labels"].tolist() == [i % ASKED for i in range(24)]
     assert len({image.numpy().tobytes() for image in drawn["images"]}) == 24
     for shards, batch in ((1, 1), (3, 7)):
-        content = {**track.content, "sampling": {**track.content["sampling"], "shards": shards}}
-        split = tracks.Track(track.name, content, track.methods)
+        content = tiny.plain(track)
+        content["sampling"] |= {"shards": shards}
+        split = tiny.track(track.name, content, track.methods)
         where = tracks.Paths(split, cell, runs)
         for index in range(shards if shards > 1 else 0):
             tiny.run("shard", split, runs, cell, shard=index, batch=batch)
@@ -385,12 +386,14 @@ def test_prompts_decide_what_is_drawn_and_a_clip_scores_it(
     assert [torch.equal(a, b) for a, b in zip(images, other, strict=True)] == [True] * 3 + [False]
     # CLIP's: of the images and of exactly their own prompts.
     clip = pipelines.write_clip(tmp_path / "clip")
-    track.content["evaluation"]["clip"] = "clip_vit_b16"
+    content = tiny.plain(track)
+    content["evaluation"]["clip"] = "clip_vit_b16"
+    track = tiny.track(track.name, content, track.methods)
     monkeypatch.setattr(
         stage.assets, "locate", lambda name: clip if "clip" in name else store.locate(name)
     )
     drawn = {"images": images, "labels": torch.arange(4)}
-    settings = track.content["evaluation"]
+    settings = tracks.plain(track.settings.evaluation)
     evidence = Evidence(
         generated={"features": torch.randn(4, 2)},
         reference={"features": torch.randn(4, 2)},
@@ -416,7 +419,9 @@ def test_samples_must_have_the_size_of_the_references(
     stable_diffusion, mirror, monkeypatch, tmp_path
 ):
     track = _track(stable_diffusion, mirror, monkeypatch, tmp_path)
-    del track.content["sampling"]["size"]
+    content = tiny.plain(track)
+    del content["sampling"]["size"]
+    track = tiny.track(track.name, content, track.methods)
     words = "sampling.size: samples would have 16 pixels a side, the references have 8"
     with pytest.raises(UserError, match=words):
         tiny.run("extractor", track, tmp_path / "runs")
@@ -444,25 +449,23 @@ def _by_hand(clip: Path, images: torch.Tensor, texts: tuple[str, ...]) -> float:
 def test_the_tracks_fit_the_released_models(track_name):
     track = tracks.load(str(tiny.ROOT / "config" / f"{track_name}.yaml"))
     assert track.cells()
-    for model, settings in track.content["models"].items():
-        batch = track.coder(settings["autoencoder"])[1]["batch"]
-        assert track.content["sampling"]["lanes"] % batch == 0, "it would decode padding"
-        coder = track.coder(settings["autoencoder"])[1]["asset"]
-        reader = track.coder(settings["text_encoder"])[1]["asset"]
+    for model, settings in track.settings.models.items():
+        batch = track.coder(settings.autoencoder)[1].batch
+        assert track.settings.sampling.lanes % batch == 0, "it would decode padding"
+        coder = track.coder(settings.autoencoder)[1].asset
+        reader = track.coder(settings.text_encoder)[1].asset
         paths = {f.path.partition("/")[2] for f in assets.asset(coder).files}
         assert {"vae/config.json", "vae/diffusion_pytorch_model.safetensors"} <= paths
         paths = {f.path.partition("/")[2] for f in assets.asset(reader).files}
         assert {"model_index.json", "text_encoder/config.json"} <= paths
-        assert reader == settings["weights"]["asset"]
+        assert reader == settings.weights.asset
         names = {"model": model, "dense_seed": 0}
         assert track.fingerprint("dense", **names) != track.fingerprint("encode")
 
 
 def test_what_a_track_says_of_text_encoders_is_checked(tmp_path):
     def loaded(change) -> tracks.Track:
-        content = copy.deepcopy(
-            dict(tracks.load(str(tiny.ROOT / "config/text2image.yaml")).content)
-        )
+        content = copy.deepcopy(tiny.plain(tracks.load(str(tiny.ROOT / "config/text2image.yaml"))))
         content["methods"]["folders"] = [str(tiny.ROOT / "methods")]
         change(content)
         file = tmp_path / "mine.yaml"

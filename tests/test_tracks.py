@@ -1,6 +1,5 @@
 """Tracks: what loads, what is refused with which words, the cells, and what recomputes."""
 
-import copy
 import itertools
 import json
 import re
@@ -14,7 +13,6 @@ from prunebench import models, tracks
 from prunebench.diffusion import samplers
 from prunebench.diffusion.objectives import objective
 from prunebench.errors import UserError
-from prunebench.training.loop import Settings
 
 SMOKE = tiny.ROOT / "config" / "smoke.yaml"
 TRACKS = sorted(
@@ -60,7 +58,7 @@ def test_committed_tracks_load(track):
     loaded = tracks.load(track)
     assert loaded.name == track and loaded.cells()
     assert {"dense", "random_layers", "scratch", "fewer_steps"} <= set(loaded.methods)
-    assert tracks.load(f"config/{track}.yaml").content == loaded.content
+    assert tracks.load(f"config/{track}.yaml").settings == loaded.settings
 
 
 def test_a_track_may_rest_on_another(tmp_path):
@@ -68,8 +66,8 @@ def test_a_track_may_rest_on_another(tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("base: whole\nseeds: [7]\nmodels: {dit: {config: {depth: 6}}}\n")
     ours, whole = tracks.load(str(mine)), tracks.load(str(SMOKE))
-    assert ours.name == "mine" and ours.content["seeds"] == [7]
-    assert ours.model("dit")["config"] == {**whole.model("dit")["config"], "depth": 6}
+    assert ours.name == "mine" and ours.settings.seeds == (7,)
+    assert ours.model("dit").config == {**whole.model("dit").config, "depth": 6}
     assert ours.model("unet") == whole.model("unet")
     mine.write_text("base: none\n")
     with pytest.raises(UserError, match=r"base: .*none\.yaml does not exist"):
@@ -79,19 +77,15 @@ def test_a_track_may_rest_on_another(tmp_path):
 @pytest.mark.parametrize("track", TRACKS)
 def test_committed_tracks_fit_the_code(track):
     """What the schema leaves open (architectures, objectives, solvers) is understood."""
-    for settings in tracks.load(track).content["models"].values():
+    for settings in tracks.load(track).settings.models.values():
         with init_empty_weights():
-            model = models.family(settings["family"]).build(settings["config"])
-        assert models.family(settings["family"]).layers(model, "block")
-        goal = objective(settings["objective"])
-        training = settings.get("training", settings["recovery"])
-        Settings(**{k: v for k, v in training.items() if k not in ("images", "seed")})
-        Settings(**settings["recovery"])
-        sampling = settings["sampling"]
+            model = models.family(settings.family).build(settings.config)
+        assert models.family(settings.family).layers(model, "block")
+        goal, sampling = objective(settings.objective.model_dump()), settings.sampling
         samplers.checked(
-            sampling["sampler"],
-            sampling["steps"],
-            sampling.get("options", {}),
+            sampling.sampler,
+            sampling.steps,
+            sampling.options,
             goal.name,
             goal.train_steps,
         )
@@ -271,7 +265,7 @@ def test_the_cells_of_a_track(edited):
         assert _count(track, model=model, method="dense", sparsity=0.0, recovery="none") == 3
         assert _count(track, model=model, method="random_layers") == 2 * 2 * 3
         assert _count(track, model=model, method="scratch") == 2 * 3  # never untrained
-        steps = track.content["fewer_steps"]
+        steps = track.settings.fewer_steps
         assert _count(track, model=model, method="fewer_steps") == len(steps) * 3  # never trained
         assert _count(track, model=model, method="magnitude_2_4") == 2 * 3
         assert _count(track, model=model, method="magnitude_2_4", sparsity=0.5) == 2 * 3
@@ -282,13 +276,13 @@ def test_the_cells_of_a_track(edited):
 
 def test_cells_of_the_smoke_track_are_the_product():
     track = tracks.load("smoke")
-    seeds, models = len(track.content["seeds"]), track.content["models"]
+    seeds, models = len(track.settings.seeds), track.settings.models
     expected = 0
     for model, method in itertools.product(models.values(), track.methods.values()):
-        if method.families and model["family"] not in method.families:
+        if method.families and model.family not in method.families:
             continue
-        sparsities = {"none": 1, "steps": len(track.content["fewer_steps"])}
-        levels = sparsities.get(method.kind, len(method.sparsities or track.content["sparsities"]))
+        sparsities = {"none": 1, "steps": len(track.settings.fewer_steps)}
+        levels = sparsities.get(method.kind, len(method.sparsities or track.settings.sparsities))
         recovered = {"never": 1, "required": 1, "optional": 2}[method.recovery]
         expected += levels * recovered * seeds
     assert len(track.cells()) == expected
@@ -389,10 +383,10 @@ def test_only_the_stages_that_depend_on_an_entry_recompute(edited, case):
 
 def test_fingerprints_do_not_depend_on_order(edited):
     track = edited({})
-    turned = copy.deepcopy(dict(track.content))
+    turned = tiny.plain(track)
     turned["models"] = dict(reversed(turned["models"].items()))
     turned["models"]["dit"] = dict(reversed(turned["models"]["dit"].items()))
-    other = tracks.Track(track.name, dict(reversed(turned.items())), track.methods)
+    other = tiny.track(track.name, dict(reversed(turned.items())), track.methods)
     assert _fingerprints(other) == _fingerprints(track)
 
 
@@ -425,7 +419,7 @@ def test_a_recipe_runs_in_the_published_division_only(edited):
     (cell, *_) = [c for c in track.cells("as_published") if c.method == "mine"]
     assert (cell.sparsity, cell.recovery) == (0.4, "recipe-low")
     assert track.recovered_by(cell) == "output_kd" and track.parameters(cell) == {"power": 2}
-    assert track.budget(cell) == track.content["budgets"]["low"]
+    assert track.budget(cell) == track.settings.budgets["low"]
     paths = tracks.Paths(track, cell)
     assert paths.select == "runs/mine/dit/mine/0.4/selection-recipe-low/seed0/select.json"
     matched = [c for c in track.cells() if c.method == "mine"]
@@ -452,11 +446,11 @@ def test_a_recipe_stands_whatever_the_track_sets_for_the_matched_division(edited
 
 def test_the_recovery_division_holds_its_methods_and_the_references():
     track = tracks.load("smoke")
-    named = set(track.divisions["recovery"]["methods"])
+    named = set(track.divisions["recovery"].methods)
     cells = track.cells("recovery")
     assert {c.method for c in cells} == named | {"dense", "fewer_steps"}
     pairs = {(c.method, c.recovery) for c in cells if c.method in named}
-    assert pairs == set(itertools.product(named, track.divisions["recovery"]["recoveries"]))
+    assert pairs == set(itertools.product(named, track.divisions["recovery"].recoveries))
 
 
 def test_controls_stay_where_selections_are_compared(edited):
@@ -493,9 +487,9 @@ def test_a_recipe_that_makes_no_sense_is_refused(edited, recipe, message):
 def test_the_jobs_of_the_oracle():
     track = tracks.load("smoke")
     jobs = track.oracle()
-    settings = track.content["oracle"]
+    settings = track.settings.oracle
     records = [tracks.Layout(track).record("oracle", **job) for job in jobs]
-    assert len(jobs) == len(set(records)) == len(settings["recoveries"]) * settings["masks"]
+    assert len(jobs) == len(set(records)) == len(settings.recoveries) * settings.masks
     assert records[0] == "runs/smoke/oracle/dit/none/seed0/mask0/oracle.json"
 
 
@@ -567,7 +561,7 @@ def test_settings_that_do_not_fit_together_are_refused(edited, dotted, value, me
 
 
 def test_needs_are_the_suites_then_the_tracks_then_the_rules(edited):
-    assert "needs" not in tracks.load("embedded").content
+    assert not tracks.load("embedded").settings.needs
     assert tracks.load("embedded").needs("dense") == tracks.stages.STAGES["dense"].needs
     given = {"default": {"mem_mb": 9000, "gpu": 1}, "dense": {"gpu": 4, "cpus": 16}}
     track = edited({"needs": given})

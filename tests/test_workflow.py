@@ -242,7 +242,7 @@ def test_every_division_and_the_oracle(project):
     recovery = [
         row for row in project.rows("small", "recovery") if row["method"] == "random_layers"
     ]
-    assert {row["recovery"] for row in recovery} == set(SMOKE.divisions["recovery"]["recoveries"])
+    assert {row["recovery"] for row in recovery} == set(SMOKE.divisions["recovery"].recoveries)
     assert {row["rank"] for row in recovery} == {"1", "2", "3", "4"}
     assert all(row["status"] == "ok" for row in (*published.values(), *recovery))
     layers = [row for row in project.rows("small") if row["method"] == "laptop_diff"]

@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import json
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,8 @@ from prunebench.selection.tiny import (  # noqa: F401
 )
 from prunebench.selection.tiny import LABELS as CLASSES  # noqa: F401
 from prunebench.tracks import methods
+from prunebench.tracks.settings import parse
+from prunebench.tracks.settings_benchmark import BenchmarkSettings
 
 ROOT = Path(__file__).parents[1]
 # One instance per architecture with classes, for what does not depend on the objective.
@@ -37,6 +40,16 @@ _BY_SHAPE = {
 SHAPES = tuple(_BY_SHAPE.values())
 # One instance per family and objective, for the tests that a further variant adds nothing to.
 CORE = ("dit", "sit", "unet")
+
+
+def plain(track: tracks.Track) -> dict:
+    """The content of a track's file, as far as it says what is not the default; to be changed."""
+    return json.loads(json.dumps(track.in_force))
+
+
+def track(name: str, content: dict, given: dict[str, methods.Method]) -> tracks.Track:
+    """A track of other settings, as they are: what sections ask of each other is not checked."""
+    return tracks.Track(name, parse(BenchmarkSettings, content, f"track {name}"), given)
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """The tables of an efficiency track: a pure function of its records."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -21,6 +21,7 @@ from prunebench.leaderboard.writers import (
 from prunebench.records import sealed, upgrade
 from prunebench.records.parts import Costs
 from prunebench.records.schema import Efficiency, ForwardTiming
+from prunebench.tracks.settings_efficiency import Claim, Condition
 
 NOT_HERE = "not measured here"
 KINDS = {"none": "dense", "layers": "layers", "widths": "widths", "uniform": "channels",
@@ -86,19 +87,19 @@ MEASURED = (  # of a record and one of its timings
     Column("Alone", lambda rt: {True: "yes", False: "no", None: NOTHING}[rt[1].alone], False),
 )
 CLAIMED = (  # of a claim of the track, its record (or None) and the timing beside it (or None)
-    Column("Published", lambda c: c[0]["title"], False),
-    Column("Speed-up", lambda c: f"{c[0]['speedup']:.2f}×"),
+    Column("Published", lambda c: c[0].title, False),
+    Column("Speed-up", lambda c: f"{c[0].speedup:.2f}×"),
     Column("Measured here", lambda c: _speedup(c[2]) if c[2] else NOT_HERE),
     Column("Fewer MACs here", lambda c: _fewer(c[1].size) if c[1] else NOTHING),
-    Column("Row", lambda c: f"{c[0]['model']}, {c[0]['plan']}", False),
+    Column("Row", lambda c: f"{c[0].model}, {c[0].plan}", False),
     Column(
         "Measured at",
-        lambda c: "{precision}, {mode}, batch {batch}".format_map(c[0]["beside"]),
+        lambda c: "{precision}, {mode}, batch {batch}".format_map(dict(c[0].beside)),
         False,
     ),
-    Column("Source", lambda c: f"{c[0]['paper']}: {c[0]['source']}", False),
-    Column("Their conditions", lambda c: c[0]["conditions"], False),
-    Column("Why they may differ", lambda c: c[0]["differs"], False),
+    Column("Source", lambda c: f"{c[0].paper}: {c[0].source}", False),
+    Column("Their conditions", lambda c: c[0].conditions, False),
+    Column("Why they may differ", lambda c: c[0].differs, False),
 )
 
 
@@ -143,12 +144,12 @@ def document(track, records: Sequence[Efficiency]) -> Document:
     problems = [_name(r) + r.failure.error for r in records if r.failure] + _failed_timings(found)
     missing = len(track.rows()) - len(records)
     problems += [f"{missing} rows are not finished"] if missing else []
-    claims = track.content.get("published", ())
-    entries, warnings = writers.bibliography([claim.get("bibtex", "") for claim in claims])
+    claims = track.settings.published
+    entries, warnings = writers.bibliography([claim.bibtex for claim in claims])
     if len({record.provenance.code for record in records}) > 1:
         warnings.append("The rows were made by different versions of the code.")
     return Document(
-        title=track.content["title"],
+        title=track.settings.title,
         tables=[_claims(claims, found), *_of_models(found)],
         conditions=_conditions(records),
         legend=LEGEND,
@@ -159,19 +160,19 @@ def document(track, records: Sequence[Efficiency]) -> Document:
     )
 
 
-def _claims(claims: Sequence[Mapping], records: Sequence[Efficiency]) -> Table:
+def _claims(claims: Sequence[Claim], records: Sequence[Efficiency]) -> Table:
     """Published speed-ups beside what was measured of the row that comes closest."""
     rows = {(record.identity.model, record.identity.plan): record for record in records}
     lines = []
     for claim in claims:
-        record = rows.get((claim["model"], claim["plan"]))
-        timings = [t for r, t in _timings([record] if record else []) if _is_at(t, claim["beside"])]
+        record = rows.get((claim.model, claim.plan))
+        timings = [t for r, t in _timings([record] if record else []) if _is_at(t, claim.beside)]
         lines.append((claim, record, timings[0] if timings else None))
     return Table("Published speed-ups", CLAIMED, plain_lines(CLAIMED, lines), label="claims")
 
 
-def _is_at(timing: ForwardTiming, place: Mapping) -> bool:
-    return all(getattr(timing, key) == value for key, value in place.items())
+def _is_at(timing: ForwardTiming, place: Condition) -> bool:
+    return all(getattr(timing, key) == value for key, value in place)
 
 
 def _timings(records: Sequence[Efficiency]) -> Iterator[tuple[Efficiency, ForwardTiming]]:

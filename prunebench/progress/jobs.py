@@ -110,10 +110,9 @@ def plan(track: Track, divisions: Iterable[str], runs: Path, oracle: bool = Fals
     """What the divisions ask for, as the rules of the workflow make it."""
     made = Plan(Layout(track, runs), runs)
     made.add("extractor")
-    for kind in ("autoencoder", "text_encoder"):
-        for name in dict.fromkeys(m.get(kind) for m in track.content["models"].values()):
-            if name:
-                made.add("encode", coder=name)
+    coders = [m.coders.values() for m in track.settings.models.values()]
+    for name in dict.fromkeys(itertools.chain.from_iterable(coders)):
+        made.add("encode", coder=name)
     for cell in itertools.chain.from_iterable(map(track.cells, divisions)):
         if cell not in made.cells:
             made.add_cell(cell)

@@ -28,8 +28,8 @@ def cost(job: Job) -> None:
     pruned, whole = pruned.to(parallel.device()), dense_model(job).to(parallel.device())
     fast, plain, kernels = semi_structured.contestants(pruned, whole, plan)
     samplers = sampler_for(job, fast, plan), sampler_for(job, plain, Plan())
-    settings = job.content["latency"]
-    sizes = {"forward_batch1": 1, "forward_batch": settings["batch"]}
+    settings = job.track.settings.latency
+    sizes = {"forward_batch1": 1, "forward_batch": settings.batch}
     inputs = {name: _inputs(samplers[0], size) for name, size in sizes.items()}
     report = _timed(settings, (fast, plain), samplers, inputs, sizes)
     full = functools.partial(pruned, *inputs["forward_batch"])
@@ -53,23 +53,23 @@ def _timed(
     sizes: dict[str, int],
 ) -> dict:
     """Times of forwards and of whole samplings, pruned and dense in turns, and the conditions."""
-    images, device = settings["images"], parallel.device()
+    images, device = settings.images, parallel.device()
     timed = functools.partial(
         latency.interleaved_latency,
-        rounds=settings["rounds"],
-        warmup=settings["warmup"],
+        rounds=settings.rounds,
+        warmup=settings.warmup,
         device=device,
     )
     sampling = [_whole_sampling(sampler, images) for sampler in samplers]
-    with latency.conditions(device, settings.get("wait", latency.WAIT)) as conditions:
+    with latency.conditions(device, settings.wait) as conditions:
         times = {
             name: latency.with_throughput(timed(*_forwards(pair, inputs[name])), size)
             for name, size in sizes.items()
         }
         times["sampling"] = _per_image(timed(*sampling), images)
-    report = {**times, "batch": settings["batch"], **conditions}
-    if wanted := settings.get("variants"):
-        report["variants"] = variants.measure(wanted, pair, inputs, timed)
+    report = {**times, "batch": settings.batch, **conditions}
+    if settings.variants:
+        report["variants"] = variants.measure(settings.variants, pair, inputs, timed)
     return report
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prunebench import assets, models
+from prunebench import assets
 from prunebench.errors import CellError, UserError
 from prunebench.evaluation import cost
 from prunebench.models import official
@@ -17,6 +17,7 @@ from prunebench.records.parts import Weights
 from prunebench.stages.inputs import trained_on, training_data
 from prunebench.stages.job import Job
 from prunebench.stages.work import checkpoints_of, save, training_report
+from prunebench.tracks import plain
 from prunebench.training import loop, parallel
 from prunebench.training.budget import BudgetMeter, unspent
 from prunebench.training.checkpoints import Checkpoints
@@ -30,10 +31,10 @@ def dense(job: Job) -> None:
     network, source = _begun(job)
     network = network.to(parallel.device())
     _check_sparsities(job, network)
-    trained = _trained(job, network, source) if "training" in job.settings else _UNTRAINED
+    trained = _trained(job, network, source) if job.settings.training else _UNTRAINED
     if parallel.rank():
         return  # the first process writes
-    made_from = trained_on(job) if "training" in job.settings else {}
+    made_from = trained_on(job) if job.settings.training else {}
     made_from |= {"weights": source.sha256} if source else {}
     job.finish(save(job, network, Plan()), made_from, **trained, weights=source)
 
@@ -43,9 +44,8 @@ _UNTRAINED = {"budget": unspent(), "loss": None}
 
 def _trained(job: Job, network: nn.Module, source: Weights | None) -> dict:
     """Train the network in place; returns what its record says of it."""
-    options = dict(job.settings["training"])
-    images, data = options.pop("images"), training_data(job)
-    meter, progress = BudgetMeter(), loop.Progress(images // options["batch"])
+    settings, data = job.settings.training, training_data(job)
+    meter, progress = BudgetMeter(), loop.Progress(settings.images // settings.batch)
     inputs = job.layout.encoded(job.settings) + ((source.place,) if source else ())
     checkpoints = checkpoints_of(job, *inputs)
     try:
@@ -53,8 +53,8 @@ def _trained(job: Job, network: nn.Module, source: Weights | None) -> dict:
             losses = loop.train(
                 meter.watch(network),
                 data,
-                loop.Settings(**options),
-                images=images,
+                settings,
+                images=settings.images,
                 seed=job.names["dense_seed"],
                 muon_names=job.family.weights(network),
                 progress=progress,
@@ -86,31 +86,31 @@ def _report(
 def _begun(job: Job) -> tuple[nn.Module, Weights | None]:
     """The network before any training, and where its weights are from: None, initialised."""
     settings = job.settings
-    if "weights" not in settings:
+    weights, config = settings.weights, settings.config
+    if weights is None:
         return _built(job), None
-    weights, config = settings["weights"], settings["config"]
-    place = assets.locate(weights["asset"]) if "asset" in weights else Path(weights["file"])
-    file, classes = official.denoiser_of(place), weights.get("classes")
+    place = assets.locate(weights.asset) if weights.asset else Path(weights.file)
+    file, classes = official.denoiser_of(place), weights.classes
     released = {**config, "classes": classes} if classes else config
-    dtype = getattr(torch, weights.get("dtype", "float32"))
-    network = official.load(settings["family"], released, file, weights["layout"], dtype)
+    dtype = getattr(torch, weights.dtype)
+    network = official.load(settings.family, released, file, weights.layout, dtype)
     log.info("%s: %d parameters from %s", job.model, cost.count_parameters(network), file)
     if classes:
-        network = official.with_classes(network, settings["family"], config)
+        network = official.with_classes(network, settings.family, config)
     sha256 = artefacts.sha256(file)
-    return network, Weights(name=file.name, sha256=sha256, place=str(file), given=dict(weights))
+    return network, Weights(name=file.name, sha256=sha256, place=str(file), given=plain(weights))
 
 
 def _built(job: Job) -> nn.Module:
     try:
-        return models.family(job.settings["family"]).build(job.settings["config"])
+        return job.family.build(job.settings.config)
     except (TypeError, ValueError) as error:
         raise UserError(f"models.{job.model}.config: {error}") from error
 
 
 def _check_sparsities(job: Job, network: nn.Module) -> None:
     """Refuse targets that no plan can reach, before anything is trained for them."""
-    wanted, methods = max(job.content["sparsities"]), job.track.methods.values()
+    wanted, methods = max(job.track.settings.sparsities), job.track.methods.values()
     for kind in ("layers", "widths", "weights"):
         most = targets.most(network, job.family, kind)
         if wanted > most and any(m.kind == kind and not m.sparsities for m in methods):

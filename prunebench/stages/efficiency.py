@@ -18,7 +18,9 @@ from prunebench.records.parts import Failure
 from prunebench.records.schema import Asked
 from prunebench.stages import networks
 from prunebench.stages.job import Job
+from prunebench.tracks import plain
 from prunebench.tracks.efficiency import Track
+from prunebench.tracks.settings_efficiency import Network
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +32,7 @@ NO_GPU = "no GPU"
 class Row:
     """A network of the track, dense and with a plan carried out, both without memory."""
 
-    model: Mapping
+    model: Network
     dense: nn.Module
     pruned: nn.Module
     plan: Plan
@@ -44,7 +46,7 @@ def efficiency(job: Job) -> None:
     track, names = job.track, job.names
     settings, wanted = track.model(job.model), track.plan(**names)
     try:
-        pruned, chosen, left = networks.pruned(settings, wanted, track.content["seed"])
+        pruned, chosen, left = networks.pruned(settings, wanted, track.settings.seed)
         row = Row(settings, networks.dense(settings), pruned, chosen)
         found = {
             "status": "ok",
@@ -57,21 +59,20 @@ def efficiency(job: Job) -> None:
         log.error("%s of %s: %s", names["plan"], job.model, error)
         failure = Failure(stage="efficiency", error=str(error), log=job.log)
         found = {"status": "failed", "failure": failure}
-    asked = {k: tuple(v) if isinstance(v, list) else v for k, v in wanted.items()}
     job.finish(
         [],
         {},
-        title=settings["title"],
-        asked=Asked(**asked),
-        seed=track.content["seed"],
-        settings={"model": dict(settings), **_conditions(track)},
+        title=settings.title,
+        asked=Asked(**wanted.model_dump(exclude_none=True)),
+        seed=track.settings.seed,
+        settings={"model": plain(settings), **_conditions(track)},
         **found,
     )
 
 
 def _conditions(track: Track) -> dict:
     names = ("device", "precisions", "modes", "rounds", "warmup")
-    return {name: track.content[name] for name in names}
+    return {name: plain(track.settings)[name] for name in names}
 
 
 def _size(row: Row) -> dict:
@@ -96,11 +97,11 @@ def _on_meta(network: nn.Module) -> nn.Module:
 
 def _measured(track: Track, row: Row) -> dict:
     """Timings, one per precision, mode and batch; or why there are none ("not_measured")."""
-    device = torch.device(track.content["device"])
+    device = torch.device(track.settings.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         return {"timings": (), "not_measured": NO_GPU}
     timings = []
-    for precision in track.content["precisions"]:
+    for precision in track.settings.precisions:
         timings += _in_precision(track, row, precision, device)
         _free(device)
     return {"timings": tuple(timings), "not_measured": None}
@@ -110,8 +111,8 @@ def _in_precision(track: Track, row: Row, precision: str, device: torch.device) 
     """The timings of every mode and batch. A failure, such as no memory, stands in its place."""
     places = [
         {"precision": precision, "mode": mode, "batch": batch}
-        for mode in track.content["modes"]
-        for batch in row.model["batches"]
+        for mode in track.settings.modes
+        for batch in row.model.batches
     ]
     built = variants.attempt(precision, lambda: _pair(row, device, DTYPES[precision]))
     if "failure" in built:
@@ -157,12 +158,11 @@ def _timing(
     models = [variants.compiled(m) if place["mode"] == "compiled" else m for m in pair]
     timed = functools.partial(
         latency.interleaved_latency,
-        rounds=track.content["rounds"],
-        warmup=track.content["warmup"],
+        rounds=track.settings.rounds,
+        warmup=track.settings.warmup,
         device=device,
     )
-    wait = track.content.get("wait", latency.WAIT)
-    found = variants.compare(models, {"forward": values}, timed, wait)
+    found = variants.compare(models, {"forward": values}, timed, track.settings.wait)
     peaks = [
         cost.peak_memory(functools.partial(model, *values), plain)
         for model, plain in zip(models, pair, strict=True)

@@ -34,13 +34,13 @@ def _latents(job: Job, entry: Mapping) -> tuple[Path, int, "Autoencoder"]:
 
 
 def _prompts(job: Job, entry: Mapping) -> tuple[Path, int, "TextEncoder"]:
-    from prunebench.diffusion.text_encoder import FLUX_TOKENS, TextEncoder  # slow to import
+    from prunebench.diffusion.text_encoder import TextEncoder  # slow to import
 
     images = dataset(job)
     if not images.reference_captions:
-        raise UserError(f"dataset.name: {job.content['dataset']['name']} has no captions")
-    tokens, device = entry.get("tokens", FLUX_TOKENS), parallel.device()
-    coder = TextEncoder(place(entry), entry["batch"], shape(job)[1], tokens, device)
+        raise UserError(f"dataset.name: {job.track.settings.dataset.name} has no captions")
+    side, device = shape(job)[1], parallel.device()
+    coder = TextEncoder(place(entry), entry.batch, side, entry.tokens, device)
     told = images.train_captions, images.reference_captions
     index = prompts.encode(job.record.parent, *told, coder, _identity(job, coder.sha256()))
     return index, sum(map(len, told)) + 1, coder

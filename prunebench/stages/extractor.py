@@ -21,33 +21,33 @@ FEATURES, CLASSIFIER = "reference.safetensors", "model.safetensors"
 
 def extractor(job: Job) -> None:
     """Train the domain classifier, or take a published extractor; features of the reference set."""
-    images, settings = dataset(job), job.content["extractor"]
+    images, settings = dataset(job), job.track.settings.extractor
     _check_sizes(job, images)
     accuracy = None
-    if "training" in settings:
+    if settings.training:
         model = classifier.train_classifier(
-            images.train_images, images.train_labels, **settings["training"], log=log.info
+            images.train_images, images.train_labels, **settings.training.model_dump(), log=log.info
         )
         accuracy = classifier.accuracy(model, images.reference_images, images.reference_labels)
         log.info("accuracy on the reference set: %.4f", accuracy)
         weights = job.file(CLASSIFIER)
         artefacts.write_tensors(weights, model.state_dict())
     else:
-        weights = assets.locate(settings["asset"])
-    loaded = features.load_extractor(settings["name"], weights)
-    found = loaded.extract(images.reference_images, job.content["evaluation"]["batch"])
+        weights = assets.locate(settings.asset)
+    loaded = features.load_extractor(settings.name, weights)
+    found = loaded.extract(images.reference_images, job.track.settings.evaluation.batch)
     compared = {name: found[name] for name in ("features", "spatial")}  # no metric reads logits
     if images.statistics:
         compared |= dict(zip(("mu", "sigma"), images.statistics, strict=True))
     artefacts.write_tensors(job.file(FEATURES), compared)
     report = Report(
-        name=settings["name"],
+        name=settings.name,
         sha256=artefacts.sha256(weights),
         dimensions=found["features"].shape[1],
         accuracy=accuracy,
         weights=str(weights),
     )
-    own = [weights] if "training" in settings else []
+    own = [weights] if settings.training else []
     made_from = {**data_set(job), "weights": report.sha256}
     job.finish([job.file(FEATURES), *own], made_from, extractor=report)
 
@@ -71,7 +71,7 @@ def load(job: Job) -> tuple[features.Extractor, dict[str, Tensor], FeatureExtrac
 
 def _check_sizes(job: Job, images: assets.Dataset) -> None:
     """An extractor sees images of other sizes differently: samples must have the references'."""
-    side = job.content["sampling"].get("size", shape(job)[1])
+    side = job.track.settings.sampling.size or shape(job)[1]
     if (seen := images.reference_images[:1].shape[-1]) != side:
         raise UserError(
             f"sampling.size: samples would have {side} pixels a side, the references have {seen}"

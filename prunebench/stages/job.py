@@ -13,7 +13,8 @@ from prunebench.records import artefacts, sealed
 from prunebench.records.parts import Identity, Labels
 from prunebench.records.provenance import provenance
 from prunebench.records.schema import RECORDS, Record
-from prunebench.tracks import RUNS, Cell, Layout, Paths, Track
+from prunebench.tracks import RUNS, Cell, Layout, Paths, Track, plain
+from prunebench.tracks.settings_benchmark import Model
 
 
 @dataclass(frozen=True)
@@ -41,18 +42,13 @@ class Job:
         return self.names["model"]
 
     @property
-    def settings(self) -> Mapping:
+    def settings(self) -> Model:
         """What the track says of the model."""
         return self.track.model(self.model)
 
     @property
     def family(self) -> ModuleType:
-        return models.family(self.settings["family"])
-
-    @property
-    def content(self) -> Mapping:
-        """All that the track says."""
-        return self.track.content
+        return models.family(self.settings.family)
 
     @cached_property
     def cell(self) -> Cell:
@@ -97,7 +93,7 @@ class Job:
         if stage == "shard":
             found["shards"] = self.track.shards
         if stage == "oracle":
-            found["sparsity"] = self.content["oracle"]["sparsity"]
+            found["sparsity"] = self.track.settings.oracle.sparsity
         return found
 
     def path(self, stage: str, **changes: object) -> Path:
@@ -137,7 +133,7 @@ class Job:
         record = RECORDS[self.stage](
             identity=self.identity(self.stage),
             wall_s=time.perf_counter() - self.start + earlier_s,
-            provenance=provenance(dict(self.content)),
+            provenance=provenance(self.track.in_force),
             fingerprint=self.fingerprint,
             inputs=dict(made_from),
             **content,
@@ -154,9 +150,9 @@ def labels(job: Job) -> Labels:
     method, settings = job.track.method(job.cell.method), job.settings
     names = ("kind", "control", "reconstruction", "title", "paper", "bibtex", "notes")
     return Labels(
-        family=settings["family"],
+        family=settings.family,
         recovered_by=job.track.recovered_by(job.cell),
-        objective=settings["objective"]["name"],
+        objective=settings.objective.name,
         **{name: getattr(method, name) for name in names},
         idea=method.idea,
     )
@@ -165,6 +161,7 @@ def labels(job: Job) -> Labels:
 def shared_settings(job: Job) -> dict:
     """What of the track made every cell of a model."""
     common = ("dataset", "extractor", "budgets", "sampling", "latency", "evaluation")
-    kinds = [kind for kind in ("autoencoder", "text_encoder") if kind in job.settings]
-    coders = {kind: job.track.coder(job.settings[kind])[1] for kind in kinds}
-    return {"model": job.settings, **coders, **{name: job.content[name] for name in common}}
+    named = {kind: job.track.coder(name)[1] for kind, name in job.settings.coders.items()}
+    coders = {kind: plain(coder) for kind, coder in named.items()}
+    track = plain(job.track.settings)
+    return {"model": plain(job.settings), **coders, **{name: track[name] for name in common}}

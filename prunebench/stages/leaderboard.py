@@ -34,7 +34,7 @@ def _benchmark(job: Job, division: str, files: list[Path], out: Path) -> None:
         files,
         out,
         expected_cells=[tracks.as_dict(cell) for cell in track.cells(division)],
-        title=f"{track.content['title']}: {division}",
-        compares=track.divisions[division]["compares"],
+        title=f"{track.settings.title}: {division}",
+        compares=track.divisions[division].compares,
         oracle_files=[file for file in masks if file.exists()],
     )

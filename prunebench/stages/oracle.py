@@ -24,6 +24,7 @@ from prunebench.stages import extractor, recover
 from prunebench.stages.inputs import sampler_for, trained_on
 from prunebench.stages.job import Job, shared_settings
 from prunebench.stages.work import checkpoints_of, dense_model
+from prunebench.tracks import plain
 from prunebench.training import parallel
 from prunebench.training.budget import BudgetMeter
 from prunebench.training.checkpoints import Checkpoints
@@ -56,9 +57,9 @@ def masks(
 
 def oracle(job: Job) -> None:
     """Recover, sample and evaluate one mask; a training that fails is a mask without a FID."""
-    settings, index = job.content["oracle"], job.names["mask"]
+    settings, index = job.track.settings.oracle, job.names["mask"]
     dense = dense_model(job).to(parallel.device())
-    found, exhaustive = masks(dense, job.family, settings["sparsity"], settings["masks"])
+    found, exhaustive = masks(dense, job.family, settings.sparsity, settings.masks)
     if index >= len(found):
         raise UserError(
             f"oracle.masks: model '{job.model}' has only {len(found)} masks; set it to that"
@@ -81,7 +82,7 @@ def oracle(job: Job) -> None:
         masks=len(found),
         exhaustive=exhaustive,
         fid=fid,
-        settings=shared_settings(job) | {"oracle": settings},
+        settings=shared_settings(job) | {"oracle": plain(settings)},
         extractor=used.extractor.sha256,
         budget=meter.report(),
     )
@@ -90,15 +91,15 @@ def oracle(job: Job) -> None:
 def _fid(
     job: Job, dense: nn.Module, plan: Plan, meter: BudgetMeter, checkpoints: Checkpoints
 ) -> float:
-    place = {**job.names, "method": "oracle", "sparsity": job.content["oracle"]["sparsity"]}
+    place = {**job.names, "method": "oracle", "sparsity": job.track.settings.oracle.sparsity}
     job = dataclasses.replace(job, names=place)  # as a cell
     pruned = surgery.apply(copy.deepcopy(dense), plan, job.family)
     if job.cell.recovery != "none":
         recover.train(job, pruned, plan, dense, meter, recover.training_left(job), checkpoints)
-    settings, sampler = job.content["sampling"], sampler_for(job, pruned, plan)
-    images = torch.cat(list(sampler.images(job.cell.seed, 0, settings["count"], settings["batch"])))
+    settings, sampler = job.track.settings.sampling, sampler_for(job, pruned, plan)
+    images = torch.cat(list(sampler.images(job.cell.seed, 0, settings.count, settings.batch)))
     used, reference, _ = extractor.load(job)
-    generated = used.extract(images, job.content["evaluation"]["batch"])["features"]
+    generated = used.extract(images, job.track.settings.evaluation.batch)["features"]
     return frechet.frechet_distance(
         *frechet.statistics(generated), *frechet.reference_statistics(reference)
     )

@@ -50,7 +50,7 @@ def training_left(
     Args:
         average: average of the training that selection began, which goes on.
     """
-    batch, budget = job.settings["recovery"]["batch"], job.track.budget(job.cell)
+    batch, budget = job.settings.recovery.batch, job.track.budget(job.cell)
     total, left = budget // batch, (budget - trained) // batch
     moved = {name: tensor.to(parallel.device()) for name, tensor in (average or {}).items()}
     return loop.Progress(total, total - left, moved)
@@ -71,7 +71,7 @@ def train(
         whole: the dense model, which a distilling recovery has as its teacher.
         progress: which steps of the cell's training are left.
     """
-    options, data = loop.Settings(**job.settings["recovery"]), training_data(job)
+    options, data = job.settings.recovery, training_data(job)
     family, module = job.family, recovery.recovery(job.track.recovered_by(job.cell))
     teaching = _teaching(whole, plan, family, meter) if module.TEACHER else None
     with meter.clock():

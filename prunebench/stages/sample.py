@@ -21,7 +21,7 @@ def sample(job: Job) -> None:
     if job.paths.shards:  # wall_s is the compute, as if one job had drawn all
         drawn, report, seconds = _gathered(job, made_from)
     else:
-        drawn, report = draw(job, range(job.content["sampling"]["count"]))
+        drawn, report = draw(job, range(job.track.settings.sampling.count))
     file = job.file(IMAGES)
     artefacts.write_tensors(file, drawn)
     job.finish([file], made_from, seconds, sampling=report, shards=job.track.shards)

@@ -28,6 +28,7 @@ from prunebench.stages.extractor import load
 from prunebench.stages.inputs import data_set, dataset
 from prunebench.stages.job import Job, labels, shared_settings
 from prunebench.stages.sample import IMAGES
+from prunebench.tracks import plain
 from prunebench.training import parallel
 from prunebench.training.budget import unspent
 
@@ -42,7 +43,7 @@ def score(job: Job) -> None:
     grid = job.file("grid.png")
     write_grid(grid, drawn["images"], drawn["labels"])
     used, reference, extractor = load(job)
-    generated = used.extract(drawn["images"], job.content["evaluation"]["batch"])
+    generated = used.extract(drawn["images"], job.track.settings.evaluation.batch)
     evidence = _evidence(job, generated, reference, drawn, Path(extractor.extractor.weights))
     undisturbed = job.read("sample", **DENSE)
     others = {"extractor": extractor, "dense_sample": undisturbed}
@@ -114,10 +115,10 @@ def _told(job: Job) -> dict:
     method, settings = job.track.method(job.cell.method), job.settings
     plan = artefacts.read_json(job.path("select").with_name(surgery.PLAN))["plan"]
     kept = {name: tuple(indices) for name, indices in plan["kept"].items()}
-    expected = settings.get("reference")
+    expected = settings.reference
     return {
-        "expected": Expected(**expected) if expected else None,
-        "released": "weights" in settings and "training" not in settings,
+        "expected": Expected(**expected.model_dump()) if expected else None,
+        "released": settings.weights is not None and settings.training is None,
         "plan": Plan(**{**plan, "layers": tuple(plan["layers"]), "kept": kept}),
         "parameters": {**method.parameters, **job.track.parameters(job.cell)},
         "settings": shared_settings(job),
@@ -126,7 +127,7 @@ def _told(job: Job) -> dict:
 
 def _text_encoder(job: Job) -> Weights | None:
     """The text encoder that read the prompts, where there is one."""
-    if name := job.settings.get("text_encoder"):
+    if name := job.settings.text_encoder:
         return job.read("encode", coder=name).weights.model_copy(update={"place": ""})
     return None
 
@@ -138,7 +139,7 @@ def _evidence(
     drawn: Mapping[str, Tensor],
     extractor: Path,
 ) -> Evidence:
-    settings = job.content["evaluation"]
+    settings = plain(job.track.settings.evaluation)
     undisturbed = artefacts.read_tensors(job.path("sample", **DENSE).with_name(IMAGES))
     return Evidence(
         generated=generated,
@@ -146,7 +147,7 @@ def _evidence(
         images=drawn["images"],
         dense_images=undisturbed["images"],
         labels=drawn["labels"],
-        prompts=_prompts(job, drawn["labels"]) if "text_encoder" in job.settings else None,
+        prompts=_prompts(job, drawn["labels"]) if job.settings.text_encoder else None,
         settings=settings,
         extractor=extractor,
         weights=_weights(settings),

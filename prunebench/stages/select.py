@@ -11,7 +11,7 @@ from prunebench.stages.inputs import trained_on, training_data
 from prunebench.stages.job import Job
 from prunebench.stages.work import checkpoints_of, dense_model, save, sizes, training_report
 from prunebench.tracks import methods
-from prunebench.training import loop, parallel
+from prunebench.training import parallel
 from prunebench.training.budget import BudgetMeter
 
 AVERAGE = "average.safetensors"  # of a training that selection began
@@ -25,13 +25,13 @@ def select(job: Job) -> None:
     context = selection.Context(
         whole,
         job.family,
-        job.settings["config"],
+        job.settings.config,
         training_data(job),
         sparsity=cell.sparsity,
         seed=cell.seed,
         method=method.name,
         meter=meter,
-        settings=loop.Settings(**job.settings["recovery"]),
+        settings=job.settings.recovery,
         train_images=job.track.budget(cell) if method.trains else 0,
         checkpoints=checkpoints,
         device=parallel.device(),

@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 
 def shard(job: Job) -> None:
     """Draw one shard of the cell's images, which `sample` gathers."""
-    index, settings = job.names["shard"], job.content["sampling"]
+    index, settings = job.names["shard"], job.track.settings.sampling
     made_from = drawn_from(job)
-    indices = shard_range(index, job.track.shards, settings["count"], settings["lanes"])
+    indices = shard_range(index, job.track.shards, settings.count, settings.lanes)
     drawn, report = draw(job, indices)
     images = Path(images_of(str(job.record)))
     artefacts.write_tensors(images, drawn)
@@ -31,10 +31,10 @@ def shard(job: Job) -> None:
 
 def draw(job: Job, indices: range) -> tuple[dict[str, Tensor], Sampling]:
     """The cell's images of some indices with their labels, and how they were drawn."""
-    settings = job.content["sampling"]
+    settings = job.track.settings.sampling
     network, plan = surgery.load(Path(job.paths.checkpoint).parent)
     sampler = sampler_for(job, network.to(parallel.device()), plan)
-    batch, images = job.names.get("batch") or settings["batch"], []
+    batch, images = job.names.get("batch") or settings.batch, []
     for part in sampler.images(job.cell.seed, indices.start, indices.stop, batch):
         images.append(part)
         log.info("%d of %d images", sum(map(len, images)), len(indices))
@@ -43,7 +43,7 @@ def draw(job: Job, indices: range) -> tuple[dict[str, Tensor], Sampling]:
         sampler=sampler.settings["sampler"],
         steps=sampler.steps,
         lanes=sampler.settings["lanes"],
-        count=settings["count"],
+        count=settings.count,
         options=options,
     )
     return {"images": torch.cat(images), "labels": sampler.labels(indices)}, report
@@ -53,6 +53,6 @@ def drawn_from(job: Job) -> dict[str, str]:
     """What the images are made from: the checkpoint, and prompts where the model reads any."""
     stage = "select" if job.cell.recovery == "none" else "recover"
     made_from = {stage: job.read(stage)}
-    if reader := job.settings.get("text_encoder"):
+    if reader := job.settings.text_encoder:
         made_from["prompts"] = job.read("encode", coder=reader)
     return sealed.made_from(**made_from)

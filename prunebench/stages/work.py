@@ -25,7 +25,7 @@ from prunebench.runtime import child
 from prunebench.stages.job import Job, labels
 from prunebench.tracks.stages import limit_of
 from prunebench.training import loop, parallel
-from prunebench.training.checkpoints import SECONDS, Checkpoints
+from prunebench.training.checkpoints import Checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def guarded(stage: Callable[[Job], None], job: Job) -> bool:
 def record_failure(job: Job, failure: Failure) -> None:
     """Write the record of a stage whose cell failed."""
     content = {"failure": failure, "labels": labels(job), "fingerprint": job.fingerprint}
-    made = provenance(dict(job.content))
+    made = provenance(job.track.in_force)
     record = Failed(identity=job.identity(job.stage), provenance=made, **content)
     sealed.write(job.record, record)
     artefacts.forget_training(job.record)
@@ -71,7 +71,7 @@ def contained(stage: Callable[[Job], None], job: Job) -> int:
     Returns:
         The exit status, 0 where a failure was recorded.
     """
-    minutes = limit_of(job.content)
+    minutes = limit_of(job.track.in_force)
     for trial in (1, 2):
         end = child.run(lambda: 0 * guarded(stage, job), 60 * minutes)
         if end.status is not None:
@@ -96,7 +96,7 @@ def dense_model(job: Job) -> nn.Module:
 def save(job: Job, network: nn.Module, plan: Plan) -> list[Path]:
     """Write a network beside the job's record; returns its files."""
     folder, settings = job.record.parent, job.settings
-    return surgery.save(folder, network, plan, settings["family"], settings["config"])
+    return surgery.save(folder, network, plan, settings.family, settings.config)
 
 
 def checkpoints_of(job: Job, *inputs: str | Path) -> Checkpoints:
@@ -108,7 +108,7 @@ def checkpoints_of(job: Job, *inputs: str | Path) -> Checkpoints:
         "names": dict(job.names),
         "inputs": {str(file): artefacts.sha256(file) for file in inputs},
     }
-    seconds = job.content.get("checkpoint_seconds", SECONDS)
+    seconds = job.track.settings.checkpoint_seconds
     return Checkpoints(artefacts.training_folder(job.record), identity, seconds)
 
 
@@ -117,7 +117,7 @@ def training_report(
 ) -> Training:
     """Under what conditions a stage trained, by which section of the model's settings."""
     return Training(
-        batch=job.settings[section]["batch"],
+        batch=getattr(job.settings, section).batch,
         micro_batch=progress.micro_batch,
         processes=parallel.world(),
         resumed=checkpoints.resumed,

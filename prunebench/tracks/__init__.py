@@ -10,7 +10,7 @@ from prunebench.tracks.cells import Cell, as_dict
 from prunebench.tracks.checks import check, check_methods, found_methods, take_published
 from prunebench.tracks.files import claim, read
 from prunebench.tracks.layout import RUNS, Layout, Paths
-from prunebench.tracks.settings import parse
+from prunebench.tracks.settings import parse, plain
 from prunebench.tracks.settings_benchmark import BenchmarkSettings
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "claim",
     "load",
     "load_any",
+    "plain",
 ]
 
 
@@ -63,9 +64,8 @@ def checked(file: Path, content: object) -> Track:
     check(file, settings)
     there = found_methods(file, settings)
     named = check_methods(file, settings, there)
-    plain = settings.model_dump(mode="json", exclude_unset=True)
     methods = {name: there.methods[name] for name in named}
-    return Track(file.stem, plain, methods, tuple(there.warnings()))
+    return Track(file.stem, settings, methods, tuple(there.warnings()))
 
 
 def _is_efficiency(content: object) -> bool:

@@ -13,8 +13,14 @@ from prunebench.tracks import methods
 from prunebench.tracks.cells import RECIPE, UNPRUNED, Cell
 from prunebench.tracks.checks import asset_names, check_recovery
 from prunebench.tracks.layout import RUNS, Paths
-from prunebench.tracks.settings import LEAST_SPARSITY, MOST_SPARSITY, nearest, parse
-from prunebench.tracks.settings_benchmark import BenchmarkSettings, Division, Model
+from prunebench.tracks.settings import LEAST_SPARSITY, MOST_SPARSITY, nearest
+from prunebench.tracks.settings_benchmark import (
+    Autoencoder,
+    BenchmarkSettings,
+    Division,
+    Model,
+    TextEncoder,
+)
 from prunebench.tracks.stages import STAGES, needs_of
 
 ROW = ("model", "method", "sparsity", "recovery")
@@ -32,20 +38,16 @@ class Track:
     """A validated track.
 
     Attributes:
-        content: the settings as plain values, of the keys that are given only.
+        settings: what its file says, with published configurations and defaults filled in.
         methods: the methods it runs.
         warnings: what was left out of its folders of methods, a line each.
     """
 
     name: str
-    content: Mapping
+    settings: BenchmarkSettings
     methods: Mapping[str, methods.Method]
     warnings: tuple[str, ...] = ()
     kind = "benchmark"
-
-    @functools.cached_property
-    def settings(self) -> BenchmarkSettings:
-        return parse(BenchmarkSettings, self.content, f"track {self.name}")
 
     @functools.cached_property
     def in_force(self) -> dict:
@@ -57,8 +59,8 @@ class Track:
             raise UserError(f"unknown {what} '{name}' in track {self.name}{nearest(name, entries)}")
         return entries[name]
 
-    def model(self, name: str) -> Mapping:
-        return self._named("model", self.content["models"], name)
+    def model(self, name: str) -> Model:
+        return self._named("model", self.settings.models, name)
 
     @property
     def dense_seeds(self) -> tuple[int, ...]:
@@ -76,11 +78,11 @@ class Track:
             )
         return self.dense_seeds[0] if given is None else given
 
-    def coder(self, name: str) -> tuple[str, Mapping]:
+    def coder(self, name: str) -> tuple[str, Autoencoder | TextEncoder]:
         """The kind, "autoencoder" or "text_encoder", and the settings of what encodes data."""
         for kind in ("autoencoder", "text_encoder"):
-            if name in self.content.get(f"{kind}s", {}):
-                return kind, self.content[f"{kind}s"][name]
+            if name in (entries := getattr(self.settings, f"{kind}s")):
+                return kind, entries[name]
         entries = {**self.settings.autoencoders, **self.settings.text_encoders}
         return self._named("coder", entries, name)
 
@@ -130,9 +132,9 @@ class Track:
         )
 
     @property
-    def divisions(self) -> Mapping[str, Mapping]:
+    def divisions(self) -> Mapping[str, Division]:
         """The leaderboards of the track by name; the first is what `snakemake` makes."""
-        return self.content["divisions"]
+        return self.settings.divisions
 
     @property
     def default_division(self) -> str:
@@ -208,6 +210,11 @@ class Track:
             raise UserError(f"--mask {index}: masks are counted from 0")
 
     @property
+    def wait(self) -> float:
+        """Seconds that a measurement waits for the machine to become quiet."""
+        return self.settings.latency.wait
+
+    @property
     def shards(self) -> int:
         """How many jobs draw a cell's images between them; the images do not depend on it."""
         return self.settings.sampling.shards
@@ -244,7 +251,7 @@ class Track:
 
     def needs(self, stage: str) -> dict[str, int]:
         """What a job of a stage needs: mem_mb, runtime (minutes), gpu, cpus."""
-        return needs_of(self.content, stage)
+        return needs_of(self.in_force, stage)
 
     def fingerprint(self, stage: str, **names: object) -> str:
         """Hash of the settings a stage depends on; a change of it recomputes the stage.

@@ -16,8 +16,9 @@ from prunebench.tracks import checks, stages
 from prunebench.tracks.files import read
 from prunebench.tracks.layout import RUNS, Layout
 from prunebench.tracks.settings import nearest, parse
-from prunebench.tracks.settings_efficiency import Claim, EfficiencySettings, Network
+from prunebench.tracks.settings_efficiency import Claim, EfficiencySettings, Network, Plan
 
+NOTHING = Plan.model_construct(kind="none")
 DENSE = "dense"  # the plan that removes nothing, a row of every model
 DIVISION = "costs"  # the one table of such a track
 # What of the track a row depends on besides its model and plan; editing anything else leaves it.
@@ -29,11 +30,11 @@ class Track:
     """A validated efficiency track.
 
     Attributes:
-        content: the settings as plain values, of the keys that are given only.
+        settings: what its file says, with published configurations and defaults filled in.
     """
 
     name: str
-    content: Mapping
+    settings: EfficiencySettings
     kind = "efficiency"
     divisions = (DIVISION,)
     default_division = DIVISION
@@ -42,8 +43,14 @@ class Track:
     warnings = ()
 
     @functools.cached_property
-    def settings(self) -> EfficiencySettings:
-        return parse(EfficiencySettings, self.content, f"track {self.name}")
+    def in_force(self) -> dict:
+        """The settings that are not their defaults, as plain values."""
+        return self.settings.model_dump(mode="json", exclude_defaults=True)
+
+    @property
+    def wait(self) -> float:
+        """Seconds that a measurement waits for the machine to become quiet."""
+        return self.settings.wait
 
     def assets(self) -> list[str]:
         return []
@@ -53,14 +60,14 @@ class Track:
 
     def needs(self, stage: str) -> dict[str, int]:
         """What a job of a stage needs: mem_mb, runtime (minutes), gpu, cpus."""
-        return stages.needs_of(self.content, stage)
+        return stages.needs_of(self.in_force, stage)
 
-    def model(self, name: str) -> Mapping:
-        return _named("model", name, self.content["models"], f"track {self.name}")
+    def model(self, name: str) -> Network:
+        return _named("model", name, self.settings.models, f"track {self.name}")
 
-    def plan(self, model: str, plan: str) -> Mapping:
+    def plan(self, model: str, plan: str) -> Plan:
         """A plan of the track that is asked of a model."""
-        known = {DENSE: {"kind": "none"}, **self.content["plans"]}
+        known = {DENSE: NOTHING, **self.settings.plans}
         wanted = _named("plan", plan, known, f"track {self.name}")
         self.model(model)
         if (model, plan) not in self.rows():
@@ -101,12 +108,13 @@ class Track:
 
     def fingerprint(self, stage: str, model: str = "", plan: str = "") -> str:
         """Hash of the settings that a row depends on; a change of it recomputes the row."""
-        parts = [self.model(model), self.plan(model, plan)] if model else []
-        parts += [self.content[key] for key in DEPENDS]
+        asked = (self.model(model), self.plan(model, plan)) if model else ()
+        parts = [part.model_dump(mode="json", exclude_defaults=True) for part in asked]
+        parts += [self.in_force.get(key) for key in DEPENDS]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _named(what: str, name: str, known: Mapping, where: str) -> Mapping:
+def _named(what: str, name: str, known: Mapping, where: str) -> object:
     if name not in known:
         raise UserError(f"unknown {what} '{name}' in {where}{nearest(name, known)}")
     return known[name]
@@ -130,7 +138,7 @@ def checked(file: Path, content: object) -> Track:
     settings = settings.model_copy(update={"models": networks})
     _check_names(file, settings)
     checks.check_needs(file, settings.needs)
-    track = Track(file.stem, settings.model_dump(mode="json", exclude_unset=True))
+    track = Track(file.stem, settings)
     for number, claim in enumerate(settings.published):
         _check_claim(f"{file}: published.{number}", claim, track)
     return track

@@ -5,6 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 from prunebench.tracks.cells import AXES, PRECISIONS, RECIPE, SAMPLINGS, Cell, as_dict
+from prunebench.tracks.settings_benchmark import Model
 from prunebench.tracks.stages import LOGS, STAGES
 
 RUNS = Path("runs")
@@ -57,10 +58,9 @@ class Layout:
     def encode(self, coder: str) -> str:
         return self.record("encode", coder=coder)
 
-    def encoded(self, model: Mapping) -> tuple[str, ...]:
+    def encoded(self, model: Model) -> tuple[str, ...]:
         """The latents and prompts that a model of these settings trains on, of those it has."""
-        kinds = ("autoencoder", "text_encoder")
-        return tuple(self.encode(model[kind]) for kind in kinds if kind in model)
+        return tuple(map(self.encode, model.coders.values()))
 
     def dense(self, model: str, dense_seed: int) -> str:
         return self.record("dense", model=model, dense_seed=dense_seed)

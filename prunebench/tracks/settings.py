@@ -38,6 +38,11 @@ ORDER = {"extra_forbidden": 0, "missing": 1}  # of errors: which is shown first
 WORDS = {True: "yes", False: "no"}
 
 
+def plain(section: BaseModel) -> dict:
+    """A section as plain values, defaults included, as records hold it."""
+    return section.model_dump(mode="json", exclude_none=True)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """ "; did you mean 'x'?" where a known name is near, and the known names."""
     known = list(known)

@@ -26,7 +26,7 @@ def in_one_line():
 ARGUMENT = str(config.get("track", "embedded"))
 with in_one_line():
     TRACK = tracks.load_any(ARGUMENT)
-    SETTINGS = config_hash(TRACK.content)
+    SETTINGS = config_hash(TRACK.in_force)
     if workflow.is_main_process:
         run.plan_by(SETTINGS)
         RUN_LOCK = run.take_lock()
@@ -54,7 +54,7 @@ def prepare():
     with in_one_line():
         tracks.claim(ARGUMENT, LAYOUT.root)
         if workflow.local_exec:
-            families = {model["family"] for model in TRACK.content["models"].values()}
+            families = {model.family for model in TRACK.settings.models.values()}
             # What the short stage commands import; once for the run instead of once per command.
             preload = [STAGES[name].function.partition(":")[0] for name in NEEDY]
             preload += [f"prunebench.models.{family}" for family in sorted(families)]
@@ -136,13 +136,12 @@ def alone(wildcards):
     waits for no quiet machine (`latency.wait: 0`) does not ask for one here either: its rows say
     that they were not timed alone, but its cells are finished early.
     """
-    waits = TRACK.content.get("latency", {}).get("wait") != 0
-    return workflow.cores if workflow.local_exec and waits else 1
+    return workflow.cores if workflow.local_exec and TRACK.wait else 1
 
 
 def alone_if_measured(wildcards):
     """Threads function of an efficiency track's rows: counting needs no quiet machine."""
-    measured = TRACK.content["device"] == "cpu" or gpus.devices()
+    measured = TRACK.settings.device == "cpu" or gpus.devices()
     return alone(wildcards) if measured else 1
 
 
@@ -223,8 +222,8 @@ def shards(wildcards):
 
 def checkpoint_file(wildcards):
     """The file of a model's weights, where the track names one by its path."""
-    file = TRACK.model(wildcards.model).get("weights", {}).get("file")
-    return [file] if file else []
+    weights = TRACK.model(wildcards.model).weights
+    return [weights.file] if weights and weights.file else []
 
 
 def encoded(wildcards):
@@ -234,7 +233,7 @@ def encoded(wildcards):
 
 def prompts(wildcards):
     """The record of the prompts that a model is asked; none where it has classes."""
-    name = TRACK.model(wildcards.model).get("text_encoder")
+    name = TRACK.model(wildcards.model).text_encoder
     return [LAYOUT.encode(name)] if name else []
 
 
