@@ -508,15 +508,15 @@ def test_shards_lie_beside_what_they_are_gathered_into(edited):
 
 def test_the_checkpoint_is_what_was_trained_last():
     track = tracks.load("smoke")
-    healed = tracks.Paths(track, track.cell("dit", "dense", 0.0, "finetune-low", 1), runs="r")
+    recovered = tracks.Paths(track, track.cell("dit", "dense", 0.0, "finetune-low", 1), runs="r")
     bare = tracks.Paths(track, track.cell("dit", "dense", 0.0, "none", 1), runs="r")
     assert (
-        healed.checkpoint
-        == healed.recover
+        recovered.checkpoint
+        == recovered.recover
         == "r/smoke/dit/dense/0.0/finetune-low/seed1/recover.json"
     )
     assert bare.checkpoint == bare.select == "r/smoke/dit/dense/0.0/selection/seed1/select.json"
-    assert bare.dense_sample == bare.sample == healed.dense_sample
+    assert bare.dense_sample == bare.sample == recovered.dense_sample
     assert bare.dense == "r/smoke/dit/dense/dense.json"
 
 

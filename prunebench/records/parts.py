@@ -320,7 +320,7 @@ class Latency(Part):
     waited_s: Seconds
     others: Others | None
     alone: bool | None
-    """Whether nothing else computed meanwhile; None where that can't be told."""
+    """Whether nothing else computed meanwhile; None where nothing says."""
     variants: dict[str, Variant] = Field(default_factory=dict)
 
 

@@ -113,7 +113,7 @@ def check(file: Path, settings: BenchmarkSettings) -> None:
     asked = Asked(file, settings, assets.data_set(settings.dataset.name))
     for name, model in settings.models.items():
         _check_model(asked, name, model)
-    _check_judges(asked)
+    _check_evaluation(asked)
     for name, division in settings.divisions.items():
         if name in RESERVED:
             raise asked.refuse(f"divisions.{name}", "the name is taken; choose another")
@@ -277,7 +277,7 @@ def _check_precision(asked: Asked, name: str, model: Model) -> None:
         )
 
 
-def _check_judges(asked: Asked) -> None:
+def _check_evaluation(asked: Asked) -> None:
     """What compares images can do so with these."""
     settings, images = asked.settings, asked.images
     lpips, extractor = settings.evaluation.lpips, settings.extractor

@@ -261,7 +261,7 @@ class Latency(Strict):
 
 
 class Evaluation(Strict):
-    """How images are judged."""
+    """How images are scored."""
 
     batch: Positive
     lpips: Literal["none", "domain", "alex", "vgg"]

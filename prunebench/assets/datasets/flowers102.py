@@ -1,4 +1,4 @@
-"""Flowers-102: the official training and validation images train, the test images judge."""
+"""Flowers-102: official training and validation images train, the test images are reference."""
 
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
