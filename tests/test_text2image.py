@@ -126,18 +126,18 @@ def test_text_encoders_that_are_none_are_refused(stable_diffusion, tmp_path):
     other = copied("other")
     (other / "model_index.json").write_text('{"_class_name": "KandinskyPipeline"}')
     with pytest.raises(UserError, match="pipeline 'KandinskyPipeline'; known: StableDiffusion"):
-        TextEncoder(other, 4, SIDE)
+        TextEncoder(other, 4, SIDE, pipelines.TOKENS)
     less = copied("less")
     file = less / "text_encoder" / "model.safetensors"
     state = load_file(file)
     gone = next(name for name in sorted(state) if "final_layer_norm" in name)
     save_file({k: v for k, v in state.items() if k != gone}, file, {"format": "pt"})
     with pytest.raises(UserError, match=r"text_encoder: the key '.*final_layer_norm.*' is missing"):
-        TextEncoder(less, 4, SIDE).encode(["a"])
+        TextEncoder(less, 4, SIDE, pipelines.TOKENS).encode(["a"])
     settings = less / "text_encoder" / "config.json"
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "architectures": ["GPT"]}))
     with pytest.raises(UserError, match="text encoder 'GPT'; known: CLIPTextModel"):
-        TextEncoder(less, 4, SIDE).encode(["a"])
+        TextEncoder(less, 4, SIDE, pipelines.TOKENS).encode(["a"])
 
 
 # Prompts on disk.
@@ -151,7 +151,7 @@ def test_a_killed_encoding_of_prompts_goes_on(stable_diffusion, tmp_path, monkey
     told = [f"{'abc'[i % 3]} {'xyz'[i // 3 % 3]}" for i in range(9)], ["one", "two"]
 
     def encoded(folder: Path, most: int) -> int:
-        coder, calls = TextEncoder(stable_diffusion, 2, SIDE), []
+        coder, calls = TextEncoder(stable_diffusion, 2, SIDE, pipelines.TOKENS), []
         own = coder.encode
 
         def counted(texts):
@@ -172,7 +172,7 @@ def test_a_killed_encoding_of_prompts_goes_on(stable_diffusion, tmp_path, monkey
         assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes()
     trained, asked = (prompts.Prompts(tmp_path / "whole", flag) for flag in (True, False))
     assert (len(trained), len(asked)) == (9, 2)
-    coder = TextEncoder(stable_diffusion, 2, SIDE)
+    coder = TextEncoder(stable_diffusion, 2, SIDE, pipelines.TOKENS)
     for some, texts in ((trained, told[0]), (asked, told[1])):
         expected = coder.encode(texts[:2])["context"].half().float()
         assert torch.equal(some.of(torch.tensor([0, 1]))["context"], expected)

@@ -1,5 +1,6 @@
 """Tracks: what loads, what is refused with which words, the cells, and what recomputes."""
 
+import inspect
 import itertools
 import json
 import re
@@ -11,8 +12,9 @@ from accelerate import init_empty_weights
 
 from prunebench import models, tracks
 from prunebench.diffusion import samplers
-from prunebench.diffusion.objectives import objective
+from prunebench.diffusion.objectives import OBJECTIVES, objective
 from prunebench.errors import UserError
+from prunebench.tracks.settings_benchmark import FlowObjective, NoiseObjective
 
 SMOKE = tiny.ROOT / "config" / "smoke.yaml"
 TRACKS = sorted(
@@ -379,6 +381,34 @@ def test_only_the_stages_that_depend_on_an_entry_recompute(edited, case):
     if "recover" in stages:  # a selection that trains depends on how and on how much
         expected |= {("select", m, "mine") for m in ("dit", "unet") if model in ("", m)}
     assert changed == expected
+
+
+def test_fingerprints_do_not_depend_on_defaults_that_are_written_down(edited):
+    """Nor on keys that the suite may get later, which every track then has with their defaults."""
+    given = {
+        "dataset.flip": False,
+        "models.dit.objective.beta_end": 0.02,
+        "models.dit.training.clip_norm": 1.0,
+        "models.dit.recovery.class_dropout": 0,
+        "models.unet.sampling.guidance": 1,
+        "models.unet.sampling.options": {},
+        "sampling.shards": 1,
+        "latency.variants": [],
+        "dense_seeds": [0],
+        "checkpoint_seconds": 300,
+    }
+    plain, spelt = edited({}), edited(given)
+    assert _fingerprints(spelt) == _fingerprints(plain)
+    assert spelt.in_force == plain.in_force
+    assert spelt.settings.dataset.flip is False and plain.settings.checkpoint_seconds == 300
+
+
+def test_defaults_of_objectives_are_those_of_their_classes():
+    for kind in (NoiseObjective, FlowObjective):
+        settings = kind(name=kind.model_fields["name"].annotation.__args__[0])
+        named = settings.model_dump(exclude={"name"})
+        signature = inspect.signature(OBJECTIVES[settings.name]).parameters
+        assert {name: entry.default for name, entry in signature.items()} == named
 
 
 def test_fingerprints_do_not_depend_on_order(edited):

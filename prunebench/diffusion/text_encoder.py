@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from prunebench.errors import UserError
 from prunebench.records.artefacts import read_json, sha256
 
-FLUX_TOKENS = 512  # of T5, in FLUX.1-dev; schnell has 256
 ENCODERS = {
     "CLIPTextModel": transformers.CLIPTextModel,
     "CLIPTextModelWithProjection": transformers.CLIPTextModelWithProjection,
@@ -42,7 +41,7 @@ class TextEncoder:
         place: Path,
         batch: int,
         side: int,
-        tokens: int = FLUX_TOKENS,
+        tokens: int,
         device: torch.device | str = "cpu",
     ):
         self.place, self.batch, self.side = Path(place), batch, side

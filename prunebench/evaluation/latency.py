@@ -22,7 +22,6 @@ from prunebench.evaluation import neighbours
 log = logging.getLogger(__name__)
 
 THREADS = 1  # with two, every estimator fails on a loaded machine
-WAIT = 60  # seconds for the machine to become quiet, where a track does not say
 Timer = Callable[[Callable[[], object]], float]
 
 

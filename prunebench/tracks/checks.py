@@ -232,7 +232,13 @@ def _check_conditions(asked: Asked, place: str, model: Model, needed: Takes) -> 
             raise asked.refuse(
                 f"{place}.text_encoder", "the model has classes; leave out one of them"
             )
+        if needed.text is None:
+            raise asked.refuse(f"{place}.text_encoder", "the network reads no text")
         return
+    if needed.text is not None:
+        raise asked.refuse(
+            f"{place}.text_encoder", "this key is missing, and the network reads text"
+        )
     if needed.classes not in (None, asked.images.classes):
         raise asked.refuse(
             f"{place}.config.classes",

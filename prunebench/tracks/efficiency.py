@@ -157,7 +157,24 @@ def _filled_in(file: Path, place: str, model: Network) -> Network:
     for side in sides:
         if side != (takes.side or side) or side % takes.multiple:
             raise UserError(f"{file}: {place}.x: {side} is not a side that the network takes")
+    _check_text(f"{file}: {place}.y", model, takes.text)
     return model.model_copy(update={"config": config, "title": title})
+
+
+def _check_text(where: str, model: Network, width: int | None) -> None:
+    """`y` is there where the network reads text, and as wide."""
+    if (model.y is None) != (width is None):
+        said = "the network reads no text; leave it out"
+        if width is not None:
+            said = f"this key is missing: the network reads text, [tokens, {width}]"
+        raise UserError(f"{where}: {said}")
+    tokens = model.y.get("context", ()) if isinstance(model.y, Mapping) else model.y
+    if width is not None and (len(tokens) != 2 or tokens[1] != width):
+        raise UserError(f"{where}: the network reads text (context) of the shape [tokens, {width}]")
+    others = model.y if isinstance(model.y, Mapping) else {}
+    for name, shape in others.items():
+        if name != "context" and len(shape) != 1:
+            raise UserError(f"{where}.{name}: one vector for an image: [length]")
 
 
 def _check_names(file: Path, settings: EfficiencySettings) -> None:

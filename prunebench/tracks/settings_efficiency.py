@@ -29,7 +29,11 @@ class Network(Strict):
     config: dict[str, JsonValue] | Text
     title: Text | None = None
     x: tuple[Side, Side, Side]
-    y: Shape | Annotated[dict[str, Shape], Field(min_length=1)] | None = None
+    y: (
+        Shape
+        | Annotated[dict[Literal["context", "pooled", "sizes"], Shape], Field(min_length=1)]
+        | None
+    ) = None
     plans: Distinct[Name] | None = None
     batches: Some[Positive]
 

@@ -12,6 +12,7 @@ kills for a time limit. The files lie beside the stage's record and go when that
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import threading
@@ -32,7 +33,6 @@ from prunebench.training.budget import BudgetMeter
 log = logging.getLogger(__name__)
 
 STOPPED = 128 + signal.SIGTERM  # exit status, as a shell gives it
-SECONDS = 300.0  # between two saves, where the track says nothing
 
 
 class Stateful(Protocol):
@@ -47,7 +47,7 @@ class Checkpoints:
     Args:
         folder: where they are saved; None: nowhere.
         identity: what the training depends on (JSON types): saved parts of another are not used.
-        seconds: how often a part is saved.
+        seconds: how often a part is saved; the last state is saved at its end in any case.
 
     Attributes:
         resumed: how many parts were taken up from a file.
@@ -55,7 +55,7 @@ class Checkpoints:
     """
 
     def __init__(
-        self, folder: Path | None = None, identity: dict | None = None, seconds: float = SECONDS
+        self, folder: Path | None = None, identity: dict | None = None, seconds: float = math.inf
     ):
         self.folder, self.seconds = folder, seconds
         self.resumed, self.earlier_s = 0, 0.0

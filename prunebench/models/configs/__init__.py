@@ -34,6 +34,7 @@ class Takes:
         classes: number of classes; None without.
         no_class: whether a class stands for "no class", which guidance and dropping classes need.
         learns_variance: whether it predicts the variance too.
+        text: width of the tokens of the text that it reads; None where it reads none.
     """
 
     channels: int
@@ -42,6 +43,7 @@ class Takes:
     classes: int | None = None
     no_class: bool = False
     learns_variance: bool = False
+    text: int | None = None
 
 
 class Config(BaseModel):

@@ -3,6 +3,7 @@
 Defaults are diffusers'; `classes` is the suite's. `attention_head_dim` is the number of heads.
 """
 
+import dataclasses
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator
@@ -77,7 +78,8 @@ class Config(configs.Config):
         return value
 
     def takes(self) -> Takes:
-        return unet_takes(self)
+        text = self.cross_attention_dim if self.classes is None else None
+        return dataclasses.replace(unet_takes(self), text=text)
 
 
 _LDM = {

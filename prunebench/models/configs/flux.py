@@ -52,7 +52,8 @@ class Config(configs.Config):
 
     def takes(self) -> Takes:
         channels, classes = self.in_channels // PATCH**2, self.classes
-        return Takes(channels, None, PATCH, classes, classes is not None)
+        text = self.joint_attention_dim if classes is None else None
+        return Takes(channels, None, PATCH, classes, classes is not None, text=text)
 
 
 TINY = {

@@ -35,7 +35,8 @@ class Config(configs.Config):
 
     def takes(self) -> Takes:
         named = self.classes is not None and self.null_class
-        return Takes(self.channels, self.resolution, self.patch, self.classes, named)
+        text = self.context[1] if self.context else None
+        return Takes(self.channels, self.resolution, self.patch, self.classes, named, text=text)
 
 
 TINY = {
