@@ -124,7 +124,7 @@ class Job:
 
     @property
     def method(self) -> str:
-        return self.cell.partition("_")[2].partition("_")[0]
+        return self.cell.split("_")[2]  # after the model and its dense seed, which is empty here
 
 
 class Cluster:
