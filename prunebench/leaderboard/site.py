@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+import markupsafe
 import pandas as pd
 
 from prunebench.errors import UserError
@@ -187,7 +188,7 @@ def to_html(board: Board, images: Mapping[str, bytes]) -> str:
         plots=[_figure(images, name) for name in images if name.endswith(".svg")],
         samples=[_figure(images, f"samples_{base}.png") for base in bases
                  if f"samples_{base}.png" in images],
-        bibliography=writers.to_bibtex(board.entries).strip(),
+        bibliography=markupsafe.escape(writers.to_bibtex(board.entries).strip()),
     )  # fmt: skip
 
 
@@ -199,7 +200,8 @@ def _figure(images: Mapping[str, bytes], name: str) -> dict:
     return {
         "name": name,
         "model": model,
-        "uri": f"data:{MIME[Path(name).suffix]};base64,{data}",
+        # Markup, because texts are cut at a length that no picture keeps to.
+        "uri": markupsafe.Markup(f"data:{MIME[Path(name).suffix]};base64,{data}"),
         "text": f"{model}: FID against {axis}" if axis else f"{model}: samples of every row",
     }
 
