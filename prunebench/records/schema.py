@@ -220,7 +220,7 @@ class Score(Done):
 
 
 class Oracle(Done):
-    """mask<i>.json: one layer mask of the oracle, recovered and scored like a cell."""
+    """oracle.json: one layer mask of the oracle, recovered and scored like a cell."""
 
     STAGE = "oracle"
     identity: parts.MaskIdentity
