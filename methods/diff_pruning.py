@@ -30,6 +30,7 @@ from prunebench.selection.scores import (
 
 TITLE = "Diff-Pruning"
 KIND = "widths"
+FAITHFUL_TO = "the authors' code"
 NOTES = (
     "Parameter target of the table instead of the paper's channel ratio, which the as-published "
     "division has. The paper is about noise prediction in UNets; a velocity loss does not fall "

@@ -25,6 +25,7 @@ TITLE = "EntPruner"
 KIND = "layers"
 TRAINS = True
 RECONSTRUCTION = True
+FAITHFUL_TO = "abstract, reviews, the authors' related code"
 RECIPE = {"recovery": "finetune", "sparsities": (0.5,)}
 NOTES = (
     "Without a training budget it is the one-shot CED ranking. The paper is about transformers; on "

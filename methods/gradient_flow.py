@@ -29,6 +29,7 @@ from prunebench.selection.soft_masks import full, gains, hard, masked, readers
 TITLE = "Gradient-flow pruning (reconstruction)"
 KIND = "widths"
 RECONSTRUCTION = True
+FAITHFUL_TO = "abstract"
 TRAINS = True
 NOTES = (
     "Reconstruction from the abstract: criterion, masks and schedule are this suite's reading, and "

@@ -24,6 +24,7 @@ from prunebench.pruning.plan import Plan
 TITLE = "LAPTOP-Diff"
 KIND = "layers"
 RECONSTRUCTION = True
+FAITHFUL_TO = "the paper's opening"
 NOTES = (
     "Output-loss scores and an exact knapsack; only the paper's opening was available. It is about "
     "text-to-image UNets; on transformers the units are whole blocks."

@@ -23,6 +23,7 @@ from prunebench.pruning.targets import n_of_m_mask, plan_n_of_m
 TITLE = "SparseDM"
 KIND = "weights"
 RECONSTRUCTION = True
+FAITHFUL_TO = "the authors' code"
 TRAINS = True
 RECOVERY = "required"
 SPARSITIES = (0.5,)

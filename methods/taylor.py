@@ -13,6 +13,7 @@ from prunebench.selection.scores import accumulate_gradients, matrices, per_chan
 
 TITLE = "Taylor, widths"
 KIND = "widths"
+FAITHFUL_TO = "the authors' code"
 NOTES = "Diff-Pruning's baseline: all timesteps, and terms may cancel within a slice."
 # Diff-Pruning's Taylor baseline: the same share of every width.
 RECIPE = {"sparsities": (0.3,), "parameters": {"uniform": True}}

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pandas as pd
+import tiny
 import yaml
 
 from prunebench import models
@@ -14,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def _script():
-    spec = importlib.util.spec_from_file_location("write", ROOT / "scripts" / "write_results.py")
+def _script(name="write_results"):
+    spec = importlib.util.spec_from_file_location("write", ROOT / "scripts" / f"{name}.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     return script
@@ -26,6 +27,24 @@ def test_results_in_the_documents_are_the_committed_ones():
     assert len(pages) > 5
     for page, text in pages.items():
         assert page.read_text() == text, f"run scripts/write_results.py: {page} is out of date"
+
+
+def test_the_table_of_systems_is_that_of_the_files():
+    script = _script("write_systems")
+    assert script.written(README) == README, "run scripts/write_systems.py"
+    implemented = set(re.findall(r"`(\w+)`", script.table()))
+    assert implemented >= set(tiny.found_methods()), "a method is in no system"
+
+
+def test_a_system_that_lacks_its_file_is_not_implemented(tmp_path):
+    script = _script("write_systems")
+    script.FOLDERS["method"] = tmp_path
+    mine = '"""What it does."""\nKIND = "layers"\nFAITHFUL_TO = "its code"\n'
+    (tmp_path / "wanda.py").write_text(f'{mine}FAMILIES = ("dit",)\ndef select(context): ...\n')
+    lines = script.table().splitlines()
+    assert "| EcoDiff | learned masks | no | — | — | — | — |" in lines
+    told = "| Wanda | selection | `wanda` | its code | no | dit | selections, methods |"
+    assert told in lines
 
 
 def test_every_published_method_of_a_paper_has_a_page_with_its_result():

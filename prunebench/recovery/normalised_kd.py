@@ -16,6 +16,8 @@ from prunebench.recovery.distillation import distilled
 from prunebench.training.loop import Loss
 
 TEACHER = True
+FAITHFUL_TO = "the paper's opening"
+RECONSTRUCTION = True
 
 SMALLEST = 1e-8  # of a squared norm: a teacher's feature that is all zero divides by this
 

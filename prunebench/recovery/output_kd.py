@@ -11,6 +11,7 @@ from prunebench.recovery.distillation import distilled
 from prunebench.training.loop import Loss
 
 TEACHER = True
+FAITHFUL_TO = "the authors' code"
 
 
 def loss(teaching: Teaching) -> Loss:

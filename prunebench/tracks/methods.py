@@ -37,6 +37,7 @@ CONSTANTS: dict[str, tuple[type, object]] = {
     "NOTES": (str, ""),
     "CONTROL": (bool, False),
     "RECONSTRUCTION": (bool, False),
+    "FAITHFUL_TO": (str, ""),
     "TRAINS": (bool, False),
     "RECOVERY": (str, "optional"),
     "FAMILIES": (tuple, ()),
@@ -55,6 +56,7 @@ class Method:
         kind: what its plans remove; one of KINDS.
         control: a control is a row of every table and cannot be excluded.
         reconstruction: parts of the paper were not available; the leaderboard marks the row.
+        faithful_to: what it was written from and is held to, for the README's table of systems.
         trains: trains during selection, so that its selection depends on the budget.
         recovery: "optional"; "never" for rows that are never trained; "required" for rows that
             mean nothing untrained.
@@ -78,6 +80,7 @@ class Method:
     notes: str
     control: bool
     reconstruction: bool
+    faithful_to: str
     trains: bool
     recovery: str
     families: tuple[str, ...]
