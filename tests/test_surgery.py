@@ -136,9 +136,9 @@ MISFITS = {
         r"names a maskable weight that does not exist: x_embedder\.proj\.weight",
     ),
     "nothing kept": (
-        "dit",
-        lambda: Plan(kept={"blocks.0.attn.heads": ()}),
-        r"keeps 0 channels of width 'blocks\.0\.attn\.heads'.* from 0 to 3, at least one",
+        "unet",
+        lambda: Plan(kept={"conv_in": ()}),
+        r"keeps 0 channels of width 'conv_in'.* from 0 to 7, at least one",
     ),
     "kept twice": ("dit", lambda: Plan(kept={"blocks.0.attn.heads": (1, 1)}), "must be distinct"),
     "kept outside": ("dit", lambda: Plan(kept={"blocks.0.attn.heads": (4,)}), "from 0 to 3"),

@@ -126,6 +126,8 @@ def obstacle(layer: nn.Module) -> str | None:
         return f"{type(layer).__name__}: kernels exist for matrices only"
     limits = _backend()._DTYPE_SHAPE_CONSTRAINTS[DTYPE]
     rows, columns = layer.weight.shape
+    if not layer.weight.numel():
+        return "nothing is left of it"
     if rows % limits.sparse_min_rows or columns % limits.sparse_min_cols:
         return (
             f"{rows}x{columns} is not a multiple of "

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from prunebench.models import unet
 from prunebench.models.official import Layout
 from prunebench.models.precision import takes_single
-from prunebench.models.units import Layer, Width, inner_width, parameter_count
+from prunebench.models.units import Layer, Width, filled, inner_width, parameter_count
 
 BRANCHES = {"attn1": "norm1", "attn2": "norm2", "ff": "norm3"}  # sub-layers, each with its norm
 
@@ -147,7 +147,7 @@ def widths(model: ConditionalUNet) -> list[Width]:
             units.append(unet.heads(name, module))
         elif isinstance(module, FeedForward):
             units.append(neurons(name, module))
-    return units
+    return filled(units)
 
 
 def _channels(name: str, block: ResnetBlock2D) -> Width:
@@ -160,7 +160,9 @@ def _channels(name: str, block: ResnetBlock2D) -> Width:
 def neurons(name: str, feed_forward: FeedForward) -> Width:
     """Hidden neurons; in a GEGLU each has a row of values and, in the other half, one of gates."""
     size = feed_forward.net[2].in_features
-    return inner_width(name, feed_forward, "neurons", size, ("net.0.proj",), ("net.2",))
+    return inner_width(
+        name, feed_forward, "neurons", size, ("net.0.proj",), ("net.2",), may_be_empty=True
+    )
 
 
 def features(model: ConditionalUNet) -> dict[str, str | None]:

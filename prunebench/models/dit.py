@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from prunebench.models.activations import run
 from prunebench.models.official import Layout
 from prunebench.models.precision import takes_single
-from prunebench.models.units import Layer, Width, inner_width, parameter_count
+from prunebench.models.units import (
+    Layer,
+    Width,
+    bias_alone,
+    filled,
+    inner_width,
+    parameter_count,
+    unemptied,
+)
 
 BRANCHES = ("attn", "mlp")
 
@@ -205,12 +213,12 @@ def remove_layer(model: DiT, name: str) -> None:
 
 def widths(model: DiT) -> list[Width]:
     """Attention heads and MLP hidden neurons of each block; the residual stream keeps its width."""
-    return [
+    return filled(
         unit
         for index, block in enumerate(model.blocks)
         if isinstance(block, Block)
         for unit in _block_widths(f"blocks.{index}", block)
-    ]
+    )
 
 
 def _block_widths(prefix: str, block: Block) -> list[Width]:
@@ -226,23 +234,32 @@ def heads(name: str, attention: Attention) -> Width:
     """Heads of timm's attention, whose fused matrix holds all queries, then keys, then values."""
     size = attention.num_heads
     return inner_width(
-        name, attention, "heads", size, ("qkv",), ("proj",), block=attention.head_dim
+        name,
+        attention,
+        "heads",
+        size,
+        ("qkv",),
+        ("proj",),
+        block=attention.head_dim,
+        may_be_empty=True,
     )
 
 
 def neurons(name: str, mlp: Mlp) -> Width:
     """Hidden neurons of timm's MLP."""
-    return inner_width(name, mlp, "neurons", mlp.fc1.out_features, ("fc1",), ("fc2",))
+    size = mlp.fc1.out_features
+    return inner_width(name, mlp, "neurons", size, ("fc1",), ("fc2",), may_be_empty=True)
 
 
 def weights(model: DiT) -> list[str]:
     """The matrices of the blocks' attention and MLP; embedders, modulation and head stay dense."""
-    return [
+    names = [
         f"blocks.{index}.{name}.weight"
         for index, block in enumerate(model.blocks)
         for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
         if getattr(block, name.split(".")[0], None) is not None
     ]
+    return unemptied(model, names)
 
 
 def features(model: DiT) -> dict[str, str | None]:
@@ -256,6 +273,15 @@ def refresh(model: nn.Module) -> None:
         if isinstance(module, Attention):
             module.attn_dim = module.proj.in_features
             module.num_heads = module.attn_dim // module.head_dim
+            if not module.num_heads:
+                module.__class__ = Headless
+
+
+class Headless(Attention):
+    """What timm's attention is without heads."""
+
+    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
+        return bias_alone(self.proj, x)
 
 
 # Official checkpoints (facebookresearch/DiT, willisma/SiT): the names are our own.

@@ -75,6 +75,7 @@ class Family(Protocol):
     def widths(self, model: nn.Module) -> list[Width]:
         """Channels, heads or neurons that can be cut, with every tensor that they lie in.
 
+        A width that may lose all of them says so; what was emptied is no longer listed.
         The network's input, output and time keep their size. Must work on the meta device.
         """
 

@@ -16,6 +16,7 @@ What can go:
   they are no width here.
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -34,7 +35,15 @@ from prunebench.models.configs.flux import PATCH, Config
 from prunebench.models.dit import keep_rows
 from prunebench.models.official import Layout
 from prunebench.models.precision import takes_single
-from prunebench.models.units import Layer, Width, inner_width, parameter_count
+from prunebench.models.units import (
+    Layer,
+    Width,
+    bias_alone,
+    filled,
+    inner_width,
+    parameter_count,
+    unemptied,
+)
 
 # Branches of a double-stream block, each with the modulations that have rows for it.
 BRANCHES = {
@@ -264,9 +273,9 @@ def remove_layer(model: Flux, name: str) -> None:
 def widths(model: Flux) -> list[Width]:
     """Attention heads and feed-forward neurons of every block; both streams keep their width."""
     kinds = {DoubleBlock: _double_widths, SingleBlock: _single_widths}
-    return [
+    return filled(
         unit for name, block in _blocks(model).items() for unit in kinds[type(block)](name, block)
-    ]
+    )
 
 
 def _double_widths(name: str, block: DoubleBlock) -> list[Width]:
@@ -275,7 +284,16 @@ def _double_widths(name: str, block: DoubleBlock) -> list[Width]:
         writers, readers = QUERIES + TEXT_QUERIES, ("to_out.0", "to_add_out")
         heads = attn.to_q.out_features // attn.head_dim
         units.append(
-            inner_width(f"{name}.attn", attn, "heads", heads, writers, readers, block=attn.head_dim)
+            inner_width(
+                f"{name}.attn",
+                attn,
+                "heads",
+                heads,
+                writers,
+                readers,
+                block=attn.head_dim,
+                may_be_empty=True,
+            )
         )
     for branch in ("ff", "ff_context"):
         if (feed_forward := getattr(block, branch)) is not None:
@@ -288,9 +306,10 @@ def _single_widths(name: str, block: SingleBlock) -> list[Width]:
     inner, size = block.attn.to_q.out_features, block.attn.head_dim
     writers, readers = [f"attn.{query}" for query in QUERIES], ("proj_out",)
     hidden = block.proj_mlp.out_features
+    width = functools.partial(inner_width, name, block, may_be_empty=True)
     return [
-        inner_width(name, block, "heads", inner // size, writers, readers, block=size),
-        inner_width(name, block, "neurons", hidden, ("proj_mlp",), readers, start=inner),
+        width("heads", inner // size, writers, readers, block=size),
+        width("neurons", hidden, ("proj_mlp",), readers, start=inner),
     ]
 
 
@@ -299,12 +318,13 @@ def weights(model: Flux) -> list[str]:
 
     Modulations, embedders and the head stay dense, as in the other transformers.
     """
-    return [
+    names = [
         f"{name}.{path}.weight"
         for name, block in _blocks(model).items()
         for path, module in block.named_modules()
         if isinstance(module, nn.Linear) and not path.startswith("norm")
     ]
+    return unemptied(model, names)
 
 
 def features(model: Flux) -> dict[str, str | None]:
@@ -326,6 +346,25 @@ def refresh(model: Flux) -> None:
         if isinstance(module, FluxAttention):
             module.inner_dim = module.to_q.out_features
             module.heads = module.inner_dim // module.head_dim
+            if not module.heads:
+                module.set_processor(Headless())
+
+
+class Headless:
+    """What diffusers' FLUX attention does without heads, in place of its processor."""
+
+    def __call__(
+        self,
+        attn: FluxAttention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: None = None,
+        image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        if encoder_hidden_states is None:  # single stream: its block's projection is the reader
+            return hidden_states.new_zeros(*hidden_states.shape[:-1], 0)
+        image = attn.to_out[1](bias_alone(attn.to_out[0], hidden_states))
+        return image, bias_alone(attn.to_add_out, encoder_hidden_states)
 
 
 # The names in diffusers' folders of FLUX; the single files of Black Forest Labs, with fused

@@ -15,7 +15,16 @@ from torch import Tensor, nn
 
 from prunebench.models.official import Layout
 from prunebench.models.precision import takes_single
-from prunebench.models.units import Layer, Member, Width, inner_width, parameter_count
+from prunebench.models.units import (
+    Layer,
+    Member,
+    Width,
+    bias_alone,
+    filled,
+    inner_width,
+    parameter_count,
+    unemptied,
+)
 
 
 class UNet(UNet2DModel):
@@ -93,7 +102,7 @@ def widths(model: UNet) -> list[Width]:
         ignored_layers=[model.conv_out], root_module_types=[nn.Conv2d, nn.Linear]
     )
     units = [_channels(group, names) for group in groups if group[0].dep.target.module not in inner]
-    units += [heads(name, attention) for name, attention in _attentions(model).items()]
+    units += filled(heads(name, attention) for name, attention in _attentions(model).items())
     return sorted(units, key=lambda unit: unit.name)
 
 
@@ -147,16 +156,18 @@ def heads(name: str, attention: Attention) -> Width:
         ("to_q", "to_k", "to_v"),
         ("to_out.0",),
         block=attention.head_dim,
+        may_be_empty=True,
     )
 
 
 def weights(model: UNet) -> list[str]:
     """Every convolution and matrix, as SparseDM masks UNets; norms and embeddings stay dense."""
-    return [
+    names = [
         f"{name}.weight"
         for name, module in model.named_modules()
         if isinstance(module, nn.Conv2d | nn.Linear)
     ]
+    return unemptied(model, names)
 
 
 def features(model: UNet) -> dict[str, str | None]:
@@ -187,6 +198,19 @@ def refresh(model: UNet) -> None:
             module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels
     for attention in _attentions(model).values():
         attention.heads = attention.to_q.out_features // attention.head_dim
+        if not attention.heads:
+            attention.set_processor(Headless())
+
+
+class Headless:
+    """What diffusers' attention does without heads, in place of its processor."""
+
+    def __call__(self, attn: Attention, x: Tensor, *_: object, **__: object) -> Tensor:
+        tokens = x.flatten(2).transpose(1, 2) if x.dim() == 4 else x
+        out = attn.to_out[1](bias_alone(attn.to_out[0], tokens))
+        if x.dim() == 4:
+            out = out.transpose(1, 2).reshape(x.shape)
+        return (out + x if attn.residual_connection else out) / attn.rescale_output_factor
 
 
 # Official checkpoints.

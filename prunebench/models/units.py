@@ -1,6 +1,6 @@
 """What can be pruned: layers, widths and weights, described by data that every family fills in."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,13 +29,15 @@ class Width:
     """Channels, heads or neurons that can only leave together, in all member tensors at once.
 
     `groups` is the number of normalisation groups over the channels: the same number of channels
-    must leave each of them, or the normalisation loses its shape.
+    must leave each of them, or the normalisation loses its shape. A width that `may_be_empty` can
+    lose all its channels: its readers then give their bias, whatever comes in.
     """
 
     name: str
     size: int
     members: tuple[Member, ...]
     groups: int = 1
+    may_be_empty: bool = False
 
 
 def inner_width(
@@ -49,6 +51,7 @@ def inner_width(
     block: int = 1,
     start: int = 0,
     groups: int = 1,
+    may_be_empty: bool = False,
 ) -> Width:
     """The width between layers of `module` that write its channels and those that read them.
 
@@ -59,16 +62,33 @@ def inner_width(
             several times over, one after another (fused q, k and v; a GEGLU's values and gates).
         readers: layers whose columns are the channels, from column `start` on.
         block: neighbouring rows or columns that make up one channel (a head's dimension).
+        may_be_empty: whether the module still works when all its channels have left.
     """
     members = []
     for writer in writers:
         layer = module.get_submodule(writer)
-        rows = torch.arange(len(layer.weight)).view(-1, size, block).transpose(0, 1).flatten(1)
+        times = len(layer.weight) // (size * block) if size else 1
+        rows = torch.arange(len(layer.weight)).view(times, size, block).transpose(0, 1).flatten(1)
         leaves = ("weight",) if layer.bias is None else ("weight", "bias")
         members += [Member(f"{name}.{writer}.{leaf}", 0, rows) for leaf in leaves]
     columns = torch.arange(start, start + size * block).view(size, block)
     members += [Member(f"{name}.{reader}.weight", 1, columns) for reader in readers]
-    return Width(f"{name}.{kind}", size, tuple(members), groups)
+    return Width(f"{name}.{kind}", size, tuple(members), groups, may_be_empty)
+
+
+def filled(units: Iterable[Width]) -> list[Width]:
+    """The widths that have channels left."""
+    return [unit for unit in units if unit.size]
+
+
+def unemptied(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The names of the parameters that have elements: emptied widths leave some without."""
+    return [name for name in names if model.get_parameter(name).numel()]
+
+
+def bias_alone(reader: nn.Linear, x: Tensor) -> Tensor:
+    """What the reader of an emptied width gives for tokens [..., any]: its bias, [..., out]."""
+    return reader(x.new_zeros(*x.shape[:-1], 0))
 
 
 def parameter_count(module: nn.Module) -> int:

@@ -21,7 +21,7 @@ from prunebench.models import dit
 from prunebench.models.activations import run
 from prunebench.models.official import Layout
 from prunebench.models.precision import takes_single
-from prunebench.models.units import Layer, Width, parameter_count
+from prunebench.models.units import Layer, Width, filled, parameter_count, unemptied
 
 NORMS = {"attn": "norm1", "mlp": "norm2"}  # of each residual branch, in the order they run
 
@@ -201,11 +201,11 @@ def remove_layer(model: UViT, name: str) -> None:
 def widths(model: UViT) -> list[Width]:
     """Attention heads and MLP hidden neurons of each block; the residual stream keeps its width."""
     kinds = {"attn": dit.heads, "mlp": dit.neurons}
-    return [
+    return filled(
         kinds[branch](f"{name}.{branch}", getattr(block, branch))
         for name, block in _blocks(model).items()
         for branch in block.branches()
-    ]
+    )
 
 
 def weights(model: UViT) -> list[str]:
@@ -214,12 +214,13 @@ def weights(model: UViT) -> list[str]:
     Joins of long skips, embedders, decoder and final convolution stay dense.
     """
     matrices = {"attn": ("qkv", "proj"), "mlp": ("fc1", "fc2")}
-    return [
+    names = [
         f"{name}.{branch}.{matrix}.weight"
         for name, block in _blocks(model).items()
         for branch in block.branches()
         for matrix in matrices[branch]
     ]
+    return unemptied(model, names)
 
 
 def features(model: UViT) -> dict[str, str | None]:

@@ -13,7 +13,8 @@ class Plan:
 
     Attributes:
         layers: names of bypassed layers.
-        kept: for each width that shrinks, the channel, head or neuron indices that stay.
+        kept: for each width that shrinks, the channel, head or neuron indices that stay; none, for
+            a width that may be empty.
         masks: for each masked weight, a boolean tensor of its shape, True where a weight stays.
         pattern: how masks came about: "unstructured" or "N:M", e.g. "2:4" (N of M stay); or
             "uniform" where every width lost the same share of its channels.

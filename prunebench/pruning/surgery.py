@@ -54,7 +54,7 @@ def apply(
 def check(
     model: nn.Module, plan: Plan, family: ModuleType, widths: Sequence[Width] | None = None
 ) -> None:
-    """Every unit a plan names must exist, and something must be left of every width."""
+    """Every unit a plan names must exist; only a width that may be empty can lose everything."""
     layers = {
         u.name for granularity in ("block", "branch") for u in family.layers(model, granularity)
     }
@@ -98,10 +98,12 @@ def _check_overlap(layers: tuple[str, ...]) -> None:
 
 def _check_kept(unit: Width, kept: tuple[int, ...]) -> None:
     indices = set(kept)
-    if not indices or len(indices) != len(kept) or not indices <= set(range(unit.size)):
+    enough = indices or unit.may_be_empty
+    if not enough or len(indices) != len(kept) or not indices <= set(range(unit.size)):
+        least = "" if unit.may_be_empty else ", at least one"
         raise CellError(
             f"the plan keeps {len(kept)} channels of width '{unit.name}'; they must be distinct "
-            f"indices from 0 to {unit.size - 1}, at least one"
+            f"indices from 0 to {unit.size - 1}{least}"
         )
     block = unit.size // unit.groups
     per_group = {sum(index // block == group for index in indices) for group in range(unit.groups)}
