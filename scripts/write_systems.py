@@ -130,7 +130,7 @@ def _of_methods(found: list[methods.Method]) -> tuple[str, ...]:
     ]
     families = dict.fromkeys(family for one in found for family in one.families or ("all",))
     classes = ", with classes" if any(one.needs_classes for one in found) else ""
-    guessed = [getattr(one, "guessed", False) for one in found]
+    guessed = [one.guessed for one in found]
     ranked = "variants, unranked" if all(guessed) else "selections, methods"
     return *_origin(constants), ", ".join(families) + classes, ranked
 

@@ -12,7 +12,12 @@ from prunebench.selection import contract
 from prunebench.tracks import methods
 
 SHIPPED = tiny.found_methods()
-CASES = [(name, on) for name, method in SHIPPED.items() for on in contract.instances(method)]
+VARIANTS = {method.name for found in SHIPPED.values() for method in found.variants}
+CASES = [
+    (name, on)
+    for name, method in SHIPPED.items()
+    for on in contract.instances(method)[: 1 if name in VARIANTS else None]  # one file, one code
+]
 
 
 def _select(method: str, instance: str, seed: int = 0):

@@ -20,7 +20,8 @@ from prunebench.records import parts, schema, sealed
 DENSE = {"kind": "none", "title": "Dense", "control": True}
 STEPS = {"kind": "steps", "title": "Fewer steps", "control": True}
 MACS = 8_000_000
-LABELS = ("kind", "title", "control", "reconstruction", "bibtex", "notes", "recovered_by")
+LABELS = ("kind", "title", "control", "reconstruction", "guessed", "bibtex", "notes",
+          "recovered_by")  # fmt: skip
 
 
 def make_score(cell: dict, *, fid=10.0, ms=8.0, dense_ms=10.0, steps=10, macs=6_000_000,
@@ -229,6 +230,26 @@ def test_incomplete_smoke_and_reconstruction_are_marked():
     row = rows_of(cells, expected=[a_cell("a", 2)]).loc["a"]
     assert text_of(row, "title") == "A method† (smoke, 2/3 seeds)"
     assert text_of(row, "seeds") == "2/3"
+
+
+def test_a_row_whose_criterion_is_a_guess_stands_apart_without_a_rank(tmp_path):
+    entry = "@article{good2025,\n  title={Good}\n}"
+    cells = [
+        *seeds("guess", [1.0, 1.1], title="Guess", guessed="the slope's sign", notes="Slow."),
+        *seeds("good", [3.0, 3.1], title="Good", bibtex=entry),
+        *seeds("bad", [4.0, 4.1], title="Bad"),
+    ]
+    rows = rows_of(cells)
+    assert list(rows.index) == ["good", "bad", "guess"]  # behind the ranked, though it is better
+    assert rows["rank"].tolist()[:2] == [1, 2] and text_of(rows.loc["guess"], "rank") == "—"
+    assert rows.loc["guess"].notes == "criterion assumed: the slope's sign. Slow."
+    assert text_of(rows.loc["guess"], "title") == "Guess (criterion assumed)"
+    files = [write_cell(tmp_path, score) for score in cells]
+    build(files, tmp_path / "out", expected_cells=None, title="t")
+    texts = {kind: (tmp_path / f"out/leaderboard.{kind}").read_text() for kind in ("md", "tex")}
+    assert "Guess assumes: the slope's sign." in texts["md"]
+    assert r"\emph{sparsity 25\%, criterion assumed}" in texts["tex"]
+    assert tables.assumptions(rows_of(seeds("good", [3.0]))) == []
 
 
 def test_csv_keeps_full_precision(tmp_path):

@@ -62,8 +62,72 @@ def test_every_constant_is_read(tmp_path):
     assert (method.families, method.sparsities) == (("dit",), (0.5, 0.75))
 
 
+VARIED = GOOD.replace(
+    "\n\n\ndef",
+    '\nTITLE = "First"\nCHECK = {"steps": 1}\nVARIANTS = {"half": {"TRAINS": True, '
+    '"GUESSED": "a half", "parameters": {"share": 0.25}}, "other": {}}\n\n\ndef',
+    1,
+)
+
+
+def test_a_variant_is_a_row_of_its_own_that_differs_as_it_says(tmp_path):
+    found = methods.discover([_written(tmp_path, VARIED).parent]).methods
+    assert list(found) == ["first", "first_half", "first_other"]
+    base, half = found["first"], found["first_half"]
+    assert (half.title, half.kind, half.file) == ("First: half", "layers", base.file)
+    assert (base.trains, half.trains, base.guessed, half.guessed) == (False, True, "", "a half")
+    assert (base.parameters["share"], half.parameters["share"]) == (0.5, 0.25)
+    assert (dict(base.given), dict(half.given)) == ({}, {"share": 0.25})
+    assert half.check == {"steps": 1, "share": 0.25} and base.check == {"steps": 1}
+
+
+def test_a_variant_runs_with_its_parameters_unless_the_track_says_otherwise(tmp_path):
+    found = methods.discover([_written(tmp_path, VARIED).parent]).methods
+    smoke = tiny.smoke()
+    plain = {**tiny.plain(smoke), "methods": {"folders": [str(tmp_path)]}}
+    for given, wanted in (({}, 0.25), ({"first_half": {"share": 0.75}}, 0.75)):
+        plain["methods"]["parameters"] = given
+        track = tiny.track("varied", plain, found)
+        cell = track.cell("dit", "first_half", 0.25, "none", 0)
+        assert track.parameters(cell) == {"share": wanted}
+
+
+def test_two_files_cannot_share_the_name_of_a_variant(tmp_path):
+    _written(tmp_path, VARIED)
+    _written(tmp_path, GOOD, "first_half.py")
+    with pytest.raises(
+        UserError, match=r"first_half\.py and .*first\.py are both named first_half"
+    ):
+        methods.discover([tmp_path])
+
+
 # What is wrong with the file, and what the message says.
 BROKEN = {
+    "misspelt variant": (
+        VARIED.replace('"TRAINS"', '"TRAIN"'),
+        r"first\.py: VARIANTS half has 'TRAIN'; did you mean 'TRAINS'",
+    ),
+    "variant of no such parameter": (
+        VARIED.replace('"share": 0.25', '"shares": 0.25'),
+        r"first\.py: VARIANTS half\.shares: .* did you mean 'share'",
+    ),
+    "variant of another type": (
+        VARIED.replace('"TRAINS": True', '"TRAINS": 1'),
+        r"VARIANTS half TRAINS is 1, not a bool",
+    ),
+    "variant of an unknown kind": (
+        VARIED.replace('"TRAINS": True', '"KIND": "rows"'),
+        r"VARIANTS half: KIND is 'rows'; known: none, layers",
+    ),
+    "variant that is no dict": (
+        VARIED.replace('"other": {}', '"other": 3'),
+        r"VARIANTS other has 3; known:",
+    ),
+    "variant with a bad name": (VARIED.replace('"other"', '"O-1"'), r"VARIANTS O-1: a variant's"),
+    "guess with a citation": (
+        VARIED.replace("TITLE", 'GUESSED = "all"\nBIBTEX = "@x{y,}"\nTITLE'),
+        r"first\.py: GUESSED and BIBTEX: no paper is cited for a criterion that is a guess",
+    ),
     "syntax error": (
         GOOD.replace("def select(", "def select((("),
         r"first\.py line \d+: the method file is not valid Python",

@@ -26,8 +26,8 @@ MINIMUM_SAMPLES = 2048  # fewer leave Inception's covariance rank-deficient: the
 SPEED_TOLERANCE = 0.02  # the interleaved protocol tells speeds apart to 1-3 %
 SIGNIFICANCE = 0.05
 CLEANFID_TOLERANCE = 1e-3  # relative
-LABELS = ("family", "kind", "control", "reconstruction", "title", "paper", "bibtex", "notes",
-          "recovered_by")  # fmt: skip
+LABELS = ("family", "kind", "control", "reconstruction", "guessed", "title", "paper", "bibtex",
+          "notes", "recovered_by")  # fmt: skip
 ALONE = {True: "alone", False: "beside other load", None: "not recorded"}  # how it was timed
 OUTCOMES = {"ok": 0, "failed": 1, "missing": 2}  # and the order inside a group
 EXTRACTORS = {"domain": "domain classifier", "inception-v3-compat": "Inception"}  # as printed
@@ -224,7 +224,10 @@ def cell_frame(sources: list[Source], expected: Iterable[Mapping] | None = None)
 
 
 def _labels(record: Score | Failed) -> dict:
-    return {name: getattr(record.labels, name) for name in LABELS}
+    labels = {name: getattr(record.labels, name) for name in LABELS}
+    if labels["guessed"]:
+        labels["notes"] = f"criterion assumed: {labels['guessed']}. {labels['notes']}".strip()
+    return labels
 
 
 def _cell(source: Source) -> dict:
@@ -338,7 +341,8 @@ def worse_by(name: str, value: float, other: float) -> float:
 
 
 def _ranks(rows: pd.DataFrame, group: tuple[str, ...]) -> pd.Series:
-    ranked = rows[(rows.status == "ok") & ~is_reference(rows) & (rows.unpublished == "")]
+    citable = (rows.unpublished == "") & (rows.guessed == "")
+    ranked = rows[(rows.status == "ok") & ~is_reference(rows) & citable]
     cost = worse_by("fid", ranked.fid_mean, 0.0)
     groups = cost.groupby([ranked[name] for name in group])
     ranks = groups.rank(method="min").astype("Int64")
@@ -404,13 +408,17 @@ def recovery_order(rows: pd.DataFrame) -> list[str]:
 
 
 def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
-    """By model: references, then each group by rank, with failed and missing rows last."""
+    """By model: references, then each group by rank, with failed and missing rows last.
+
+    Rows whose criterion is a guess are a group of their own behind those of their kind.
+    """
     order = {name: place for place, name in enumerate(recovery_order(rows))}
     keys = pd.DataFrame({
         "base": rows.base, "pruned": ~is_reference(rows),
         "section": rows.section.map(lambda name: order.get(name, 0)), "name": rows.section,
         "sparsity": rows.sparsity, "share": rows["share"],
         "budget": rows.groupby("budget").recovery_images_mean.transform("max").fillna(0),
+        "guessed": rows.guessed != "",
         "status": rows.status.map(OUTCOMES), "rank": rows["rank"].astype(float),
         "steps": -rows.steps.astype(float), "method": rows.method, "recovery": rows.recovery,
     })  # fmt: skip

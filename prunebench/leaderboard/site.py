@@ -59,6 +59,10 @@ class Board:
         return self._bibliography[0]
 
     @cached_property
+    def legend(self) -> list[str]:
+        return tables.legend(self.compares) + tables.assumptions(self.rows)
+
+    @cached_property
     def warnings(self) -> list[str]:
         return warnings(self.sources, self.cells, self.rows) + self._bibliography[1]
 
@@ -94,7 +98,7 @@ class Board:
             title=self.title,
             tables=tables.tables(self.rows, shown),
             conditions=self.caption,
-            legend=tables.legend(self.compares),
+            legend=self.legend,
             warnings=self.warnings,
             endings=endings,
             entries=self.entries,
@@ -181,7 +185,7 @@ def to_html(board: Board, images: Mapping[str, bytes]) -> str:
         "leaderboard.html.j2",
         board=board,
         columns=tables.columns(board.rows),
-        legend=tables.legend(board.compares),
+        legend=board.legend,
         models=bases,
         recoveries=recovery_order(board.rows),
         rows=_table(board),
@@ -213,7 +217,10 @@ def _table(board: Board) -> list[dict]:
     previous, table, shown = None, [], tables.columns(board.rows)
     for _, row in board.rows.iterrows():
         reference = row.kind in REFERENCE_KINDS
-        group = (row.base, reference or (row.section, row.sparsity, row["share"]))
+        group = (
+            row.base,
+            reference or (row.section, row.sparsity, row["share"], row.guessed != ""),
+        )
         table.append({
             "row": row,
             "title": tables.title(row),

@@ -48,6 +48,18 @@ def legend(compares: str) -> list[str]:
     return [RANK.format(words=COMPARISONS[compares].words), *LEGEND]
 
 
+def assumptions(rows: pd.DataFrame) -> list[str]:
+    """What the rows of a board assume that no publication states, for its legend."""
+    guessed = rows[rows.guessed != ""].drop_duplicates("method")
+    if guessed.empty:
+        return []
+    return [
+        "criterion assumed: what goes follows a guess, because the paper's criterion itself was "
+        "not available; shown, not ranked, and no paper is cited for it.",
+        *(f"{row.title} assumes: {row.guessed}." for row in guessed.itertuples()),
+    ]
+
+
 def number(measure: Measure, value: float, sd: float = math.nan) -> str:
     """A mean, with its standard deviation where the measure prints one."""
     if math.isnan(value):
@@ -81,6 +93,8 @@ def marks(row: pd.Series) -> list[str]:
         found.append(f"{int(row.steps)} steps")
     if row.control and row.kind not in REFERENCE_KINDS:
         found.append("control")
+    if row.guessed:
+        found.append("criterion assumed")
     if row.recovery not in ("none", row.section):
         found.append(row.recovered_by)
     if row.unpublished:
@@ -261,7 +275,8 @@ def tables(rows: pd.DataFrame, shown: list[Column]) -> list[Table]:
 
 
 def _line(row: pd.Series, shown: list[Column]) -> Line:
-    group = "" if row.kind in REFERENCE_KINDS else f"sparsity {_sparsity(row)}"
+    assumed = ", criterion assumed" if row.guessed else ""
+    group = "" if row.kind in REFERENCE_KINDS else f"sparsity {_sparsity(row)}{assumed}"
     return Line([_cell(column, row) for column in shown], group)
 
 

@@ -355,6 +355,8 @@ class Labels(Part):
     kind: Literal["none", "layers", "widths", "weights", "steps"]
     control: bool
     reconstruction: bool
+    guessed: Text = ""
+    """What is assumed of the criterion where no publication states it: the row is not ranked."""
     title: Text
     paper: Text
     bibtex: Text

@@ -12,7 +12,7 @@ READ = "the file says what it is in literals, and can be imported"
 
 
 def check(files: Iterable[Path], write: Callable[[str], object]) -> bool:
-    """Write one line per rule for every file; whether all methods keep all rules."""
+    """Write one line per rule for every method and variant; whether all keep all rules."""
     kept = True
     for file in files:
         for line, fine in _lines(Path(file)):
@@ -32,12 +32,15 @@ def _lines(file: Path) -> Iterator[tuple[str, bool]]:
         yield f"{file}", True
         yield _line(Finding(READ, (), ("",), str(error))), False
         return
-    names = contract.instances(method)
-    families = {tiny.INSTANCES[name].family for name in names}
-    yield f"{file}: {len(names)} tiny networks of {', '.join(sorted(families))}", True
-    yield _line(Finding(READ, tuple(names))), True
-    for finding in contract.examine(method, function, names):
-        yield _line(finding), not finding.problem
+    for row in method.rows:
+        names = contract.instances(row)
+        families = {tiny.INSTANCES[name].family for name in names}
+        variant = f" {row.name}" if row is not method else ""
+        where = ", ".join(sorted(families))
+        yield f"{file}{variant}: {len(names)} tiny networks of {where}", True
+        yield _line(Finding(READ, tuple(names))), True
+        for finding in contract.examine(row, function, names):
+            yield _line(finding), not finding.problem
 
 
 def _line(finding: Finding) -> str:

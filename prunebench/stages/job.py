@@ -148,7 +148,7 @@ class Job:
 def labels(job: Job) -> Labels:
     """What a table says of a cell's method and model."""
     method, settings = job.track.method(job.cell.method), job.settings
-    names = ("kind", "control", "reconstruction", "title", "paper", "bibtex", "notes")
+    names = ("kind", "control", "reconstruction", "guessed", "title", "paper", "bibtex", "notes")
     return Labels(
         family=settings.family,
         recovered_by=job.track.recovered_by(job.cell),

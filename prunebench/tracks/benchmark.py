@@ -90,10 +90,11 @@ class Track:
         return self._named("method", self.methods, name)
 
     def parameters(self, cell: Cell) -> dict:
-        """What `select` is called with: the track's values, then the recipe's."""
-        recipe = self.method(cell.method).recipe if cell.by_recipe else None
+        """What `select` is called with: a variant's values, the track's, then the recipe's."""
+        method = self.method(cell.method)
+        recipe = method.recipe if cell.by_recipe else None
         given = self.settings.methods.parameters.get(cell.method, {})
-        return {**given, **(recipe or {}).get("parameters", {})}
+        return {**method.given, **given, **(recipe or {}).get("parameters", {})}
 
     def recovered_by(self, cell: Cell) -> str:
         """The module that a cell recovers with, or "none"."""

@@ -7,6 +7,7 @@ whatever an editor leaves in a folder. `docs/add_a_method.md` explains the contr
 """
 
 import ast
+import dataclasses
 import difflib
 import functools
 import importlib.util
@@ -23,6 +24,7 @@ from prunebench.tracks.settings import LEAST_SPARSITY, MOST_SPARSITY, nearest, o
 
 KINDS = ("none", "layers", "widths", "weights", "steps")
 RECOVERY = ("optional", "never", "required")
+NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")  # of a method, everywhere
 MOST_BYTES = 1_000_000  # of a method file
 MOST = 10**9  # of a parameter's value
 # What Python's parser raises for files that are not Python, half-written or out of the ordinary.
@@ -38,6 +40,7 @@ CONSTANTS: dict[str, tuple[type, object]] = {
     "CONTROL": (bool, False),
     "RECONSTRUCTION": (bool, False),
     "FAITHFUL_TO": (str, ""),
+    "GUESSED": (str, ""),
     "TRAINS": (bool, False),
     "RECOVERY": (str, "optional"),
     "FAMILIES": (tuple, ()),
@@ -45,6 +48,7 @@ CONSTANTS: dict[str, tuple[type, object]] = {
     "NEEDS_CLASSES": (bool, False),
     "RECIPE": (dict, None),
     "CHECK": (dict, None),
+    "VARIANTS": (dict, None),
 }
 
 
@@ -57,6 +61,8 @@ class Method:
         control: a control is a row of every table and cannot be excluded.
         reconstruction: parts of the paper were not available; the leaderboard marks the row.
         faithful_to: what it was written from and is held to, for the README's table of systems.
+        guessed: what is assumed of the criterion where that itself was not available, "" where it
+            was; such a row is not ranked, and its paper not cited for it.
         trains: trains during selection, so that its selection depends on the budget.
         recovery: "optional"; "never" for rows that are never trained; "required" for rows that
             mean nothing untrained.
@@ -67,7 +73,9 @@ class Method:
             "recovery" (a module of prunebench/recovery), "parameters" of `select` and "sparsities"
             that differ from the matched division's.
         check: parameters of `select` that make it quick, for `prunebench check`.
-        parameters: keyword parameters of `select` with their defaults.
+        parameters: keyword parameters of `select` with their defaults, or the variant's values.
+        given: of these, what a variant calls `select` with.
+        variants: further rows of the same file.
     """
 
     name: str
@@ -81,6 +89,7 @@ class Method:
     control: bool
     reconstruction: bool
     faithful_to: str
+    guessed: str
     trains: bool
     recovery: str
     families: tuple[str, ...]
@@ -89,6 +98,13 @@ class Method:
     recipe: Mapping[str, object] | None
     check: Mapping[str, object]
     parameters: Mapping[str, object]
+    given: Mapping[str, object] = field(default_factory=dict)
+    variants: tuple["Method", ...] = ()
+
+    @property
+    def rows(self) -> tuple["Method", ...]:
+        """The method and its variants."""
+        return (self, *self.variants)
 
 
 @dataclass
@@ -130,12 +146,20 @@ def _take(found: Found, file: Path) -> None:
     if not file.stem.isidentifier():
         found.strays.append(one_line(file))
         return
-    if file.stem in found.methods:
-        raise UserError(f"{file} and {found.methods[file.stem].file} are both named {file.stem}")
     try:
-        found.methods[file.stem] = _known(file, file.stat().st_mtime_ns)
+        rows = _known(file, file.stat().st_mtime_ns).rows
     except (UserError, OSError) as error:
+        _check_name(found, file, file.stem)
         found.broken[file.stem] = str(error)
+        return
+    for method in rows:
+        _check_name(found, file, method.name)
+        found.methods[method.name] = method
+
+
+def _check_name(found: Found, file: Path, name: str) -> None:
+    if name in found.methods:
+        raise UserError(f"{file} and {found.methods[name].file} are both named {name}")
 
 
 @functools.lru_cache(maxsize=1000)
@@ -145,12 +169,12 @@ def _known(file: Path, changed_ns: int) -> Method:
 
 
 def read(file: Path) -> Method:
-    """Read one method file as syntax and check it against the contract.
+    """Read one method file, with its variants, as syntax and check it against the contract.
 
     Raises:
         UserError: what breaks it, in one line with the file's name.
     """
-    if not re.fullmatch(r"[a-z][a-z0-9_]{0,63}", file.stem):
+    if not NAME.fullmatch(file.stem):
         name = one_line(file)
         raise UserError(
             f"{name}: a method's file name is its name everywhere; use a-z, 0-9 and _ only"
@@ -162,12 +186,56 @@ def read(file: Path) -> Method:
         raise UserError(f"{file}: a method starts with a docstring whose first line is its idea")
     constants["title"] = constants["title"] or file.stem
     constants["check"] = constants["check"] or {}
+    variants = constants.pop("variants") or {}
     method = Method(
         name=file.stem, file=file, idea=idea, parameters=_parameters(file, tree), **constants
     )
-    _check_recipe(method)
-    check_parameters(method, method.check, f"{file}: CHECK")
-    return method
+    _check_method(method, str(file))
+    others = [_variant(method, name, changes) for name, changes in variants.items()]
+    return dataclasses.replace(method, variants=tuple(others))
+
+
+def _check_method(method: Method, where: str) -> None:
+    """What its constants say together."""
+    _check_values(method, where)
+    _check_recipe(method, f"{where}: RECIPE")
+    check_parameters(method, method.check, f"{where}: CHECK")
+    if method.guessed and method.bibtex:
+        raise UserError(
+            f"{where}: GUESSED and BIBTEX: no paper is cited for a criterion that is a guess; take "
+            "BIBTEX out (PAPER may stay)"
+        )
+
+
+def _variant(method: Method, name: object, changes: object) -> Method:
+    """Another row of a method's file: other constants, and other parameters of `select`.
+
+    Raises:
+        UserError: the entry of VARIANTS breaks the contract.
+    """
+    where = f"{method.file}: VARIANTS {name}"
+    if not (isinstance(name, str) and NAME.fullmatch(full := f"{method.name}_{name}")):
+        raise UserError(f"{where}: a variant's name is part of its row's; use a-z, 0-9 and _ only")
+    known = {key: kind for key, (kind, _) in CONSTANTS.items() if key != "VARIANTS"}
+    known["parameters"] = dict
+    for key, value in changes.items() if isinstance(changes, dict) else [(changes, None)]:
+        if key not in known:
+            raise UserError(f"{where} has {key!r}{nearest(key, known)}")
+        if not isinstance(value, known[key]):
+            raise UserError(f"{where} {key} is {value!r}, not a {known[key].__name__}")
+    given = changes.get("parameters", {})
+    check_parameters(method, given, where)
+    own = {
+        "name": full,
+        "title": f"{method.title}: {name}",
+        **{key.lower(): value for key, value in changes.items() if key != "parameters"},
+        "parameters": {**method.parameters, **given},
+        "check": {**given, **changes.get("CHECK", method.check)},
+        "given": given,
+    }
+    variant = dataclasses.replace(method, **own)
+    _check_method(variant, where)
+    return variant
 
 
 def _parsed(file: Path) -> ast.Module:
@@ -194,16 +262,20 @@ def _constants(file: Path, tree: ast.Module) -> dict[str, object]:
     missing = [name for name, (_, default) in CONSTANTS.items() if values[name.lower()] is ...]
     if missing:
         raise UserError(f"{file}: a method must state {missing[0]}, one of {', '.join(KINDS)}")
+    return values
+
+
+def _check_values(method: Method, where: str) -> None:
+    """Each constant is one of those that it may be."""
     for name, allowed in (("kind", KINDS), ("recovery", RECOVERY)):
-        if values[name] not in allowed:
+        if (value := getattr(method, name)) not in allowed:
             known = ", ".join(allowed)
-            raise UserError(f"{file}: {name.upper()} is '{values[name]}'; known: {known}")
-    for family in values["families"]:
+            raise UserError(f"{where}: {name.upper()} is '{value}'; known: {known}")
+    for family in method.families:
         if family not in models.family_names():
             known = ", ".join(models.family_names())
-            raise UserError(f"{file}: FAMILIES names {family!r}; known: {known}")
-    _check_sparsities(f"{file}: SPARSITIES", values["sparsities"])
-    return values
+            raise UserError(f"{where}: FAMILIES names {family!r}; known: {known}")
+    _check_sparsities(f"{where}: SPARSITIES", method.sparsities)
 
 
 def _misspelt(name: str) -> str:
@@ -223,9 +295,9 @@ def _check_sparsities(what: str, given: Iterable[object]) -> None:
             )
 
 
-def _check_recipe(method: Method) -> None:
+def _check_recipe(method: Method, where: str) -> None:
     """A recipe names a recovery that exists and parameters that `select` has."""
-    recipe, where = method.recipe or {}, f"{method.file}: RECIPE"
+    recipe = method.recipe or {}
     known = {"recovery": str, "parameters": dict, "sparsities": tuple}
     for key, value in recipe.items():
         if key not in known:
