@@ -136,6 +136,7 @@ def _run_stage(arguments: argparse.Namespace) -> int:
     from prunebench.stages.job import Job
 
     job = Job(stage.name, track, names, arguments.runs, arguments.log)
+    function = _on_its_gpus(function, arguments.gpus, track.needs(stage.name)["cpu_instead"])
     if stage.of_cells:
         from prunebench.stages import work
 
@@ -197,6 +198,16 @@ def _prepare() -> None:
         # Returning every activation to the system and faulting it in again doubled a UNet's time.
         libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # the largest that glibc takes
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+
+
+def _on_its_gpus(function: Callable, count: int | None, cpu_instead: bool) -> Callable:
+    """The stage's function, which begins by trying CUDA, in the process that computes."""
+
+    def begun(job) -> None:
+        gpus.require(count or 0, job.stage, cpu_instead)
+        function(job)
+
+    return begun
 
 
 def _function(stage: Stage) -> Callable:

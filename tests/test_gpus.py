@@ -1,14 +1,20 @@
-"""GPUs of one machine: real processes that claim them, with no GPU and no torch in sight."""
+"""GPUs of one machine: real processes that claim them, with no GPU in sight, and jobs without."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from prunebench.runtime import gpus
+from prunebench import tracks
+from prunebench.errors import UserError
+from prunebench.runtime import gpus, run
+from prunebench.tracks.stages import NEEDY
 
 # Claims like a command of the workflow, says what it got, and holds it until it is killed.
 COMMAND = """
@@ -188,3 +194,83 @@ def test_the_machines_gpus_are_listed(monkeypatch, tmp_path, listing, names):
 def test_what_the_user_shows_is_all_there_is(monkeypatch, visible, names):
     monkeypatch.setenv(gpus.VISIBLE, visible)
     assert gpus.devices() == names
+
+
+HIDDEN = "CUDA_VISIBLE_DEVICES='-1' hides every GPU; unset it"
+NO_TOOL = "this machine has no GPU (there is no nvidia-smi)"
+
+
+def fake_nvidia_smi(folder, monkeypatch, script: str) -> None:
+    tool = folder / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.delenv(gpus.VISIBLE, raising=False)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_a_job_that_cannot_use_its_gpu_fails_at_once_and_says_why(monkeypatch, tmp_path):
+    monkeypatch.setenv(gpus.VISIBLE, "-1")
+    with pytest.raises(UserError, match=f"needs.dense.gpu: a GPU is asked for .*{HIDDEN}"):
+        gpus.require(1, "dense", cpu_instead=False)
+    gpus.require(0, "dense", cpu_instead=False)
+    monkeypatch.delenv(gpus.VISIBLE)
+    with monkeypatch.context() as without:
+        without.setenv("PATH", str(tmp_path))
+        assert NO_TOOL in gpus.absent() and gpus.trouble() == gpus.absent()
+    failed = "echo NVIDIA-SMI has failed because it could not reach the driver; exit 9"
+    fake_nvidia_smi(tmp_path, monkeypatch, failed)
+    assert "it says 'NVIDIA-SMI has failed because it could not reach the driver'" in gpus.absent()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="CUDA works here")
+def test_what_torch_says_is_handed_on(monkeypatch, tmp_path):
+    """A GPU is listed, and torch has no CUDA, or no driver that it could use."""
+    fake_nvidia_smi(tmp_path, monkeypatch, "echo 'GPU 0: NVIDIA H200 (UUID: GPU-5c7f)'")
+    told = gpus.trouble()
+    assert "is a build without CUDA" in told or "fails with" in told
+    assert gpus.trouble_of_a_job() == told
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is a build without CUDA; install one with CUDA" in gpus.trouble()
+
+
+def test_a_track_may_be_content_with_the_cpu_and_the_log_says_so(monkeypatch, caplog):
+    monkeypatch.setenv(gpus.VISIBLE, "-1")
+    gpus.require(1, "select", cpu_instead=True)
+    assert os.environ[gpus.VISIBLE] == ""
+    assert "on the CPU, as needs.select.cpu_instead allows: " + HIDDEN in caplog.text
+
+
+def test_a_claim_of_nothing_leaves_the_reason_to_be_seen(monkeypatch, tmp_path):
+    monkeypatch.setattr(os, "environ", {gpus.CLAIM: "1", "PATH": str(tmp_path)})
+    gpus.prepare(1, [])
+    assert NO_TOOL in gpus.absent()
+
+
+def planned(**gpu: int) -> SimpleNamespace:
+    jobs = [
+        SimpleNamespace(rule=SimpleNamespace(name=name), resources={"gpu": count})
+        for name, count in gpu.items()
+    ]
+    return SimpleNamespace(needrun_jobs=lambda: iter(jobs))
+
+
+def test_a_run_without_gpus_ends_before_its_first_job(monkeypatch):
+    """Of the jobs that are left to do: fetching on a laptop what a GPU will need is no reason."""
+    monkeypatch.setenv(gpus.VISIBLE, "")
+    imagenet, smoke = (tracks.load(name) for name in ("imagenet256", "smoke"))
+    with pytest.raises(
+        UserError, match=r"^needs\.dense\.gpu, needs.select.gpu: a GPU is asked for"
+    ):
+        run.check_gpus(planned(select=1, dense=1, sample=0), imagenet.needs)
+    run.check_gpus(planned(assets=0, leaderboard=0), imagenet.needs)
+    run.check_gpus(planned(select=1, dense=1), smoke.needs)
+
+
+def test_only_tracks_that_measure_nothing_or_say_so_allow_the_cpu_instead():
+    root = Path(__file__).parents[1]
+    allowing = {
+        file.stem
+        for file in (root / "config").glob("*.yaml")
+        if any(tracks.load_any(str(file)).needs(stage)["cpu_instead"] for stage in NEEDY)
+    }
+    assert allowing == {"smoke", "efficiency"}

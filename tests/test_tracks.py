@@ -596,7 +596,8 @@ def test_needs_are_the_suites_then_the_tracks_then_the_rules(edited):
     given = {"default": {"mem_mb": 9000, "gpu": 1}, "dense": {"gpu": 4, "cpus": 16}}
     track = edited({"needs": given})
     runtime = tracks.stages.STAGES["dense"].needs["runtime"]
-    assert track.needs("dense") == {"mem_mb": 9000, "runtime": runtime, "gpu": 4, "cpus": 16}
+    assert track.needs("dense") == {"mem_mb": 9000, "runtime": runtime, "gpu": 4, "cpus": 16,
+                                    "cpu_instead": False}  # fmt: skip
     assert track.needs("score")["gpu"] == 1
 
 

@@ -14,6 +14,7 @@ import yaml
 from project import ROOT, Project
 
 from prunebench import tracks
+from prunebench.runtime import gpus
 
 SMOKE = tracks.load(str(ROOT / "config" / "smoke.yaml"))
 CELLS = len(SMOKE.cells())
@@ -207,6 +208,11 @@ def test_a_method_that_raises_costs_its_own_cells_only(project, settled):
         (
             lambda track: track["divisions"]["matched"].update(recoveries=["finetune-huge"]),
             "finetune-huge",
+        ),
+        pytest.param(
+            lambda track: track.update(needs={"default": {"gpu": 1}}),
+            "needs.dense.gpu, ",
+            marks=pytest.mark.skipif(bool(gpus.devices()), reason="this machine has a GPU"),
         ),
     ],
 )

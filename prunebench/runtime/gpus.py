@@ -4,6 +4,9 @@ Snakemake counts GPUs (`resources: gpu`) but hands none out: on one machine ever
 first. So a command claims as many as its rule gives it, by file locks that the kernel gives up with
 the process, and hides the others through CUDA_VISIBLE_DEVICES, which CUDA reads when it is first
 used. Under a cluster's scheduler nothing is claimed: the variable names what the job was granted.
+
+A job that was given a GPU and can't use it fails at once (`require`), unless its track allows the
+CPU: hours on the CPU, and numbers that are taken for a GPU's, are worse.
 """
 
 import fcntl
@@ -15,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from prunebench.errors import UserError
@@ -43,7 +47,9 @@ def prepare(count: int, argv: list[str], parallel: bool = False) -> None:
         warm.die_with_parent()
         return
     if CLAIM in os.environ:
-        os.environ[VISIBLE] = ",".join(claim(count))
+        claimed = claim(count)
+        if claimed or not count:  # else the variable stays as it is, for `require` to judge
+            os.environ[VISIBLE] = ",".join(claimed)
     elif not count:  # and none granted in another way (gres): not to take another job's
         os.environ.setdefault(VISIBLE, "")
     granted = _names(os.environ.get(VISIBLE, ""))
@@ -54,6 +60,9 @@ def prepare(count: int, argv: list[str], parallel: bool = False) -> None:
         torchrun(len(granted), argv)
 
 
+# ---- whether there are any, and whether they can be used
+
+
 def devices() -> list[str]:
     """The machine's GPUs, as CUDA_VISIBLE_DEVICES names or would name them; [] without any.
 
@@ -61,11 +70,93 @@ def devices() -> list[str]:
     """
     if VISIBLE in os.environ:
         return _names(os.environ[VISIBLE])
+    listing = _listing()
+    parts = re.findall(r"^\s+MIG .*\(UUID:\s*(\S+?)\)", listing, re.MULTILINE)
+    return parts or re.findall(r"^GPU (\d+):", listing, re.MULTILINE)
+
+
+def _listing() -> str:
+    """What nvidia-smi says, be it that it can't reach the driver; "" where there is none."""
     if not shutil.which("nvidia-smi"):
-        return []
-    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
-    parts = re.findall(r"^\s+MIG .*\(UUID:\s*(\S+?)\)", listing.stdout, re.MULTILINE)
-    return parts or re.findall(r"^GPU (\d+):", listing.stdout, re.MULTILINE)
+        return ""
+    told = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return told.stdout or told.stderr or "nothing"
+
+
+def absent() -> str | None:
+    """Why no GPU is to be seen here, and the remedy; None if one is. Free of torch."""
+    if devices():
+        return None
+    if VISIBLE in os.environ:
+        return (
+            f"{VISIBLE}={os.environ[VISIBLE]!r} hides every GPU; unset it, or name those that may "
+            "be used"
+        )
+    told = _listing().strip().partition("\n")[0]
+    if told:
+        return f"nvidia-smi lists no GPU (it says {told!r}); mend the driver, or go elsewhere"
+    return (
+        "this machine has no GPU (there is no nvidia-smi); use one that has, or on a cluster a "
+        f"partition; if there is one all the same, name it in {VISIBLE}"
+    )
+
+
+def trouble() -> str | None:
+    """Why this process can't use CUDA, and the remedy; None if it can, and then it has begun to."""
+    if reason := absent():
+        return reason
+    import torch
+
+    if not (torch.version.cuda or torch.version.hip):
+        return f"torch {torch.__version__} is a build without CUDA; install one with CUDA"
+    try:
+        torch.zeros(1, device=f"cuda:{os.environ.get(RANK, '0')}").item()
+    except (RuntimeError, AssertionError) as error:
+        told = str(error).strip().partition("\n")[0]
+        return (
+            f"CUDA {torch.version.cuda} of torch {torch.__version__} fails with {told!r}; compare "
+            "it with the driver's version and what else runs on the GPU, as nvidia-smi shows them"
+        )
+    return None
+
+
+def trouble_of_a_job() -> str | None:
+    """As `trouble`, asked of another process: this one does not touch CUDA, nor import torch."""
+    if reason := absent():
+        return reason
+    code = "from prunebench.runtime import gpus; print(gpus.trouble() or '', end='')"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    if told.returncode:
+        return f"asking torch ended with {told.stderr.strip().rpartition(chr(10))[2]!r}"
+    return told.stdout or None
+
+
+def require(count: int, stage: str, cpu_instead: bool) -> None:
+    """Refuse to run on the CPU what asked for GPUs; called where CUDA is used, after `prepare`.
+
+    Args:
+        count: how many GPUs the rule gave.
+        stage: whose rule it is.
+        cpu_instead: the track allows the CPU, which is then used, and the log says why.
+
+    Raises:
+        UserError: CUDA can't be used; with the reason and the remedy.
+    """
+    reason = trouble() if count else None
+    if reason and not cpu_instead:
+        raise UserError(refusal(reason, [stage]))
+    if reason:
+        log.warning("on the CPU, as needs.%s.cpu_instead allows: %s", stage, reason)
+        os.environ[VISIBLE] = ""
+
+
+def refusal(reason: str, stages: Iterable[str]) -> str:
+    """What is said where stages ask for GPUs that can't be used."""
+    keys = ", ".join(f"needs.{stage}.gpu" for stage in stages)
+    return (
+        f"{keys}: a GPU is asked for and none can be used: {reason}. Where the CPU will do, say "
+        "`cpu_instead: true` beside `gpu`"
+    )
 
 
 def _names(visible: str) -> list[str]:

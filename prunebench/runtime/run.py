@@ -238,6 +238,26 @@ def adopt_unseen_records(
 # ---- the machine
 
 
+def check_gpus(dag, needs: Callable[[str], Mapping]) -> None:
+    """Refuse a run on this machine whose jobs are to have GPUs and could not use them.
+
+    Args:
+        dag: Snakemake's, whose jobs are planned.
+        needs: what the track says that a stage's jobs need.
+
+    Raises:
+        UserError: names the stages, the reason and the remedy.
+    """
+    first = {job.rule.name: job for job in dag.needrun_jobs()}
+    asking = [
+        name
+        for name, job in sorted(first.items())
+        if job.resources.get("gpu") and not needs(name)["cpu_instead"]
+    ]
+    if asking and (reason := gpus.trouble_of_a_job()):
+        raise UserError(gpus.refusal(reason, asking))
+
+
 def prepare_machine(
     needs: Iterable[Mapping[str, int]], preload: Iterable[str], track: str, say: Say
 ) -> None:

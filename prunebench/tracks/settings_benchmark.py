@@ -269,12 +269,16 @@ class Evaluation(Strict):
 
 
 class Needs(Strict):
-    """What a job of a rule needs of a cluster; memory in MB, runtime in minutes."""
+    """What a job of a rule needs of a cluster; memory in MB, runtime in minutes.
+
+    A job that was given a GPU and can't use it fails, unless `cpu_instead` allows the CPU.
+    """
 
     mem_mb: int | None = Field(None, ge=300, le=100_000_000)
     runtime: int | None = Field(None, ge=1, le=10_000_000)
     gpu: int | None = Field(None, ge=0, le=1024)
     cpus: int | None = Field(None, ge=1, le=100_000)
+    cpu_instead: bool | None = None
 
 
 Budget = Annotated[str, Field(pattern=r"^[a-z0-9]+$", max_length=32)]

@@ -23,7 +23,7 @@ def _needs(runtime: int) -> dict[str, int]:
     own two processes in a Slurm job take 250. Time (minutes): several times the longest job's on
     one slow core.
     """
-    return {"mem_mb": 2000, "runtime": runtime, "gpu": 0, "cpus": 1}
+    return {"mem_mb": 2000, "runtime": runtime, "gpu": 0, "cpus": 1, "cpu_instead": False}
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class Stage:
         depends: keys of the track that it depends on besides its input files. Editing one of them
             recomputes the stage, editing anything else does not. "*" stands for the job's model,
             method or coder.
-        needs: what a job needs of a machine: mem_mb, runtime (minutes), gpu and cpus.
+        needs: what a job needs of a machine: mem_mb, runtime (minutes), gpu and cpus; and whether
+            the CPU will do where a GPU can't be used (cpu_instead).
         several_gpus: it trains data-parallel; a job of another stage uses one GPU at most.
     """
 

@@ -52,6 +52,8 @@ MASKS = [LAYOUT.record("oracle", **place) for place in TRACK.oracle()]
 def prepare():
     """Make ready for the jobs before the first of them starts."""
     with in_one_line():
+        if workflow.local_exec:
+            run.check_gpus(workflow.dag, TRACK.needs)
         tracks.claim(ARGUMENT, LAYOUT.root)
         if workflow.local_exec:
             families = {model.family for model in TRACK.settings.models.values()}
