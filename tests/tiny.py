@@ -23,6 +23,7 @@ from prunebench.selection.tiny import (  # noqa: F401
     inputs,
     output,
     sampler,
+    sampling,
     settings,
 )
 from prunebench.selection.tiny import LABELS as CLASSES  # noqa: F401

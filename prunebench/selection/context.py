@@ -3,14 +3,16 @@
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import ModuleType
 
 import torch
 from torch import Generator, Tensor, nn
 
+from prunebench.diffusion.trajectory import Around, Trajectory
 from prunebench.errors import CellError
 from prunebench.models.activations import checkpoint_activations
+from prunebench.models.conditions import Condition, each
 from prunebench.models.copies import rebuilt, shell
 from prunebench.models.units import Layer, Width
 from prunebench.pruning import surgery, targets
@@ -51,6 +53,7 @@ class Context:
         meter: BudgetMeter,
         settings: loop.Settings,
         train_images: int = 0,
+        sampling: Mapping | None = None,  # how the track samples the model
         checkpoints: Checkpoints | None = None,
         device: torch.device | None = None,  # of `model`; the dense one stays where it is
     ):
@@ -62,6 +65,7 @@ class Context:
         self.family, self.config, self.data = family, dict(config), data
         self.sparsity, self.seed = sparsity, seed
         self.settings, self.train_images, self.trained_images = settings, train_images, 0
+        self._sampling = sampling
         self.log = logging.getLogger(f"prunebench.methods.{method}")
         self._meter, self._method, self._calls = meter, method, 0
         self._checkpoints = checkpoints
@@ -111,6 +115,51 @@ class Context:
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Mean squared error to the target: what scores are made of, and all but DiT's training."""
         return loop.simple_loss(model, batch)
+
+    def asked(self, count: int) -> Condition:
+        """What `count` random training images show, on the model's device: classes, or captions.
+
+        What is sampled for the evaluation is asked otherwise; in a class nothing differs.
+        """
+        rows = torch.randint(len(self.data.labels), (count,), generator=self.generator())
+        device = next(self.model.parameters()).device
+        return each(lambda v: v.to(device), self.data.conditions.of(self.data.labels[rows]))
+
+    def nothing(self, asked: Condition) -> Condition:
+        """What the network takes for as many images of which nothing is asked; like `asked`."""
+        return self.data.conditions.nothing(asked, self.model)
+
+    def seeds(self, count: int) -> list[int]:
+        """Seeds of sampling noise; no image of the evaluation has one of them."""
+        return torch.randint(2**62, (count,), generator=self.generator()).tolist()
+
+    def sampler(
+        self,
+        model: nn.Module | None = None,
+        around: Around = nullcontext,
+        generators: Sequence[Generator] = (),
+    ) -> Trajectory:
+        """The track's sampler over `model` (default: `self.model`), with gradients if wanted.
+
+        Its steps, guidance and noise are those the model is sampled with, but latents are not
+        decoded. Every pass of it is metered, those that the backward pass repeats too. For `around`
+        and `generators` see Trajectory.
+
+        Raises:
+            CellError: the context was made without a sampler.
+        """
+        if self._sampling is None:
+            raise CellError(f"method {self._method} asks for a sampler; the context has none")
+        return Trajectory(
+            self.model if model is None else model,
+            self.data.objective,
+            tuple(self.data.images[0].shape),
+            1,
+            dict(self._sampling),
+            conditions=self.data.conditions,
+            around=around,
+            generators=generators,
+        )
 
     @contextmanager
     def without(self, *layers: str) -> Iterator[nn.Module]:

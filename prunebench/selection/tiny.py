@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from prunebench import models
-from prunebench.diffusion.objectives import FlowMatching, objective
+from prunebench.diffusion.objectives import objective
 from prunebench.diffusion.sampling import Sampler
 from prunebench.models.conditions import CLASSES as BY_CLASS
 from prunebench.models.conditions import Condition, Conditions
@@ -127,12 +127,17 @@ def data(name: str, count: int = 64) -> loop.Data:
     return loop.Data(images.to(torch.uint8), labels, goal, conditions=tiny.conditions)
 
 
+def sampling(name: str) -> dict[str, object]:
+    """How the instance is sampled."""
+    own = "euler" if INSTANCES[name].objective["name"] == "flow" else "ddim"
+    return {"sampler": own, "steps": 2, "lanes": 4}
+
+
 def sampler(name: str, model: nn.Module, steps: float = 1.0, **settings: object) -> Sampler:
     """Draws from `model` in the share `steps` of two steps, deterministically unless told else."""
     tiny = INSTANCES[name]
     goal = objective(tiny.objective)
-    own = "euler" if isinstance(goal, FlowMatching) else "ddim"
-    settings = {"sampler": own, "steps": 2, "lanes": 4, **settings}
+    settings = {**sampling(name), **settings}
     return Sampler(model, goal, tiny.shape, LABELS, settings, steps, conditions=tiny.conditions)
 
 
@@ -147,6 +152,7 @@ def context(name: str, model: nn.Module | None = None, **changes: object) -> Con
         "method": "test",
         "meter": BudgetMeter(),
         "settings": settings(),
+        "sampling": sampling(name),
         **changes,
     }
     tiny = INSTANCES[name]

@@ -10,7 +10,7 @@ from prunebench.selection import checks as selection
 from prunebench.stages.inputs import trained_on, training_data
 from prunebench.stages.job import Job
 from prunebench.stages.work import checkpoints_of, dense_model, save, sizes, training_report
-from prunebench.tracks import methods
+from prunebench.tracks import methods, plain
 from prunebench.training import parallel
 from prunebench.training.budget import BudgetMeter
 
@@ -33,6 +33,7 @@ def select(job: Job) -> None:
         meter=meter,
         settings=job.settings.recovery,
         train_images=job.track.budget(cell) if method.trains else 0,
+        sampling=plain(job.settings.sampling),
         checkpoints=checkpoints,
         device=parallel.device(),
     )
