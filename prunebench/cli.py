@@ -30,12 +30,19 @@ NAMES: Mapping[str, tuple[Callable, str]] = {
     "method": (str, "see `prunebench methods`"),
     "sparsity": (float, "share of the parameters to remove, of dense 0"),
     "recovery": (str, '"none" or "<recovery>-<budget>"'),
+    "precision": (str, "of the network that is sampled or timed; default: the track's first"),
+    "sampling": (str, "one of the model's samplings; default: its own `sampling`"),
     "seed": (int, "of everything after the dense model's training"),
     "shard": (int, "one of sampling.shards, counted from 0"),
     "mask": (int, "one of oracle.masks, counted from 0"),
     "plan": (str, "a plan of the track, or dense"),
 }
-OPTIONAL = {"dense_seed": None, "recovery": "none"}  # name -> default
+OPTIONAL = {
+    "dense_seed": None,
+    "recovery": "none",
+    "precision": None,
+    "sampling": None,
+}  # name -> default
 
 
 def main(argv: list[str]) -> int:

@@ -139,7 +139,10 @@ def every() -> dict[str, schema.Sealed]:
     shard = parts.ShardIdentity(stage="shard", **CELL, shard=1, shards=2)
     coder, whole = parts.CoderIdentity(stage="encode", **of, coder="vae"), {"budget": budget()}
     outside = parts.Weights(name="vae.safetensors", sha256=HASH)
-    own = {name: parts.CellIdentity(stage=name, **CELL) for name in ("recover", "sample")}
+    recovered = {
+        name: CELL[name] for name in parts.RecoveryIdentity.model_fields if name != "stage"
+    }
+    recovered = parts.RecoveryIdentity(stage="recover", **recovered)
     taught, size = {**common(), **whole, "training": TRAINING}, parts.Sizes(**sizes())
     return {
         "assets": schema.Assets(identity=parts.Identity(stage="assets", **of),
@@ -150,9 +153,9 @@ def every() -> dict[str, schema.Sealed]:
                                 **common()),
         "dense": schema.Dense(identity=of_model, loss=0.5, weights=None, **taught),
         "select": schema.Select(identity=selection, trained_images=0, size=size, **taught),
-        "recover": schema.Recover(identity=own["recover"], size=size,
+        "recover": schema.Recover(identity=recovered, size=size,
                                   loss=parts.Loss(first=1.0, last=0.5), **taught),
-        "sample": schema.Sample(identity=own["sample"], sampling=sampling(), shards=1, **common()),
+        "sample": schema.Sample(identity=parts.CellIdentity(stage="sample", **CELL), sampling=sampling(), shards=1, **common()),
         "shard": schema.Shard(identity=shard, sampling=sampling(), **common()),
         "cost": schema.Cost(identity=cost, latency=latency(), size=costs(), **common()),
         "score": score(),

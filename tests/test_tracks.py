@@ -195,6 +195,46 @@ REFUSED = {
         r"divisions\.recovery\.methods: 'taylor' is left out",
     ),
     "unknown comparison": ({"divisions.matched.compares": "all"}, r"divisions\.matched\.compares"),
+    "precisions out of order": (
+        {"precisions": ["int8", "fp32"]},
+        r"precisions: order them as fp32, bf16, int8: others are compared with the first",
+    ),
+    "a precision that is timed anyway": (
+        {"precisions": ["fp32", "bf16"], "latency.variants": ["bf16"]},
+        r"latency\.variants: 'bf16' is one of the track's precisions, timed anyway",
+    ),
+    "a sampling called default": (
+        {"models.dit.samplings": {"default": {"sampler": "ddim", "steps": 2}}},
+        r"models\.dit\.samplings\.default: the name is that of `sampling`",
+    ),
+    "a sampling that does not fit": (
+        {"models.dit.samplings": {"few": {"sampler": "euler", "steps": 2}}},
+        r"models\.dit\.samplings\.few\.sampler: ",
+    ),
+    "combinations of one": (
+        {"divisions.matched.compares": "combinations"},
+        r"divisions\.matched\.compares: 'combinations' needs several `precisions`, or",
+    ),
+    "combinations in another division": (
+        {"divisions.matched.precisions": ["fp32"]},
+        r"divisions\.matched\.precisions: only divisions that compare combinations have it",
+    ),
+    "combinations without the base": (
+        {
+            "precisions": ["fp32", "int8"],
+            "divisions.matched.compares": "combinations",
+            "divisions.matched.precisions": ["int8"],
+        },
+        r"divisions\.matched\.precisions: begin with fp32, which others compare with",
+    ),
+    "unknown sampling of a division": (
+        {
+            "precisions": ["fp32", "int8"],
+            "divisions.matched.compares": "combinations",
+            "divisions.matched.samplings": ["default", "few"],
+        },
+        r"divisions\.matched\.samplings: unknown sampling 'few'; known: default",
+    ),
     "unknown method of a division": (
         {"divisions.recovery.methods": ["magic"]},
         r"divisions\.recovery\.methods: unknown method 'magic'",

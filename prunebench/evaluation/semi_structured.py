@@ -9,7 +9,7 @@ dense, and so does every convolution. The dense model it is timed against has th
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.sparse import (
     SparseSemiStructuredTensor,
     SparseSemiStructuredTensorCUSPARSELT,
@@ -17,28 +17,10 @@ from torch.sparse import (
     to_sparse_semi_structured,
 )
 
-from prunebench.models.conditions import Condition
-from prunebench.models.copies import rebuilt
-from prunebench.models.precision import HALF, in_precision
+from prunebench.models.precision import HALF, Half
 from prunebench.pruning.plan import Plan
 
 PATTERN, DTYPE = "2:4", torch.float16
-
-
-class Half(nn.Module):
-    """A copy of a denoiser in half precision that takes and returns single precision.
-
-    What is in this precision already is shared.
-    """
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype = DTYPE):
-        super().__init__()
-        self.dtype = dtype
-        self.model = rebuilt(model, lambda v: v.to(dtype) if v.is_floating_point() else v)
-        self.null_class = getattr(model, "null_class", None)
-
-    def forward(self, x: Tensor, t: Tensor, y: Condition) -> Tensor:
-        return in_precision(self.model, self.dtype, x, t, y)
 
 
 def contestants(
@@ -47,10 +29,13 @@ def contestants(
     """The pruned and the dense model as they are timed, and the report on kernels.
 
     Only a 2:4 plan has a report. Where one of its layers has a kernel, both models are copies in
-    half precision (their own, where they are in one); else both are returned as they are.
+    half precision (their own, where they are in one; a pruned one that was cast to one already gets
+    its kernels in place); else both are returned as they are.
     """
     if plan.pattern != PATTERN:
         return pruned, dense, None
+    if isinstance(pruned, Half):
+        return pruned, dense, accelerate_in_place(pruned.model, plan)
     fast, report = accelerate(pruned, plan)
     return fast, Half(dense, _half_of(dense)) if report["accelerated"] else dense, report
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prunebench.evaluation import latency
-from prunebench.evaluation.semi_structured import Half
+from prunebench.models.precision import Half
 
 log = logging.getLogger(__name__)
 

@@ -115,6 +115,15 @@ class CellIdentity(ModelIdentity):
     seed: Count
 
 
+class RecoveryIdentity(ModelIdentity):
+    """Of what cells with one recovered model share."""
+
+    method: Name
+    sparsity: Share
+    recovery: Name
+    seed: Count
+
+
 class ShardIdentity(CellIdentity):
     """Of a part of a cell's images."""
 
@@ -248,6 +257,21 @@ class Costs(Sizes):
     dense_macs_without_attention_products: Count
 
 
+class Arithmetic(Part):
+    """In which number format a network computed, where it was not as its weights are stored."""
+
+    weights: Name
+    """Format of the converted layers' weights."""
+    activations: Name
+    """Format of what these layers are given."""
+    how: str
+    converted: Count
+    """Layers that are products with a matrix or a kernel."""
+    of: Count
+    left: dict[str, str]
+    """Layer -> why it is as it was."""
+
+
 class Timing(Part):
     """Two models timed in turns."""
 
@@ -322,6 +346,8 @@ class Latency(Part):
     alone: bool | None
     """Whether nothing else computed meanwhile; None where nothing says."""
     variants: dict[str, Variant] = Field(default_factory=dict)
+    arithmetic: Arithmetic | None = None
+    """Of the pruned model; dense is in the track's first precision, with its default sampling."""
 
 
 class Sampling(Part):
@@ -333,6 +359,7 @@ class Sampling(Part):
     count: Count
     options: Json = Field(default_factory=dict)
     """Whatever else the track sets: guidance, the sampler's own options, the size."""
+    arithmetic: Arithmetic | None = None
 
 
 class Plan(Part):

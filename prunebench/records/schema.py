@@ -16,6 +16,7 @@ AnyIdentity = (
     parts.ShardIdentity
     | parts.CellIdentity
     | parts.CostIdentity
+    | parts.RecoveryIdentity
     | parts.SelectionIdentity
     | parts.MaskIdentity
     | parts.ModelIdentity
@@ -154,7 +155,7 @@ class Recover(Done):
     """recover.json: a pruned model after its recovery."""
 
     STAGE = "recover"
-    identity: parts.CellIdentity
+    identity: parts.RecoveryIdentity
     budget: parts.Budget
     size: parts.Sizes
     loss: parts.Loss | None

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from prunebench.diffusion.sampling import Sampler
 from prunebench.evaluation import cost as counts
 from prunebench.evaluation import latency, semi_structured, variants
+from prunebench.models import precision
 from prunebench.models.conditions import Condition
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
@@ -26,23 +27,34 @@ def cost(job: Job) -> None:
     sealed.check_made_from(job.path("select"), chosen, dense=dense)
     pruned, plan = surgery.load(job.path("select").parent)
     pruned, whole = pruned.to(parallel.device()), dense_model(job).to(parallel.device())
-    fast, plain, kernels = semi_structured.contestants(pruned, whole, plan)
-    samplers = sampler_for(job, fast, plan), sampler_for(job, plain, Plan())
+    own, arithmetic = precision.converted(pruned, job.cell.precision)
+    plain, _ = precision.converted(whole, job.track.undisturbed["precision"])
+    fast, plain, kernels = _on_kernels(own, plain, plan, job.cell.precision)
+    samplers = sampler_for(job, fast, plan), sampler_for(job, plain, Plan(), job.settings.sampling)
     settings = job.track.settings.latency
     sizes = {"forward_batch1": 1, "forward_batch": settings.batch}
     inputs = {name: _inputs(samplers[0], size) for name, size in sizes.items()}
     report = _timed(settings, (fast, plain), samplers, inputs, sizes)
-    full = functools.partial(pruned, *inputs["forward_batch"])
-    report |= {"peak_memory_mb": counts.peak_memory(full, pruned), "kernels": kernels}
+    full = functools.partial(own, *inputs["forward_batch"])
+    report |= {"peak_memory_mb": counts.peak_memory(full, own), "kernels": kernels}
     macs = counts.count_macs(pruned, *inputs["forward_batch1"])
     theirs = counts.count_macs(whole, *inputs["forward_batch1"])
     products = {**macs, **{f"dense_{name}": value for name, value in theirs.items()}}
     job.finish(
         [],
         sealed.made_from(select=chosen, dense=dense),
-        latency=report,
+        latency=report | {"arithmetic": arithmetic},
         size=Costs(**dict(chosen.size), **products),
     )
+
+
+def _on_kernels(
+    pruned: nn.Module, dense: nn.Module, plan: Plan, precision_: str
+) -> tuple[nn.Module, nn.Module, dict | None]:
+    """Both models with 2:4 kernels where the plan has the pattern; there are none for int8."""
+    if precision_ == "int8":
+        return pruned, dense, None
+    return semi_structured.contestants(pruned, dense, plan)
 
 
 def _timed(

@@ -13,7 +13,7 @@ from prunebench.pruning.plan import Plan
 from prunebench.records import sealed
 from prunebench.stages.job import Job
 from prunebench.tracks import plain
-from prunebench.tracks.settings_benchmark import Autoencoder, TextEncoder
+from prunebench.tracks.settings_benchmark import Autoencoder, Sampling, TextEncoder
 from prunebench.training import latents, loop, parallel, prompts
 
 if TYPE_CHECKING:
@@ -79,8 +79,8 @@ def autoencoder(entry: Autoencoder) -> "Coder":
     return Coder(place(entry), entry.scale, entry.batch, parallel.device(), entry.shift)
 
 
-def sampler_for(job: Job, network: nn.Module, plan: Plan) -> Sampler:
-    """The sampler of the model's settings over a network of its kind."""
+def sampler_for(job: Job, network: nn.Module, plan: Plan, way: Sampling | None = None) -> Sampler:
+    """The sampler of the job, or of another sampling, over a network of the model's kind."""
     settings, common, coder = job.settings, job.track.settings.sampling, None
     asked = conditions(job, training=False)
     drawn = common.model_dump(include={"lanes", "size"}, exclude_none=True)
@@ -92,7 +92,7 @@ def sampler_for(job: Job, network: nn.Module, plan: Plan) -> Sampler:
         objective(settings.objective.model_dump()),
         coder.latent_shape(images.shape) if coder else images.shape,
         len(asked) if isinstance(asked, prompts.Prompts) else images.classes,
-        {**plain(settings.sampling), **drawn},
+        {**plain(way or job.sampling), **drawn},
         plan.steps,
         coder.decode if coder else None,
         asked,

@@ -14,7 +14,8 @@ from prunebench.records.parts import Identity, Labels
 from prunebench.records.provenance import provenance
 from prunebench.records.schema import RECORDS, Record
 from prunebench.tracks import RUNS, Cell, Layout, Paths, Track, plain
-from prunebench.tracks.settings_benchmark import Model
+from prunebench.tracks.cells import DEFAULT
+from prunebench.tracks.settings_benchmark import Model, Sampling
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Job:
     @property
     def family(self) -> ModuleType:
         return models.family(self.settings.family)
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the job's images are drawn, or would be."""
+        return self.settings.drawn(self.names.get("sampling", DEFAULT))
 
     @cached_property
     def cell(self) -> Cell:

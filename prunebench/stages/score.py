@@ -32,7 +32,6 @@ from prunebench.tracks import plain
 from prunebench.training import parallel
 from prunebench.training.budget import unspent
 
-DENSE = {"method": "dense", "sparsity": 0.0, "recovery": "none"}  # names of the dense model's cell
 CLIP = "model.safetensors"  # of evaluation.clip
 
 
@@ -45,7 +44,7 @@ def score(job: Job) -> None:
     used, reference, extractor = load(job)
     generated = used.extract(drawn["images"], job.track.settings.evaluation.batch)
     evidence = _evidence(job, generated, reference, drawn, Path(extractor.extractor.weights))
-    undisturbed = job.read("sample", **DENSE)
+    undisturbed = job.read("sample", **job.track.undisturbed)
     others = {"extractor": extractor, "dense_sample": undisturbed}
     made_from = sealed.made_from(**records, **others, method=records["select"].inputs["method"])
     job.finish(
@@ -140,7 +139,9 @@ def _evidence(
     extractor: Path,
 ) -> Evidence:
     settings = plain(job.track.settings.evaluation)
-    undisturbed = artefacts.read_tensors(job.path("sample", **DENSE).with_name(IMAGES))
+    undisturbed = artefacts.read_tensors(
+        job.path("sample", **job.track.undisturbed).with_name(IMAGES)
+    )
     return Evidence(
         generated=generated,
         reference=reference,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from prunebench.diffusion.sampling import shard_range
+from prunebench.models import precision
 from prunebench.pruning import surgery
 from prunebench.records import artefacts, sealed
 from prunebench.records.parts import Sampling
@@ -33,7 +34,8 @@ def draw(job: Job, indices: range) -> tuple[dict[str, Tensor], Sampling]:
     """The cell's images of some indices with their labels, and how they were drawn."""
     settings = job.track.settings.sampling
     network, plan = surgery.load(Path(job.paths.checkpoint).parent)
-    sampler = sampler_for(job, network.to(parallel.device()), plan)
+    network, arithmetic = precision.converted(network.to(parallel.device()), job.cell.precision)
+    sampler = sampler_for(job, network, plan)
     batch, images = job.names.get("batch") or settings.batch, []
     for part in sampler.images(job.cell.seed, indices.start, indices.stop, batch):
         images.append(part)
@@ -45,6 +47,7 @@ def draw(job: Job, indices: range) -> tuple[dict[str, Tensor], Sampling]:
         lanes=sampler.settings["lanes"],
         count=settings.count,
         options=options,
+        arithmetic=arithmetic,
     )
     return {"images": torch.cat(images), "labels": sampler.labels(indices)}, report
 

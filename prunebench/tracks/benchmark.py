@@ -10,7 +10,7 @@ from pathlib import Path
 
 from prunebench.errors import UserError
 from prunebench.tracks import methods
-from prunebench.tracks.cells import RECIPE, UNPRUNED, Cell
+from prunebench.tracks.cells import DEFAULT, RECIPE, UNPRUNED, Cell
 from prunebench.tracks.checks import asset_names, check_recovery
 from prunebench.tracks.layout import RUNS, Paths
 from prunebench.tracks.settings import LEAST_SPARSITY, MOST_SPARSITY, nearest
@@ -24,6 +24,7 @@ from prunebench.tracks.settings_benchmark import (
 from prunebench.tracks.stages import STAGES, needs_of
 
 ROW = ("model", "method", "sparsity", "recovery")
+Row = tuple[str, str, float, str]
 
 
 def _recipe_sparsities(method: methods.Method) -> tuple[float, ...]:
@@ -66,6 +67,22 @@ class Track:
     def dense_seeds(self) -> tuple[int, ...]:
         """Seeds of the dense models' trainings; every cell is run on each."""
         return self.settings.dense_seeds
+
+    @functools.cached_property
+    def axes(self) -> dict[str, tuple]:
+        """Values of the axes that have a folder only where there are several; the first is base."""
+        named = (name for model in self.settings.models.values() for name in model.samplings)
+        return {
+            "dense_seed": self.dense_seeds,
+            "precision": self.settings.precisions,
+            "sampling": tuple(dict.fromkeys((DEFAULT, *named))),
+        }
+
+    @functools.cached_property
+    def undisturbed(self) -> dict:
+        """Of the cell that a model's others are compared with: what is not theirs too."""
+        base = {axis: self.axes[axis][0] for axis in ("precision", "sampling")}
+        return {"method": "dense", "sparsity": 0.0, "recovery": "none", **base}
 
     def dense_seed(self, given: int | None) -> int:
         """Check a dense seed that was given by hand; None stands for the only one."""
@@ -110,18 +127,28 @@ class Track:
         recovery: str,
         seed: int,
         dense_seed: int | None = None,
+        precision: str | None = None,
+        sampling: str | None = None,
     ) -> Cell:
         """A cell given by hand, which need not be one of the track's own.
+
+        Args:
+            precision, sampling: None stands for the track's first.
 
         Raises:
             UserError: one of the names is unknown to the track, or the sparsity impossible.
         """
-        self.model(model)
+        samplings = (DEFAULT, *self.model(model).samplings)
         kind = self.method(method).kind
         inside = LEAST_SPARSITY <= sparsity <= MOST_SPARSITY
         if not inside and not (kind == "none" and sparsity == 0):
             raise UserError(f"sparsity {sparsity} is impossible for {method}: it must be in (0, 1)")
         check_recovery("--recovery", recovery, self.settings.budgets)
+        given = {"precision": precision, "sampling": sampling}
+        for axis, known in (("precision", self.settings.precisions), ("sampling", samplings)):
+            if given[axis] not in (None, *known):
+                said = f"--{axis} {given[axis]}: not a {axis} of {model} in track {self.name}"
+                raise UserError(f"{said}{nearest(given[axis], known)}")
         return Cell(
             track=self.name,
             model=model,
@@ -129,6 +156,8 @@ class Track:
             method=method,
             sparsity=sparsity,
             recovery=recovery,
+            precision=precision or self.settings.precisions[0],
+            sampling=sampling or DEFAULT,
             seed=seed,
         )
 
@@ -147,8 +176,16 @@ class Track:
         asked = self._named("division", self.settings.divisions, division)
         rows = dict.fromkeys(self._rows(asked))
         return [
-            Cell(track=self.name, **dict(zip(ROW, row, strict=True)), dense_seed=dense, seed=seed)
+            Cell(
+                track=self.name,
+                **dict(zip(ROW, row, strict=True)),
+                dense_seed=dense,
+                precision=precision,
+                sampling=sampling,
+                seed=seed,
+            )
             for row in rows
+            for precision, sampling in self._combinations(asked, row)
             for dense in self.dense_seeds
             for seed in self.settings.seeds
         ]
@@ -157,7 +194,18 @@ class Track:
         """What the table of a division is made of."""
         return [Paths(self, cell, runs).score for cell in self.cells(division)]
 
-    def _rows(self, division: Division) -> Iterator[tuple[str, str, float, str]]:
+    def _combinations(self, division: Division, row: Row) -> list[tuple[str, str]]:
+        """The precisions and samplings that a division runs a row in; the first of both first."""
+        model, method, *_ = row
+        precisions, samplings = self.settings.precisions, (DEFAULT, *self.model(model).samplings)
+        # "Dense, fewer steps" is a row to compare with, and another number of steps by itself.
+        if division.compares != "combinations" or self.method(method).kind == "steps":
+            return [(precisions[0], DEFAULT)]
+        wanted = division.samplings or samplings
+        samplings = [name for name in samplings if name in wanted]
+        return list(itertools.product(division.precisions or precisions, samplings))
+
+    def _rows(self, division: Division) -> Iterator[Row]:
         for model, settings in self.settings.models.items():
             for method in self._participants(division):
                 if not _prunes(method, settings):
@@ -170,10 +218,10 @@ class Track:
                         yield model, method.name, sparsity, named
 
     def _participants(self, division: Division) -> list[methods.Method]:
-        """The division's methods and the controls; only to compare recoveries, fewer will do."""
+        """The division's methods, the dense model and, where selections compete, the controls."""
         named = self.methods if division.methods is None else division.methods
         always = [name for name, m in self.methods.items() if m.kind in UNPRUNED]
-        if division.compares != "recoveries":
+        if division.compares in ("selections", "methods"):
             always += [name for name, m in self.methods.items() if m.control]
         return [m for name, m in self.methods.items() if name in named or name in always]
 
@@ -261,16 +309,18 @@ class Track:
         is written down, and a key that is added to the suite later, change no fingerprint.
 
         Args:
-            names: what the stage is called with; only model, dense_seed, method and coder count.
+            names: what the stage is called with; model, dense_seed, method, coder and sampling
+                count.
         """
         model, method = names.get("model", ""), names.get("method", "")
-        own = self.in_force["models"].get(model, {}).get("autoencoder", "")
+        latents = self.in_force["models"].get(model, {}).get("autoencoder", "")
         coder = names.get("coder", "")
         stars = {"models": model, "methods": method}
-        stars |= {"autoencoders": coder or own, "text_encoders": coder}
+        stars |= {"autoencoders": coder or latents, "text_encoders": coder}
         trains = stage == "select" and method in self.methods and self.methods[method].trains
         parts: list[object] = [int(names["dense_seed"])] if stage == "dense" else []
-        for dotted in (*STAGES[stage].depends, *(STAGES["recover"].depends if trains else ())):
+        own = STAGES[stage].depends_on(names.get("sampling", DEFAULT))
+        for dotted in (*own, *(STAGES["recover"].depends if trains else ())):
             entry: object = self.in_force
             keys = dotted.split(".")
             for key in keys:

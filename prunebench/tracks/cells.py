@@ -6,7 +6,8 @@ UNPRUNED = ("none", "steps")  # kinds of methods that only show the dense model
 RECIPE = "recipe"  # the recovery that stands for each method's own
 # Axes of a cell that have a folder only where a track has several values of them.
 AXES = ("dense_seed", "precision", "sampling")
-PRECISIONS, SAMPLINGS = ("fp32",), ("default",)
+PRECISIONS = ("fp32", "bf16", "int8")  # the most precise first, which others are compared with
+DEFAULT = "default"  # the sampling that a model's own `sampling` is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,8 +16,8 @@ class Cell:
 
     Attributes:
         dense_seed: of the dense model's training.
-        precision: of the pruned model's weights and activations; one of PRECISIONS.
-        sampling: the sampler it is drawn with; one of SAMPLINGS.
+        precision: of the network when it is sampled and timed; one of PRECISIONS.
+        sampling: what it is sampled by: DEFAULT, or a name in the model's `samplings`.
         seed: of everything that is drawn after that training.
     """
 
@@ -27,7 +28,7 @@ class Cell:
     sparsity: float
     recovery: str
     precision: str = PRECISIONS[0]
-    sampling: str = SAMPLINGS[0]
+    sampling: str = DEFAULT
     seed: int
 
     @property

@@ -16,13 +16,14 @@ from prunebench.errors import UserError
 from prunebench.evaluation.metrics import metrics
 from prunebench.models import Takes
 from prunebench.tracks import methods
-from prunebench.tracks.cells import RECIPE
+from prunebench.tracks.cells import DEFAULT, PRECISIONS, RECIPE
 from prunebench.tracks.settings import nearest, parse
 from prunebench.tracks.settings_benchmark import (
     BenchmarkSettings,
     Division,
     Model,
     Needs,
+    Sampling,
 )
 from prunebench.tracks.stages import FOLDERS, NEEDY, RESERVED, SEVERAL_GPUS, needs_of
 
@@ -119,11 +120,13 @@ def check(file: Path, settings: BenchmarkSettings) -> None:
             raise asked.refuse(f"divisions.{name}", "the name is taken; choose another")
         for recovery in division.recoveries:
             check_recovery(f"{file}: divisions.{name}.recoveries", recovery, settings.budgets)
+        _check_combinations(asked, f"divisions.{name}", division)
     _check_coders(asked)
     _check_oracle(asked)
     check_needs(file, settings.needs)
     _check_shared_batches(asked)
     _check_dense_seeds(asked)
+    _check_precisions(asked)
 
 
 def asset_names(settings: BenchmarkSettings) -> Iterator[tuple[str, str, str]]:
@@ -195,7 +198,10 @@ def _check_shape(asked: Asked, place: str, model: Model, needed: Takes) -> None:
 def _check_steps(asked: Asked, place: str, model: Model, needed: Takes) -> None:
     """The sampler can do what is asked of it, also in the steps that `fewer_steps` leaves."""
     sampling = model.sampling
-    _check_sampler(asked, place, model, sampling.steps, needed)
+    for key, way in _samplings(model):
+        if key == f"samplings.{DEFAULT}":
+            raise asked.refuse(f"{place}.{key}", "the name is that of `sampling`; choose another")
+        _check_sampler(asked, f"{place}.{key}", model, way, needed)
     for fraction in asked.settings.fewer_steps:
         left = round(sampling.steps * (1 - fraction))
         if not 0 < left < sampling.steps:
@@ -204,19 +210,26 @@ def _check_steps(asked: Asked, place: str, model: Model, needed: Takes) -> None:
                 f"{fraction} fewer of {sampling.steps} steps is {left}; change steps or "
                 "fewer_steps",
             )
-        _check_sampler(asked, place, model, left, needed)
+        fewer = sampling.model_copy(update={"steps": left})
+        _check_sampler(asked, f"{place}.sampling", model, fewer, needed)
 
 
-def _check_sampler(asked: Asked, place: str, model: Model, steps: int, needed: Takes) -> None:
-    sampling, goal = model.sampling, model.objective
+def _samplings(model: Model) -> Iterator[tuple[str, Sampling]]:
+    """Every way to sample a model, and its key."""
+    yield "sampling", model.sampling
+    yield from ((f"samplings.{name}", way) for name, way in model.samplings.items())
+
+
+def _check_sampler(asked: Asked, key: str, model: Model, sampling: Sampling, needed: Takes) -> None:
+    goal, steps = model.objective, sampling.steps
     times = getattr(goal, "train_steps", None)
     try:
         options = samplers.checked(sampling.sampler, steps, sampling.options, goal.name, times)
     except UserError as error:
-        raise UserError(f"{asked.file}: {place}.sampling.{error}") from None
+        raise UserError(f"{asked.file}: {key}.{error}") from None
     if options.reads_variance() and not needed.learns_variance:
         raise asked.refuse(
-            f"{place}.sampling.options.variance_type",
+            f"{key}.options.variance_type",
             "the model predicts no variance; leave it out",
         )
 
@@ -263,8 +276,9 @@ def _guided(model: Model) -> Iterator[str]:
         yield "training.class_dropout"
     if model.recovery.class_dropout:
         yield "recovery.class_dropout"
-    if model.sampling.guidance != 1:
-        yield "sampling.guidance"
+    for key, way in _samplings(model):
+        if way.guidance != 1:
+            yield f"{key}.guidance"
 
 
 def _check_precision(asked: Asked, name: str, model: Model) -> None:
@@ -396,6 +410,53 @@ def _check_dense_seeds(asked: Asked) -> None:
             raise asked.refuse(
                 "dense_seeds", f"model '{name}' is taken as released; it has one dense seed"
             )
+
+
+def _check_precisions(asked: Asked) -> None:
+    """The first precision is what the others are compared with; bf16 is timed in one way only."""
+    given = asked.settings.precisions
+    if list(given) != sorted(given, key=PRECISIONS.index):
+        order = ", ".join(PRECISIONS)
+        raise asked.refuse(
+            "precisions", f"order them as {order}: others are compared with the first"
+        )
+    if "bf16" in given and "bf16" in asked.settings.latency.variants:
+        raise asked.refuse(
+            "latency.variants",
+            "'bf16' is one of the track's precisions, timed anyway; leave it out",
+        )
+
+
+def _check_combinations(asked: Asked, place: str, division: Division) -> None:
+    """What a division crosses is there, with what it is compared with."""
+    named = (name for model in asked.settings.models.values() for name in model.samplings)
+    known = {
+        "precisions": asked.settings.precisions,
+        "samplings": tuple(dict.fromkeys((DEFAULT, *named))),
+    }
+    for key, values in known.items():
+        given = getattr(division, key)
+        if given is None:
+            continue
+        if division.compares != "combinations":
+            raise asked.refuse(
+                f"{place}.{key}", "only divisions that compare combinations have it; leave it out"
+            )
+        for name in given:
+            if name not in values:
+                said = f"unknown {key[:-1]} '{name}'{nearest(name, values)}"
+                raise asked.refuse(f"{place}.{key}", said)
+        if given[0] != values[0]:
+            raise asked.refuse(
+                f"{place}.{key}", f"begin with {values[0]}, which others compare with"
+            )
+    if division.compares == "combinations" and all(
+        len(getattr(division, key) or values) == 1 for key, values in known.items()
+    ):
+        raise asked.refuse(
+            f"{place}.compares",
+            "'combinations' needs several `precisions`, or `samplings` of a model",
+        )
 
 
 def found_methods(file: Path, settings: BenchmarkSettings) -> methods.Found:

@@ -7,6 +7,7 @@ rules ask of a benchmark track; what it has none of (assets, an oracle, shards) 
 import functools
 import hashlib
 import json
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ class Track:
     default_division = DIVISION
     shards = 1
     dense_seeds = (0,)
+    axes = types.MappingProxyType({"dense_seed": (0,)})  # it has no cells
     warnings = ()
 
     @functools.cached_property

@@ -1,10 +1,9 @@
 """Where each artefact of a track lies. The tree stands as literal paths in the Snakefile too."""
 
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 
-from prunebench.tracks.cells import AXES, PRECISIONS, RECIPE, SAMPLINGS, Cell, as_dict
+from prunebench.tracks.cells import RECIPE, Cell, as_dict
 from prunebench.tracks.settings_benchmark import Model
 from prunebench.tracks.stages import LOGS, STAGES
 
@@ -27,7 +26,10 @@ class Layout:
 
     def wildcards(self, stage: str, names: Mapping[str, object]) -> dict[str, object]:
         """The wildcards of a record's path, which `names_of` reads back."""
-        axes = {axis: self._folder(axis, names.get(axis, v[0])) for axis, v in self._axes.items()}
+        axes = {
+            axis: self._folder(axis, names.get(axis, values[0]))
+            for axis, values in self.track.axes.items()
+        }
         found = {**names, **axes, "shards": self.track.shards}
         if "selection" in STAGES[stage].wildcards:
             recovery = str(names["recovery"])
@@ -36,11 +38,13 @@ class Layout:
         return found
 
     def names_of(self, wildcards: Mapping[str, str]) -> dict[str, object]:
-        """What a stage is called with, by the wildcards of its record's path."""
+        """What a stage is called with, by the wildcards of its record's path.
+
+        An axis that the path knows nothing of has the track's first value.
+        """
         names: dict[str, object] = dict(wildcards)
-        for axis, values in self._axes.items():
-            if axis in names:
-                names[axis] = wildcards[axis].removeprefix(f"/{axis}-") or values[0]
+        for axis, values in self.track.axes.items():
+            names[axis] = wildcards.get(axis, "").removeprefix(f"/{axis}-") or values[0]
         if "selection" in names:  # which names a recovery only where it depends on it
             names["recovery"] = names.pop("selection").removeprefix("selection").lstrip("-")
             names["recovery"] = names["recovery"] or "none"
@@ -48,12 +52,7 @@ class Layout:
 
     def _folder(self, axis: str, value: object) -> str:
         """Nothing where the track has one value of an axis."""
-        return "" if len(self._axes[axis]) == 1 else f"/{axis}-{value}"
-
-    @cached_property
-    def _axes(self) -> dict[str, tuple]:
-        values = (tuple(self.track.dense_seeds), PRECISIONS, SAMPLINGS)
-        return dict(zip(AXES, values, strict=True))
+        return "" if len(self.track.axes[axis]) == 1 else f"/{axis}-{value}"
 
     def encode(self, coder: str) -> str:
         return self.record("encode", coder=coder)
@@ -91,7 +90,7 @@ class Paths:
         shards = range(track.shards if track.shards > 1 else 0)
         self.shards = [(r, images_of(r)) for r in (record("shard", shard=i) for i in shards)]
         self.checkpoint = self.select if cell.recovery == "none" else self.recover
-        names |= {"method": "dense", "sparsity": 0.0, "recovery": "none"}
+        names |= track.undisturbed
         self.dense_sample = record("sample")
 
 

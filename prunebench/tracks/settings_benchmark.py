@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, JsonValue, model_validator
 
 from prunebench.records.strict import Strict, WrongKeyError
+from prunebench.tracks.cells import DEFAULT
 from prunebench.tracks.settings import (
     Distinct,
     Fraction,
@@ -25,6 +26,7 @@ from prunebench.training.settings import Rate
 from prunebench.training.settings import Settings as Training
 
 Recovery = Annotated[str, Field(pattern=r"^(none|[a-z][a-z0-9_]*-[a-z0-9]+)$", max_length=100)]
+Precision = Literal["fp32", "bf16", "int8"]
 LEAST = 10  # images: with fewer, precision and recall have too few neighbours
 
 
@@ -146,6 +148,7 @@ class Model(Strict):
     """A dense model: architecture, how it is trained or had, recovered and sampled.
 
     `config` is a family's own settings, or the name of a configuration that its authors published.
+    `samplings`: other ways to sample it, by name, for divisions that compare combinations.
     """
 
     family: Text
@@ -158,6 +161,7 @@ class Model(Strict):
     recovery: Training
     reference: Reference | None = None
     sampling: Sampling
+    samplings: dict[Name, Sampling] = Field({}, max_length=100)
 
     @model_validator(mode="after")
     def _has_weights(self) -> "Model":
@@ -168,6 +172,10 @@ class Model(Strict):
         if self.training is None and self.weights.classes is not None:
             raise WrongKeyError("weights.classes", "other classes must be learnt; add 'training'")
         return self
+
+    def drawn(self, name: str) -> Sampling:
+        """The sampling of a name, "default" or one of `samplings`."""
+        return self.sampling if name == DEFAULT else self.samplings[name]
 
     @property
     def coders(self) -> dict[str, str]:
@@ -210,11 +218,16 @@ class Methods(Strict):
 
 
 class Division(Strict):
-    """One leaderboard; `compares` says what differs between the rows that are ranked together."""
+    """One leaderboard; `compares` says what differs between the rows that are ranked together.
 
-    compares: Literal["selections", "methods", "recoveries"]
+    With `combinations`, every row is run in each of `precisions` and `samplings`, by default all.
+    """
+
+    compares: Literal["selections", "methods", "recoveries", "combinations"]
     recoveries: Some[Recovery]
     methods: Some[Name] | None = None
+    precisions: Some[Precision] | None = None
+    samplings: Some[Name] | None = None
 
 
 class Oracle(Strict):
@@ -302,6 +315,7 @@ class BenchmarkSettings(Strict):
     budgets: dict[Budget, Images] = Field(min_length=1, max_length=100)
     seeds: Some[Seed]
     dense_seeds: Some[Seed] = (0,)
+    precisions: Some[Precision] = ("fp32",)
     checkpoint_seconds: Seconds = 300.0
     sampling: Samples
     latency: Latency

@@ -8,8 +8,12 @@ import string
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from prunebench.tracks.cells import DEFAULT
+
 MODEL = ("model", "dense_seed")
-CELL = (*MODEL, "method", "sparsity", "recovery", "seed")  # its other axes have one value each
+CELL = (*MODEL, "method", "sparsity", "recovery", "seed")  # what is selected and recovered
+DRAWN = (*CELL, "precision", "sampling")  # and then sampled and timed
+SAMPLING = "models.*.sampling"  # with another sampling than the default: models.*.samplings.NAME
 SELECTED = "{model}{dense_seed}/{method}/{sparsity}/{selection}"
 RECOVERED = "{model}{dense_seed}/{method}/{sparsity}/{recovery}"
 LOGS = "logs"  # folder of a track, as the records' folders are
@@ -60,6 +64,14 @@ class Stage:
     def of_cells(self) -> bool:
         return "method" in self.names
 
+    def depends_on(self, sampling: str) -> tuple[str, ...]:
+        """The keys that a job of it depends on whose cell is drawn with a sampling."""
+        if sampling == DEFAULT or "sampling" not in self.names or SAMPLING not in self.depends:
+            return self.depends
+        # `cost` times the dense model, with its default sampling, beside it.
+        kept = [key for key in self.depends if key != SAMPLING or self.name == "cost"]
+        return (*kept, f"models.*.samplings.{sampling}")
+
     @property
     def wildcards(self) -> tuple[str, ...]:
         """Names of the wildcards in its record's path, in their order."""
@@ -68,7 +80,7 @@ class Stage:
 
 _TRAINED = ("budgets", "models.*.recovery")
 _DRAWN = (
-    "models.*.sampling",
+    SAMPLING,
     "sampling.count",
     "sampling.lanes",
     "sampling.size",
@@ -119,15 +131,15 @@ STAGES: dict[str, Stage] = {
             "run a method on the dense model",
             f"{SELECTED}/seed{{seed}}/select.json",
             names=CELL,
-            depends=("models.*.sampling", "methods.parameters.*"),
+            depends=(SAMPLING, "methods.parameters.*"),
         ),
         Stage(
             "cost",
             "measure multiply-accumulates, memory and latency",
             f"{SELECTED}{{precision}}{{sampling}}/seed{{seed}}/cost.json",
-            names=CELL,
+            names=DRAWN,
             depends=(  # but not latency.wait, which changes no result
-                "models.*.sampling",
+                SAMPLING,
                 "latency.batch",
                 "latency.rounds",
                 "latency.warmup",
@@ -148,7 +160,7 @@ STAGES: dict[str, Stage] = {
             "shard",
             "draw a part of a cell's images, where sampling.shards asks for several",
             f"{RECOVERED}{{precision}}{{sampling}}/seed{{seed}}/shard{{shard}}of{{shards}}.json",
-            names=(*CELL, "shard"),
+            names=(*DRAWN, "shard"),
             depends=_DRAWN,
             needs=_needs(10),
         ),
@@ -156,7 +168,7 @@ STAGES: dict[str, Stage] = {
             "sample",
             "draw a cell's images, or gather what its shards drew",
             f"{RECOVERED}{{precision}}{{sampling}}/seed{{seed}}/sample.json",
-            names=CELL,
+            names=DRAWN,
             depends=_DRAWN,
             needs=_needs(10),
         ),
@@ -164,7 +176,7 @@ STAGES: dict[str, Stage] = {
             "score",
             "compute quality and gather everything that is known of a cell",
             f"{RECOVERED}{{precision}}{{sampling}}/seed{{seed}}/score.json",
-            names=CELL,
+            names=DRAWN,
             depends=("evaluation", "models.*.reference"),
             needs=_needs(10),
         ),

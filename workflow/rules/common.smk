@@ -172,7 +172,8 @@ def stage_fingerprint(stage, **names):
     return TRACK.fingerprint(stage, **names)
 
 
-DEPENDING = ("coder", "model", "dense_seed", "method", "plan")  # names that choose settings
+# Names that choose settings.
+DEPENDING = ("coder", "model", "dense_seed", "method", "sampling", "plan")
 
 
 def fingerprint(stage):
@@ -187,7 +188,7 @@ def fingerprint(stage):
 
 
 @functools.cache
-def cell_paths(model, dense_seed, method, sparsity, recovery, seed):
+def cell_paths(model, dense_seed, method, sparsity, recovery, seed, precision, sampling):
     cell = tracks.Cell(
         track=TRACK.name,
         model=model,
@@ -195,6 +196,8 @@ def cell_paths(model, dense_seed, method, sparsity, recovery, seed):
         method=method,
         sparsity=float(sparsity),
         recovery=recovery,
+        precision=precision,
+        sampling=sampling,
         seed=int(seed),
     )
     return tracks.Paths(TRACK, cell)
@@ -203,7 +206,7 @@ def cell_paths(model, dense_seed, method, sparsity, recovery, seed):
 def paths(wildcards):
     """The artefacts of the cell that a job's wildcards name."""
     names = names_of(wildcards)
-    return cell_paths(*(names[name] for name in STAGES["select"].names))
+    return cell_paths(*(names[name] for name in STAGES["score"].names))
 
 
 def artefact(name):
