@@ -31,7 +31,16 @@ __all__ = [
     "instances",
     "published",
 ]
-_FUNCTIONS = ("build", "layers", "remove_layer", "widths", "weights", "features", "refresh")
+_FUNCTIONS = (
+    "build",
+    "layers",
+    "remove_layer",
+    "copy_layer",
+    "widths",
+    "weights",
+    "features",
+    "refresh",
+)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from prunebench.models import unet
@@ -23,6 +24,7 @@ BRANCHES = {"attn1": "norm1", "attn2": "norm2", "ff": "norm3"}  # sub-layers, ea
 
 weights = unet.weights  # every convolution and matrix
 refresh = unet.refresh
+copy_layer = unet.copy_layer
 
 
 class ConditionalUNet(UNet2DConditionModel):
@@ -86,6 +88,13 @@ class TransformerBlock(nn.Module):
         }
 
 
+class Passed(nn.Module):
+    """Stands where a whole transformer stood, its projections included."""
+
+    def forward(self, hidden_states: Tensor, *_: object, **__: object) -> tuple[Tensor]:
+        return (hidden_states,)
+
+
 def build(config: dict) -> ConditionalUNet:
     """`config` holds UNet2DConditionModel's own keys, and `classes` for class-conditional LDMs."""
     config = dict(config)
@@ -106,16 +115,17 @@ def layers(model: ConditionalUNet, granularity: str) -> list[Layer]:
     """ResNet blocks without their shortcut, and transformer blocks ("block") or their sub-layers.
 
     The sub-layers ("branch") are self-attention, cross-attention and feed-forward, each with its
-    LayerNorm.
+    LayerNorm. The transformers of SnapFusion and BK-SDM ("whole") are one or more transformer
+    blocks in a row with the norm and the projections around them.
     """
+    wanted = {"whole": Transformer2DModel, "block": TransformerBlock}
     units = []
-    for name, module in model.named_modules():
+    for name, module in unet.originals(model):
         if isinstance(module, ResnetBlock2D):
-            shortcut = parameter_count(module.conv_shortcut) if module.use_in_shortcut else 0
-            units.append(Layer(name, parameter_count(module) - shortcut))
-        elif isinstance(module, TransformerBlock) and granularity == "block":
-            units.append(Layer(name, parameter_count(module)))
-        elif isinstance(module, TransformerBlock):
+            units.append(unet.resnet(name, module))
+        elif isinstance(module, wanted.get(granularity, ())):
+            units.append(Layer(name, parameter_count(module), copyable=True))
+        elif isinstance(module, TransformerBlock) and granularity == "branch":
             units += [Layer(f"{name}.{branch}", size) for branch, size in module.sizes().items()]
     return units
 
@@ -124,7 +134,9 @@ def remove_layer(model: ConditionalUNet, name: str) -> None:
     """Bypass a unit; a transformer block without sub-layers is bypassed as a whole."""
     path, _, leaf = name.rpartition(".")
     block = model.get_submodule(path)
-    if not isinstance(block, TransformerBlock):
+    if isinstance(model.get_submodule(name), Transformer2DModel):
+        model.set_submodule(name, Passed())
+    elif not isinstance(block, TransformerBlock):
         unet.remove_layer(model, name)
     elif set(block.sizes()) == {leaf}:
         unet.remove_layer(model, path)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from prunebench.models.activations import run
 from prunebench.models.official import Layout
 from prunebench.models.precision import takes_single
+from prunebench.models.repeats import repeat
 from prunebench.models.units import (
     Layer,
     Width,
@@ -189,8 +190,8 @@ def layers(model: DiT, granularity: str) -> list[Layer]:
     for index, block in enumerate(model.blocks):
         if isinstance(block, Bypass):
             continue
-        if granularity == "block":
-            units.append(Layer(f"blocks.{index}", parameter_count(block)))
+        if granularity != "branch":
+            units.append(Layer(f"blocks.{index}", parameter_count(block), copyable=True))
             continue
         present = [branch for branch in BRANCHES if getattr(block, branch) is not None]
         modulation = parameter_count(block.adaLN_modulation) // len(present)
@@ -199,6 +200,10 @@ def layers(model: DiT, granularity: str) -> list[Layer]:
             for branch in present
         ]
     return units
+
+
+def copy_layer(model: DiT, name: str) -> None:
+    repeat(model.get_submodule(name))
 
 
 def remove_layer(model: DiT, name: str) -> None:
@@ -215,9 +220,9 @@ def widths(model: DiT) -> list[Width]:
     """Attention heads and MLP hidden neurons of each block; the residual stream keeps its width."""
     return filled(
         unit
-        for index, block in enumerate(model.blocks)
+        for name, block in model.named_modules()
         if isinstance(block, Block)
-        for unit in _block_widths(f"blocks.{index}", block)
+        for unit in _block_widths(name, block)
     )
 
 
@@ -254,10 +259,11 @@ def neurons(name: str, mlp: Mlp) -> Width:
 def weights(model: DiT) -> list[str]:
     """The matrices of the blocks' attention and MLP; embedders, modulation and head stay dense."""
     names = [
-        f"blocks.{index}.{name}.weight"
-        for index, block in enumerate(model.blocks)
-        for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-        if getattr(block, name.split(".")[0], None) is not None
+        f"{name}.{matrix}.weight"
+        for name, block in model.named_modules()
+        if isinstance(block, Block)
+        for matrix in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+        if getattr(block, matrix.split(".")[0]) is not None
     ]
     return unemptied(model, names)
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from prunebench.models.conditions import Condition
     from prunebench.models.units import Layer, Width
 
-Granularity = Literal["block", "branch"]
+Granularity = Literal["whole", "block", "branch"]
 
 
 class Network(Protocol):
@@ -60,16 +60,23 @@ class Family(Protocol):
         """
 
     def layers(self, model: nn.Module, granularity: Granularity) -> list[Layer]:
-        """What can be bypassed, in the order it runs: whole blocks, or the branches of blocks.
+        """What can be bypassed, in the order it runs: blocks, or the branches of blocks.
 
         `parameters` of a layer is what the network loses with it. Families whose blocks have one
-        branch answer both alike.
+        branch answer both alike. "whole" are blocks with the projections around them, where a
+        family has such; else it is "block".
         """
 
     def remove_layer(self, model: nn.Module, name: str) -> None:
         """Bypass a layer in place, as if it wrote nothing into the residual stream.
 
         Its parameters leave the network. Afterwards `layers` no longer lists it.
+        """
+
+    def copy_layer(self, model: nn.Module, name: str) -> None:
+        """Run a `copyable` layer once more right behind itself (`prunebench.models.repeats`).
+
+        The copy has weights of its own, equal to the layer's: `layer.parameters` more.
         """
 
     def widths(self, model: nn.Module) -> list[Width]:

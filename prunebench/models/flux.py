@@ -35,6 +35,7 @@ from prunebench.models.configs.flux import PATCH, Config
 from prunebench.models.dit import keep_rows
 from prunebench.models.official import Layout
 from prunebench.models.precision import takes_single
+from prunebench.models.repeats import is_copy, repeat
 from prunebench.models.units import (
     Layer,
     Width,
@@ -252,11 +253,17 @@ def layers(model: Flux, granularity: str) -> list[Layer]:
     """Whole blocks ("block"); or the branches of double-stream blocks, and single-stream blocks."""
     units = []
     for name, block in _blocks(model).items():
+        if is_copy(name):
+            continue
         if granularity == "branch" and isinstance(block, DoubleBlock):
             units += [Layer(f"{name}.{branch}", size) for branch, size in block.sizes().items()]
         else:
-            units.append(Layer(name, parameter_count(block)))
+            units.append(Layer(name, parameter_count(block), copyable=True))
     return units
+
+
+def copy_layer(model: Flux, name: str) -> None:
+    repeat(model.get_submodule(name), places=(1, 0))  # blocks return the text's stream first
 
 
 def remove_layer(model: Flux, name: str) -> None:

@@ -2,7 +2,7 @@
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch_pruning
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prunebench.models.official import Layout
 from prunebench.models.precision import takes_single
+from prunebench.models.repeats import is_copy, repeat
 from prunebench.models.units import (
     Layer,
     Member,
@@ -69,13 +70,28 @@ def _attentions(model: UNet) -> dict[str, Attention]:
 def layers(model: UNet, granularity: str) -> list[Layer]:
     """ResNet blocks without their shortcut, and attention layers, at either granularity."""
     units = []
-    for name, module in model.named_modules():
+    for name, module in originals(model):
         if isinstance(module, ResnetBlock2D):
-            shortcut = parameter_count(module.conv_shortcut) if module.use_in_shortcut else 0
-            units.append(Layer(name, parameter_count(module) - shortcut))
+            units.append(resnet(name, module))
         elif isinstance(module, Attention):
-            units.append(Layer(name, parameter_count(module)))
+            units.append(Layer(name, parameter_count(module), copyable=True))
     return units
+
+
+def originals(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules with their names, but for copies."""
+    return ((name, module) for name, module in model.named_modules() if not is_copy(name))
+
+
+def resnet(name: str, block: ResnetBlock2D) -> Layer:
+    """A ResNet block without its shortcut; one that changes width or size can't run twice."""
+    shortcut = parameter_count(block.conv_shortcut) if block.use_in_shortcut else 0
+    alike = not (block.use_in_shortcut or block.upsample or block.downsample)
+    return Layer(name, parameter_count(block) - shortcut, copyable=alike)
+
+
+def copy_layer(model: UNet, name: str) -> None:
+    repeat(model.get_submodule(name))
 
 
 def remove_layer(model: UNet, name: str) -> None:

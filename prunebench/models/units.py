@@ -6,13 +6,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+# Of layers, from coarse to fine: blocks with the projections around them, blocks, their branches.
+GRANULARITIES = ("whole", "block", "branch")
+
 
 @dataclass(frozen=True)
 class Layer:
-    """A residual block or branch that can be bypassed."""
+    """A residual block or branch that can be bypassed, or run once more where it is `copyable`."""
 
     name: str
     parameters: int
+    copyable: bool = False
 
 
 @dataclass(frozen=True)

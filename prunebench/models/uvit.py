@@ -21,6 +21,7 @@ from prunebench.models import dit
 from prunebench.models.activations import run
 from prunebench.models.official import Layout
 from prunebench.models.precision import takes_single
+from prunebench.models.repeats import COPIES, copies, is_copy, repeat
 from prunebench.models.units import Layer, Width, filled, parameter_count, unemptied
 
 NORMS = {"attn": "norm1", "mlp": "norm2"}  # of each residual branch, in the order they run
@@ -176,6 +177,8 @@ def layers(model: UViT, granularity: str) -> list[Layer]:
     """Whole blocks ("block"), or their attention and MLP branches ("branch"), without the joins."""
     units = []
     for name, block in _blocks(model).items():
+        if is_copy(name):
+            continue
         sizes = {
             branch: parameter_count(getattr(block, branch))
             + parameter_count(getattr(block, NORMS[branch]))
@@ -184,8 +187,14 @@ def layers(model: UViT, granularity: str) -> list[Layer]:
         if granularity == "branch":
             units += [Layer(f"{name}.{branch}", size) for branch, size in sizes.items()]
         elif sizes:
-            units.append(Layer(name, sum(sizes.values())))
+            size = sum(sizes.values()) + sum(map(parameter_count, copies(block)))
+            units.append(Layer(name, size, copyable=True))
     return units
+
+
+def copy_layer(model: UViT, name: str) -> None:
+    """The copy of an out-block has no join: its long skip has come in already."""
+    repeat(model.get_submodule(name)).skip_linear = None
 
 
 def remove_layer(model: UViT, name: str) -> None:
@@ -196,6 +205,8 @@ def remove_layer(model: UViT, name: str) -> None:
     block = model.get_submodule(name)
     for branch in block.branches():
         block.drop(branch)
+    if copies(block):
+        setattr(block, COPIES, nn.ModuleList())
 
 
 def widths(model: UViT) -> list[Width]:

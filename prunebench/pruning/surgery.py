@@ -7,7 +7,7 @@ neither the method that made the plan nor a dependency graph.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from prunebench import models
 from prunebench.errors import CellError, UserError
-from prunebench.models.units import Width
+from prunebench.models.units import GRANULARITIES, Width
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.targets import UNIFORM
 from prunebench.records import artefacts
@@ -42,8 +42,7 @@ def apply(
     if plan.kept:
         units = {unit.name: unit for unit in widths}
         shrink(model, [(units[name], kept) for name, kept in plan.kept.items()])
-    for name in plan.layers:
-        family.remove_layer(model, name)
+    _restack(model, plan, family)
     for name, mask in plan.masks.items():
         weight = model.get_parameter(name).detach()
         _set_parameter(model, name, weight * mask.to(weight.device))
@@ -51,29 +50,67 @@ def apply(
     return model
 
 
+def _restack(model: nn.Module, plan: Plan, family: ModuleType) -> None:
+    """Bypass layers and copy others."""
+    for name in plan.layers:
+        family.remove_layer(model, name)
+    for name in plan.copies:
+        family.copy_layer(model, name)
+
+
 def check(
     model: nn.Module, plan: Plan, family: ModuleType, widths: Sequence[Width] | None = None
 ) -> None:
     """Every unit a plan names must exist; only a width that may be empty can lose everything."""
-    layers = {
-        u.name for granularity in ("block", "branch") for u in family.layers(model, granularity)
-    }
-    _known("layer", plan.layers, layers)
+    layers = {u.name: u for g in GRANULARITIES for u in family.layers(model, g)}
+    _known("layer", (*plan.layers, *plan.copies), layers)
     _check_overlap(plan.layers)
+    _check_copies(plan, {name for name, layer in layers.items() if layer.copyable})
+    changes = []
     if plan.kept:
         units = {unit.name: unit for unit in widths or family.widths(model)}
         _known("width", plan.kept, units)
-        for name, kept in plan.kept.items():
-            _check_kept(units[name], kept)
+        changes = [(units[name], kept) for name, kept in plan.kept.items()]
+        for unit, kept in changes:
+            _check_kept(unit, kept)
+    _check_masks(model, plan, family, changes)
+
+
+def _check_copies(plan: Plan, copyable: Collection[str]) -> None:
+    for name in plan.copies:
+        if name not in copyable:
+            raise CellError(
+                f"the plan copies layer '{name}', which can't run twice: it changes the number of "
+                "channels, takes a skip connection, or is part of a block"
+            )
+        if any(f"{name}.".startswith(f"{gone}.") for gone in plan.layers):
+            raise CellError(f"the plan copies layer '{name}', all of which it removes")
+
+
+def _check_masks(
+    model: nn.Module,
+    plan: Plan,
+    family: ModuleType,
+    changes: Sequence[tuple[Width, tuple[int, ...]]],
+) -> None:
+    """Masks have the shape that is left of their weights, all of which exist and stay."""
     _known("maskable weight", plan.masks, set(family.weights(model)))
+    if plan.masks and plan.copies:
+        raise CellError("a plan that copies layers can't mask weights: the copies' have no masks")
     named = re.fullmatch(r"unstructured|[1-9]\d*:[1-9]\d*", plan.pattern or "")
     if bool(plan.masks) != bool(named) and not (plan.pattern == UNIFORM and plan.kept):
         raise CellError(
             f"the plan has {len(plan.masks)} masks and the pattern {plan.pattern!r}; "
             "masks come with 'unstructured' or 'N:M', kept widths with 'uniform' or none"
         )
+    if plan.pattern == UNIFORM and (plan.layers or plan.copies or plan.masks):
+        raise CellError("a plan of the pattern 'uniform' removes widths and nothing else")
+    staying = _staying(model, changes) if plan.masks else {}
     for name, mask in plan.masks.items():
-        shape = model.get_parameter(name).shape
+        if any(name.startswith(f"{gone}.") for gone in plan.layers):
+            raise CellError(f"the plan masks '{name}', which goes with a layer that it removes")
+        sizes = enumerate(model.get_parameter(name).shape)
+        shape = torch.Size(len(staying.get((name, axis), range(size))) for axis, size in sizes)
         if mask.shape != shape or mask.dtype != torch.bool:
             raise CellError(
                 f"the mask of '{name}' is {mask.dtype} {tuple(mask.shape)}, "
@@ -223,8 +260,7 @@ def _rebuilt(content: Mapping, plan: Plan, state: dict[str, Tensor]) -> nn.Modul
     family = models.family(content["family"])
     with init_empty_weights(include_buffers=False):
         model = family.build(content["config"])
-        for name in plan.layers:
-            family.remove_layer(model, name)
+        _restack(model, plan, family)
     for name, parameter in list(model.named_parameters()):
         if parameter.shape != state[name].shape:
             _set_parameter(model, name, state[name])

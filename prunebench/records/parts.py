@@ -366,6 +366,7 @@ class Plan(Part):
     """What was removed (see prunebench.pruning.plan); masks are beside the weights."""
 
     layers: tuple[str, ...]
+    copies: tuple[str, ...] = ()
     kept: dict[str, tuple[int, ...]]
     pattern: str | None
     steps: float

@@ -114,11 +114,12 @@ def _told(job: Job) -> dict:
     method, settings = job.track.method(job.cell.method), job.settings
     plan = artefacts.read_json(job.path("select").with_name(surgery.PLAN))["plan"]
     kept = {name: tuple(indices) for name, indices in plan["kept"].items()}
+    names = {name: tuple(plan[name]) for name in ("layers", "copies")}
     expected = settings.reference
     return {
         "expected": Expected(**expected.model_dump()) if expected else None,
         "released": settings.weights is not None and settings.training is None,
-        "plan": Plan(**{**plan, "layers": tuple(plan["layers"]), "kept": kept}),
+        "plan": Plan(**{**plan, **names, "kept": kept}),
         "parameters": {**method.parameters, **job.track.parameters(job.cell)},
         "settings": shared_settings(job),
     }
