@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     _leaderboard_command(commands)
     _assets_command(commands)
     _progress_command(commands)
+    _plan_command(commands)
     listing = commands.add_parser("methods", help="list the methods of a track")
     listing.add_argument("--track", default="embedded")
     listing.set_defaults(run=_methods, stage="methods")
@@ -124,6 +125,19 @@ def _progress_command(commands) -> None:
     view = _command(commands, "progress", _progress, help_)
     view.add_argument("--division", help="a division of the track, or all; default: its first")
     view.add_argument("--watch", type=float, metavar="SECONDS", help="look again every so often")
+
+
+def _plan_command(commands) -> None:
+    help_ = "estimate what a track would cost: jobs, hours, disk and money"
+    sub = commands.add_parser("plan", help=help_, description=help_)
+    sub.add_argument("track", help="a track of config/, or a YAML file")
+    sub.add_argument("--division", help="a division of the track; default: all, and the oracle")
+    sub.add_argument("--runs", type=Path, default=tracks.RUNS, help="folder of the artefacts")
+    sub.add_argument("--gpu", default="a100", help="whose stated peak to reckon with")
+    sub.add_argument("--price", type=float, help="of one GPU for an hour")
+    sub.add_argument("--start", action="store_true", help="what a workflow says when it starts: "
+                     "one line, of what is unfinished, if the disk can hold it")  # fmt: skip
+    sub.set_defaults(run=_plan, stage="plan")
 
 
 # ---- running a command
@@ -248,6 +262,25 @@ def _progress(arguments: argparse.Namespace) -> None:
         progress.watch(track, arguments.division, arguments.runs, arguments.watch)
     else:
         sys.stdout.write(progress.show(track, arguments.division, arguments.runs) + "\n")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from prunebench.progress import forecast
+
+    track = tracks.load(arguments.track)
+    divisions = [arguments.division] if arguments.division else track.divisions
+    found = forecast.forecast(
+        track,
+        divisions,
+        arguments.runs,
+        arguments.gpu,
+        oracle=not arguments.division,
+        unfinished=arguments.start,
+    )
+    if arguments.start:
+        forecast.check_disk(found, arguments.runs)
+    told = forecast.in_one_line if arguments.start else forecast.report
+    sys.stdout.write(told(found, arguments.price) + "\n")
 
 
 def _methods(arguments: argparse.Namespace) -> None:
