@@ -131,12 +131,14 @@ def _plan_command(commands) -> None:
     help_ = "estimate what a track would cost: jobs, hours, disk and money"
     sub = commands.add_parser("plan", help=help_, description=help_)
     sub.add_argument("track", help="a track of config/, or a YAML file")
-    sub.add_argument("--division", help="a division of the track; default: all, and the oracle")
+    sub.add_argument("--division", action="append", help="a division of the track, several times "
+                     "for several; default: all, and the oracle")  # fmt: skip
     sub.add_argument("--runs", type=Path, default=tracks.RUNS, help="folder of the artefacts")
     sub.add_argument("--gpu", default="a100", help="whose stated peak to reckon with")
     sub.add_argument("--price", type=float, help="of one GPU for an hour")
     sub.add_argument("--start", action="store_true", help="what a workflow says when it starts: "
                      "one line, of what is unfinished, if the disk can hold it")  # fmt: skip
+    sub.add_argument("--any-disk", action="store_true", help="with --start: don't look at the disk")
     sub.set_defaults(run=_plan, stage="plan")
 
 
@@ -268,16 +270,15 @@ def _plan(arguments: argparse.Namespace) -> None:
     from prunebench.progress import forecast
 
     track = tracks.load(arguments.track)
-    divisions = [arguments.division] if arguments.division else track.divisions
     found = forecast.forecast(
         track,
-        divisions,
+        arguments.division or track.divisions,
         arguments.runs,
         arguments.gpu,
         oracle=not arguments.division,
         unfinished=arguments.start,
     )
-    if arguments.start:
+    if arguments.start and not arguments.any_disk:
         forecast.check_disk(found, arguments.runs)
     told = forecast.in_one_line if arguments.start else forecast.report
     sys.stdout.write(told(found, arguments.price) + "\n")

@@ -45,6 +45,7 @@ def project(tmp_path_factory) -> Project:
 def test_a_killed_run_goes_on_where_it_was(project):
     assert 20 <= len([p for p in project.before if p.name == "score.json"]) < CELLS
     assert project.status == 0, project.output[-3000:]
+    assert re.search(rf"smoke: {CELLS} cells, \d+ jobs, about .* core hours", project.output)
     after = project.records()
     assert {file: after[file] for file in project.before} == project.before
     assert len(project.scores()) == CELLS
@@ -70,6 +71,12 @@ def test_a_second_call_has_nothing_to_do(project):
     assert status == 0
     assert "Nothing to be done" in output
     assert project.records() == before
+
+
+def test_a_misspelt_key_of_config_is_named(project):
+    status, output = project.run("snakemake", "-n", "--config", "trak=smoke")
+    assert status != 0
+    assert "--config trak=...: unknown key; known: track, keep, disk" in output
 
 
 def test_snakemake_plans_only_when_something_has_happened(project):

@@ -2,6 +2,7 @@
 import contextlib
 import functools
 import inspect
+import subprocess
 from pathlib import Path
 
 from snakemake.exceptions import WorkflowError
@@ -23,8 +24,13 @@ def in_one_line():
         raise WorkflowError(str(error))
 
 
+KEYS = ("track", "keep", "disk")  # of --config
+LONG = 100  # jobs of a run that says at its start what it will cost
+
 ARGUMENT = str(config.get("track", "embedded"))
 with in_one_line():
+    if unknown := [name for name in config if name not in KEYS]:
+        raise UserError(f"--config {unknown[0]}=...: unknown key; known: {', '.join(KEYS)}")
     TRACK = tracks.load_any(ARGUMENT)
     SETTINGS = config_hash(TRACK.in_force)
     if workflow.is_main_process:
@@ -68,9 +74,25 @@ def prepare():
             slurm.resubmit_preempted(snakemake_executor_plugin_slurm)
             prefix = workflow.executor_settings.jobname_prefix
             run.cancel_leftover_jobs(RUN_LOCK, prefix, logger.warning)
+        if TRACK.kind == "benchmark":
+            say_what_it_will_cost(list(workflow.dag.needrun_jobs()))
         unseen = run.unseen_jobs(workflow.dag)
         own = "" if "keep" in config else SETTINGS
         run.adopt_unseen_records(unseen, adopt, own, config_of, ARGUMENT)
+
+
+def say_what_it_will_cost(jobs):
+    """Hours and disk of a long run, which is refused where the disk can't hold it."""
+    if len(jobs) < LONG:
+        return
+    made = {file for job in jobs for file in job.output}
+    asked = [division for division, records in SCORES.items() if not made.isdisjoint(records)]
+    words = ["plan", ARGUMENT, "--start", *(f"--division={division}" for division in asked)]
+    words += ["--any-disk"] * (config.get("disk") == "any")
+    done = subprocess.run(["prunebench", *words], capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(done.stderr.strip().removeprefix("prunebench: "))
+    logger.info(done.stdout.strip())
 
 
 def adopt(job):
