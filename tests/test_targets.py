@@ -1,5 +1,8 @@
 """Targets: exact counts, exact patterns, deterministic ties, and targets that cannot be met."""
 
+import itertools
+import math
+
 import pytest
 import tiny
 import torch
@@ -251,3 +254,83 @@ def test_most_is_what_can_go_and_no_more(name, kind):
     if kind == "unstructured":
         with pytest.raises(CellError, match="weights can be masked"):
             tiny.plan(name, kind, most + 1e-4)
+
+
+# Ranking.
+
+
+def _rows(*sizes: int, kinds: str = "heads") -> tuple[torch.nn.Module, list[Width]]:
+    """Matrices [size, 3] whose rows are a width each that may be empty, of the kinds in turn."""
+    model = torch.nn.ModuleList(torch.nn.Linear(3, size, bias=False) for size in sizes)
+    named = zip(sizes, itertools.cycle(kinds.split()))
+    return model, [
+        Width(f"{i}.{kind}", n, (Member(f"{i}.weight", 0, torch.arange(n).view(-1, 1)),), 1, True)
+        for i, (n, kind) in enumerate(named)
+    ]
+
+
+def test_a_global_rank_takes_the_lowest_wherever_they_are():
+    """A third of nine equal channels: two of the first width and one of the last."""
+    model, units = _rows(2, 3, 4)
+    values = [[2.0, 1.0], [9.0, 8.0, 7.0], [5.0, 4.0, 0.0, 6.0]]
+    scores = {u.name: torch.tensor(value) for u, value in zip(units, values, strict=True)}
+    plan = targets.plan_ranked(model, units, scores, 3 / 9)
+    assert plan.kept == {"0.heads": (), "2.heads": (0, 1, 3)}
+    local = targets.plan_ranked(model, units, scores, 3 / 9, "local")
+    assert local.kept == {"0.heads": (0,), "1.heads": (0, 1), "2.heads": (0, 1, 3)}
+
+
+POOLS = {
+    "global": [["0.heads", "1.neurons", "2.heads", "3.neurons"]],
+    "kinds": [["0.heads", "2.heads"], ["1.neurons", "3.neurons"]],
+    "local": [["0.heads"], ["1.neurons"], ["2.heads"], ["3.neurons"]],
+}
+
+
+@pytest.mark.parametrize("stays", [0.9, 0.8, 0.55, 0.3])
+@pytest.mark.parametrize("scope", targets.SCOPES)
+def test_of_every_pool_the_highest_floor_of_its_share_stays(scope, stays):
+    """With equal channels a target in parameters is one in channels."""
+    model, units = _rows(20, 40, 20, 80, kinds="heads neurons")
+    generator = torch.Generator().manual_seed(0)
+    scores = {unit.name: torch.rand(unit.size, generator=generator) for unit in units}
+    plan = targets.plan_ranked(model, units, scores, 1 - stays, scope)
+    for pool in POOLS[scope]:
+        ranked = torch.cat([scores[name] for name in pool]).sort(descending=True).values
+        kept = torch.cat([scores[name][list(plan.kept[name])] for name in pool])
+        count = math.floor(len(ranked) * stays + 1e-9)
+        assert torch.equal(kept.sort(descending=True).values, ranked[:count])
+
+
+@pytest.mark.parametrize("sparsity", [0.1, 0.3, 0.5])
+@pytest.mark.parametrize("scope", targets.SCOPES)
+def test_ranked_plans_meet_their_target_within_one_unit(core, scope, sparsity):
+    model, family = tiny.dense(core), tiny.INSTANCES[core].module
+    units, generator = family.widths(model), torch.Generator().manual_seed(1)
+    scores = {unit.name: torch.randn(unit.size, generator=generator) for unit in units}
+    plan = targets.plan_ranked(model, units, scores, sparsity, scope)
+    unit = targets.tolerance(model, [], units, plan)
+    assert abs(_checked(core, plan, sparsity) - sparsity) <= unit
+    assert len({len(kept) for kept in plan.kept.values()}) > 1
+
+
+def test_only_ranked_widths_lose_channels():
+    context = tiny.context("dit", sparsity=0.1)
+    scores = {u.name: torch.rand(u.size) for u in context.widths() if u.name.endswith("neurons")}
+    assert set(context.plan_ranked(scores).kept) <= set(scores)
+
+
+def test_what_may_not_be_empty_keeps_a_channel_of_each_group():
+    model, family = tiny.dense("unet"), tiny.INSTANCES["unet"].module
+    units = family.widths(model)
+    scores = {unit.name: torch.full((unit.size,), float(i)) for i, unit in enumerate(units)}
+    kept = targets.plan_ranked(model, units, scores, 0.6).kept
+    grouped = [unit for unit in units if unit.name in kept and not unit.may_be_empty]
+    assert min(len(kept[unit.name]) - unit.groups for unit in grouped) == 0
+    assert surgery.apply(model, Plan(kept=kept), family)
+
+
+def test_an_unknown_scope_is_refused():
+    model, units = _rows(4)
+    with pytest.raises(CellError, match="scope is 'glob'; known: global, kinds, local"):
+        targets.plan_ranked(model, units, {"0.heads": torch.rand(4)}, 0.5, "glob")

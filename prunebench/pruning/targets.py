@@ -4,6 +4,7 @@ A target is the fraction of the denoiser's parameters that goes (for masks: is z
 go first. A plan may miss its target by one unit: one layer, one channel per normalisation group.
 """
 
+import bisect
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,7 @@ from prunebench.models.precision import precise
 from prunebench.models.units import Layer, Width, parameter_count
 from prunebench.pruning.plan import Plan
 
+SCOPES = ("global", "kinds", "local")  # of what is ranked together: see `plan_ranked`
 UNIFORM = "uniform"  # a plan's pattern where every width loses the same share of its channels
 
 
@@ -96,6 +98,79 @@ def _highest(scores: Tensor, unit: Width, removed: int) -> tuple[int, ...]:
     offset = torch.arange(unit.groups).unsqueeze(1) * (unit.size // unit.groups)
     stays = (order + offset)[:, removed // unit.groups :]
     return tuple(sorted(stays.flatten().tolist()))
+
+
+def plan_ranked(
+    model: nn.Module,
+    units: Sequence[Width],
+    scores: Mapping[str, Tensor],
+    sparsity: float,
+    scope: str = "global",
+    **notes,
+) -> Plan:
+    """Rank channels and remove the lowest until the target is met; widths may lose unequal shares.
+
+    Args:
+        units: the widths that are ranked; others keep all their channels.
+        scores: for each width's name, one score per channel, [size].
+        scope: "global" compares all scores, "kinds" those of all heads, of all neurons and so on,
+            "local" those of a width. Every pool of scores that are compared loses the same share;
+            of the n of a pool floor(n * (1 - share)) stay.
+
+    Under a normalisation one channel of each group goes at a time, ranked by their mean score. A
+    width that may be empty can lose all its channels, but not by a local ranking.
+
+    Raises:
+        CellError: scores are missing or not finite numbers, or the scope is none of these.
+    """
+    _check_channels(units, scores)
+    sizes, order = Sizes(model, units), _removal_order(units, scores, scope)
+    target = sparsity * sizes.total
+
+    def counts(length: int) -> dict[str, int]:
+        rounds = order[:length].bincount(minlength=len(units)).tolist()
+        return {u.name: count * u.groups for u, count in zip(units, rounds, strict=True)}
+
+    def removed(length: int) -> int:
+        return sizes.removed(counts(length))
+
+    reaching = bisect.bisect_left(range(len(order)), target, key=removed)
+    length = min((max(reaching - 1, 0), reaching), key=lambda k: abs(removed(k) - target))
+    gone = counts(length)
+    kept = {u.name: _highest(scores[u.name].cpu(), u, gone[u.name]) for u in units if gone[u.name]}
+    return Plan(kept=kept, notes=notes)
+
+
+def _removal_order(units: Sequence[Width], scores: Mapping[str, Tensor], scope: str) -> Tensor:
+    """Which width loses a channel of every normalisation group, first to last: indices of `units`.
+
+    The j-th of a pool's n goes as soon as the share that is removed exceeds (j - 1) / n.
+    """
+    pools: dict[str, list[int]] = {}
+    for index, unit in enumerate(units):
+        pools.setdefault(_pool(unit, scope), []).append(index)
+    owners, shares = [], []
+    for members in pools.values():
+        parts = [_rounds(units[i], scores[units[i].name], scope == "local") for i in members]
+        owner = torch.tensor(members).repeat_interleave(torch.tensor([len(p) for p in parts]))
+        owners.append(owner[torch.cat(parts).argsort(stable=True)])
+        total = sum(units[i].size // units[i].groups for i in members)
+        shares.append(torch.arange(len(owner), dtype=torch.float64) / total)
+    return torch.cat(owners)[torch.cat(shares).argsort(stable=True)]
+
+
+def _pool(unit: Width, scope: str) -> str:
+    """What a width's channels are compared with."""
+    pools = {"global": "", "kinds": unit.name.rpartition(".")[2], "local": unit.name}
+    if scope not in pools:
+        raise CellError(f"scope is '{scope}'; known: {', '.join(SCOPES)}")
+    return pools[scope]
+
+
+def _rounds(unit: Width, scores: Tensor, one_stays: bool) -> Tensor:
+    """The ascending mean scores of a width's rounds over its normalisation groups."""
+    found = precise(scores).cpu().view(unit.groups, -1).sort(dim=1).values.mean(0)
+    return found if unit.may_be_empty and not one_stays else found[:-1]
 
 
 def plan_uniform(

@@ -178,6 +178,17 @@ class Context:
         """Remove the lowest-scored channels of every width at one ratio that meets the target."""
         return targets.plan_widths(self.model, self.widths(), scores, self.sparsity, **notes)
 
+    def plan_ranked(
+        self, scores: Mapping[str, Tensor], scope: str = "global", **notes: object
+    ) -> Plan:
+        """Remove the lowest-ranked channels of the widths that have scores until the target is met.
+
+        `scope` says what is compared: "global" all, "kinds" heads with heads and so on, "local" the
+        channels of a width.
+        """
+        units = [unit for unit in self.widths() if unit.name in scores]
+        return targets.plan_ranked(self.model, units, scores, self.sparsity, scope, **notes)
+
     def plan_uniform(self, scores: Mapping[str, Tensor], **notes: object) -> Plan:
         """Remove the lowest-scored channels of every width, the target being each width's share."""
         return targets.plan_uniform(self.widths(), scores, self.sparsity, **notes)
