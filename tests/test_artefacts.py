@@ -1,6 +1,8 @@
 """Files appear whole or not at all."""
 
 import json
+import os
+import subprocess
 
 import pytest
 import torch
@@ -71,6 +73,20 @@ def test_two_late_copies_of_a_job_do_not_mix(tmp_path):
     artefacts.write_atomically(file, outer)
     assert file.read_bytes() == b"outer" and len(set(seen)) == 2
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_what_killed_processes_left_goes_with_the_next_write(tmp_path):
+    """Of this machine, of the same file, of processes that are no more; and nothing else."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    node, dead, own = os.uname().nodename, ended.pid, os.getpid()
+    gone = [f".a.json.{node}-{dead}-0123abcd.part"]
+    kept = [f".a.json.{node}-{own}-0123abcd.part", f".b.json.{node}-{dead}-0123abcd.part"]
+    kept += [f".a.json.other-{dead}-0123abcd.part", ".a.json.mine.part", "a.json"]
+    for name in gone + kept:
+        (tmp_path / name).write_text("half")
+    artefacts.write_json(tmp_path / "a.json", {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
 def test_missing_and_corrupt_json_are_named(tmp_path):

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -371,9 +372,25 @@ def test_a_full_tmp_leaves_tmpdir(monkeypatch, tmp_path):
 
     monkeypatch.setattr(tempfile, "mkdtemp", full)
     monkeypatch.setattr(tempfile, "gettempdir", lambda: "/var/tmp")
-    folder = warm._folder()
+    folder = warm._folder(7)
     Path(folder).rmdir()
-    assert folder.startswith("/var/tmp/prunebench-")
+    assert folder.startswith("/var/tmp/prunebench-7-")
+
+
+def test_what_killed_runs_left_goes_with_the_next_one(monkeypatch, tmp_path):
+    """Folders of owners that are no more and where nobody listens, and no others."""
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    names = {f"prunebench-{ended.pid}-dead": True, f"prunebench-{os.getpid()}-alive": False}
+    names |= {f"prunebench-{ended.pid}-served": False, "prunebench-gpus-0": False, "other": False}
+    for name in names:
+        (tmp_path / name).mkdir()
+    (tmp_path / f"prunebench-{ended.pid}-dead" / "log").touch()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / f"prunebench-{ended.pid}-served" / "socket"))
+        listener.listen()
+        warm._clear(tmp_path)
+    assert {folder.name for folder in tmp_path.iterdir()} == {n for n in names if not names[n]}
 
 
 SLOW = "import time\nPath = __import__('pathlib').Path\nPath({file!r}).touch()\ntime.sleep(60)\n"

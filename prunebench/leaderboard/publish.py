@@ -2,12 +2,16 @@
 
 import json
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 from prunebench.errors import UserError
-from prunebench.records.artefacts import write_atomically, write_json
+from prunebench.records.artefacts import (
+    forget_abandoned,
+    temporary_name,
+    write_atomically,
+    write_json,
+)
 
 MANIFEST = "manifest.json"  # the names of what the last build wrote
 
@@ -25,7 +29,9 @@ def publish(out: Path, files: Mapping[str, bytes]) -> None:
     stale = sorted(_listed(out) - set(files))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix=".building-", dir=out))
+        forget_abandoned(out / "board")
+        building = out / temporary_name("board")
+        building.mkdir()
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}") from error
     try:

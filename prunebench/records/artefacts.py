@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable
@@ -15,16 +16,18 @@ from prunebench.errors import UserError
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary sibling of `path`, then rename it; never leaves half a file.
 
-    The temporary name is unique, so that two late copies of one job cannot mix their bytes.
+    The temporary name is unique, so that two late copies of one job cannot mix their bytes. What
+    killed processes left of earlier tries goes.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
         temporary.replace(path)
+        forget_abandoned(path)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free space or mend permissions and "
@@ -33,6 +36,33 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         with contextlib.suppress(OSError):  # it must not hide the error that is on its way
             temporary.unlink(missing_ok=True)
+
+
+def temporary_name(name: str) -> str:
+    """A new name beside `name`, which says which process of which machine has made it."""
+    return f".{name}.{os.uname().nodename}-{os.getpid()}-{secrets.token_hex(4)}.part"
+
+
+def forget_abandoned(path: Path) -> None:
+    """Remove temporary siblings of `path` whose process, of this machine, is no more."""
+    own = re.compile(rf"\.{re.escape(path.name)}\.(.+)-([0-9]+)-[0-9a-f]{{8}}\.part")
+    for entry in os.scandir(path.parent):
+        made_by = own.fullmatch(entry.name)
+        if made_by and made_by[1] == os.uname().nodename and not _alive(int(made_by[2])):
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                Path(entry).unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
 
 
 def write_json(path: Path, content: dict) -> None:

@@ -16,6 +16,7 @@ Where nobody answers nothing was started, so the client does the work itself; af
 Only light parts of the standard library are imported here: the client starts in milliseconds.
 """
 
+import atexit
 import contextlib
 import json
 import os
@@ -72,7 +73,10 @@ def start(owner: int, preload: Iterable[str], main: str) -> str | None:
     except (AttributeError, OSError):
         return None
     try:
-        return _serve(_folder(), owner, lifeline, preload, main)
+        folder = _folder(owner)
+        if owner == os.getpid():  # a server that is killed leaves it
+            atexit.register(_remove, folder)
+        return _serve(folder, owner, lifeline, preload, main)
     except OSError as error:
         sys.stderr.write(f"prunebench: no warm server ({error}); every job imports for itself\n")
         return None
@@ -80,15 +84,35 @@ def start(owner: int, preload: Iterable[str], main: str) -> str | None:
         os.close(lifeline)
 
 
-def _folder() -> str:
-    """A new private folder, whose path leaves room for a socket's, which are short."""
+def _folder(owner: int) -> str:
+    """A new private folder, whose path leaves room for a socket's, which are short.
+
+    Those that owners left which were killed, and their servers too, go.
+    """
     import tempfile
 
     places = [place for place in ("/tmp", tempfile.gettempdir()) if len(place) < MOST_CHARACTERS]
     for place in places:
         with contextlib.suppress(OSError):
-            return tempfile.mkdtemp(prefix="prunebench-", dir=place)  # mode 0700
+            _clear(Path(place))
+            return tempfile.mkdtemp(prefix=f"prunebench-{owner}-", dir=place)  # mode 0700
     raise OSError(f"no folder can be made in {' or '.join(places)}")
+
+
+def _clear(place: Path) -> None:
+    """Remove the folders of killed owners in which nobody listens any more."""
+    for folder in place.glob("prunebench-*-*"):
+        owner = folder.name.split("-")[1]
+        if owner.isdigit() and not Path("/proc", owner).exists():
+            with socket.socket(socket.AF_UNIX) as client:
+                if client.connect_ex(str(folder / "socket")):
+                    _remove(folder)  # not another user's, whose folders are theirs alone
+
+
+def _remove(folder: str | Path) -> None:
+    import shutil  # not needed by the client
+
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _serve(folder: str, owner: int, lifeline: int, preload: Iterable[str], main: str) -> str:
