@@ -28,6 +28,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 QUIET_SECONDS = 20  # after the run has ended, until which its helpers must be gone
+# What Snakemake itself leaves in TMPDIR when it is killed, and torch's cache of kernels.
+NOT_OURS = ("snakemake", "torchinductor_")
 KINDS = ("snakemake", "server", "client", "job", "child")
 
 
@@ -172,7 +174,8 @@ class Harness:
         left = [f"process {process} ({kind})" for process, kind in alive]
         halves = [*folder.rglob("*.part"), *(folder / "runs").rglob("training")]
         servers = [d for pid in self.owners for d in Path("/tmp").glob(f"prunebench-{pid}-*")]
-        return left + [str(file) for file in (*halves, *servers, *(self.place / "tmp").iterdir())]
+        others = [d for d in (self.place / "tmp").iterdir() if not d.name.startswith(NOT_OURS)]
+        return left + [str(file) for file in (*halves, *servers, *others)]
 
 
 def _ended(run: subprocess.Popen, seconds: float) -> bool:

@@ -1,6 +1,7 @@
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -111,6 +112,7 @@ def test_several_files_are_one_folder(register, tmp_path):
     with pytest.raises(UserError, match="pair is incomplete: pair/b is missing"):
         assets.locate("pair")
     (folder / "b").write_text("abc")
+    store.note(folder / "b", ABC)
     assert assets.locate("pair") == folder
     (folder / "b").write_text("abd")
     with pytest.raises(UserError, match=f"instead of {ABC[:8]};"):
@@ -374,11 +376,14 @@ def test_a_missing_asset_stops_the_workflow_before_any_job(tmp_path, monkeypatch
     monkeypatch.setenv("PRUNEBENCH_MIRROR", str(tmp_path / "mirror"))
     root, project = Path(__file__).parents[1], tmp_path / "project"
     project.mkdir()
-    for part in ("Snakefile", "workflow", "methods", "config", "envs"):
+    for part in ("Snakefile", "workflow", "methods", "envs"):
         (project / part).symlink_to(root / part)
+    shutil.copytree(root / "config", project / "config")
+    mine = "base: celeba64\ntitle: On the CPU\nneeds: {default: {cpu_instead: true}}\n"
+    (project / "config" / "mine.yaml").write_text(mine)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     result = subprocess.run(
-        ["snakemake", "--cores", "1", "--config", "track=celeba64"],
+        ["snakemake", "--cores", "1", "--config", "track=mine"],
         cwd=project,
         env={**os.environ, "PATH": path},
         capture_output=True,

@@ -325,6 +325,24 @@ def test_a_latent_track_runs_through_all_stages(track, tmp_path):
         tiny.run("sample", split, tmp_path, cell, batch=batch)
         again = artefacts.read_tensors(Path(paths.sample).parent / IMAGES)["images"]
         assert torch.equal(again, drawn)
+    _assert_held_to_its_autoencoder(track, tmp_path, cell)
+
+
+def _assert_held_to_its_autoencoder(track: tracks.Track, runs: Path, cell: tracks.Cell) -> None:
+    """Its files are those that encoded what the model trained on, or nothing is decoded by them."""
+    folder = Path(track.coder("tiny")[1].folder)
+    for file in (folder / "config.json", folder / WEIGHTS):
+        before = file.read_bytes()
+        file.write_bytes(before + b" ")
+        try:
+            for stage_name in ("cost", "sample"):
+                with pytest.raises(UserError, match=f"{folder} is not the autoencoder that"):
+                    tiny.run(stage_name, track, runs, cell)
+        finally:
+            file.write_bytes(before)
+    sampled = sealed.read(tracks.Paths(track, cell, runs).sample)
+    assert {name for name in sampled.inputs if name.startswith("autoencoder/")} == {
+        "autoencoder/config.json", f"autoencoder/{WEIGHTS}"}  # fmt: skip
 
 
 def test_latent_training_data_are_latents(track, tmp_path):

@@ -375,7 +375,8 @@ def test_prompts_decide_what_is_drawn_and_a_clip_scores_it(
     runs, job = tmp_path / "runs", tiny.job("dense", track, tmp_path / "runs", model="tiny")
     with pytest.raises(UserError, match=r"encode\.json does not exist"):
         conditions(job, training=True)
-    tiny.run("encode", track, runs, coder="tiny_text")
+    for coder in ("tiny", "tiny_text"):
+        tiny.run("encode", track, runs, coder=coder)
     record = tiny.run("dense", track, runs, model="tiny")
     network, plan = surgery.load(record.parent)
     sampler = sampler_for(job, network, plan)
@@ -390,7 +391,7 @@ def test_prompts_decide_what_is_drawn_and_a_clip_scores_it(
     content["evaluation"]["clip"] = "clip_vit_b16"
     track = tiny.track(track.name, content, track.methods)
     monkeypatch.setattr(
-        stage.assets, "locate", lambda name: clip if "clip" in name else store.locate(name)
+        stage, "located", lambda job, name: clip if "clip" in name else store.locate(name)
     )
     drawn = {"images": images, "labels": torch.arange(4)}
     settings = tracks.plain(track.settings.evaluation)
@@ -400,7 +401,7 @@ def test_prompts_decide_what_is_drawn_and_a_clip_scores_it(
         images=images,
         prompts=stage._prompts(job, drawn["labels"]),
         settings=settings,
-        weights=stage._weights(settings),
+        weights=stage._weights(job, settings),
     )
     found = stage._qualities(evidence)
     texts = dataset(job).reference_captions[:4]

@@ -138,8 +138,7 @@ def _from_source(file: File, source: str, part: Path, target: Path) -> None:
 
 
 def _digest(path: Path, algorithm: str) -> str:
-    status = path.stat()
-    return store.digest(path, algorithm, status.st_mtime_ns, status.st_size)
+    return store.digest_of(path, algorithm)
 
 
 def _packed(file: File, source: str) -> bool:

@@ -43,13 +43,17 @@ def _candidate(wanted: Asset, mirror: Path | None) -> Asset | None:
 
 
 def _record_unpublished(wanted: Asset, mirror: Path | None) -> None:
-    """Hold files for which no hash is published to the content they have now, and say so."""
+    """Hold files to the content they have now that no published SHA-256 fixes, and say so.
+
+    What agrees with a part of a hash, or with an MD5, is pinned without a warning.
+    """
     new = []
     for file in wanted.files:
         path = store.root_of(wanted, file, mirror) / file.path
-        if store.expectation(wanted, file, path, mirror) is None:
+        if not file.whole and store.recorded(wanted, file, path, mirror) is None:
+            store.check_published(wanted, file, path, mirror)
             _note(wanted, store.cache_folder() / file.path, sha256(path))
-            new.append(str(path))
+            new += [] if file.checksum else [str(path)]
     if new:
         log.warning(
             "asset %s is UNVERIFIED: no published hash is recorded for %s. Its sha256 is kept from "
@@ -101,7 +105,7 @@ def _convert(wanted: Asset, mirror: Path | None) -> None:
         except BaseException:
             discard(part)
             raise
-    if made.checksum is None:
+    if not made.whole:
         _note(wanted, target, sha256(target))
 
 

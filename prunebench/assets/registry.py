@@ -33,6 +33,11 @@ class File:
     size: int | None = None
 
     @property
+    def whole(self) -> bool:
+        """Whether what is published fixes the content: a full SHA-256, not its first digits."""
+        return self.sha256 is not None and len(self.sha256) == 64
+
+    @property
     def checksum(self) -> tuple[str, str] | None:
         """(algorithm, hexadecimal digest or its first digits), None if none is published."""
         if self.sha256:

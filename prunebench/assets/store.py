@@ -1,9 +1,9 @@
 """Finding and verifying files; nothing here uses the network.
 
 A file is looked for in the mirror folder (air-gapped machines), then in the cache, then, if it is
-packaged, in the package, and is never used before its checksum has been verified. Where none is
-published, `fetch` has recorded the file's SHA-256 beside it in `<file>.sha256`, in the format of
-sha256sum, and that is what the file is held to from then on.
+packaged, in the package, and is never used before its checksum has been verified. Where no whole
+SHA-256 is published (nothing, its first digits, an MD5), `fetch` has recorded it beside the file in
+`<file>.sha256`, in the format of sha256sum, and that is what the file is held to from then on.
 """
 
 import hashlib
@@ -19,7 +19,19 @@ DATA = Path(__file__).parents[1] / "data"
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("PRUNEBENCH_CACHE") or Path.home() / ".cache" / "prunebench")
+    return folder_of("PRUNEBENCH_CACHE") or Path.home() / ".cache" / "prunebench"
+
+
+def folder_of(variable: str) -> Path | None:
+    """The folder that an environment variable names, None where it names none.
+
+    `~` is expanded: a shell leaves it where it stands in quotes or in a file of settings.
+    """
+    named = os.environ.get(variable)
+    try:
+        return Path(named).expanduser() if named else None
+    except RuntimeError as error:  # of a user who is not known
+        raise UserError(f"{variable}={named!r}: {error}") from None
 
 
 def roots(wanted: Asset, mirror: Path | None = None) -> list[Path]:
@@ -28,7 +40,7 @@ def roots(wanted: Asset, mirror: Path | None = None) -> list[Path]:
     Args:
         mirror: default the environment variable PRUNEBENCH_MIRROR.
     """
-    mirror = mirror or os.environ.get("PRUNEBENCH_MIRROR")
+    mirror = mirror or folder_of("PRUNEBENCH_MIRROR")
     folders = [mirror, cache_folder(), DATA if wanted.packaged else None]
     return [Path(folder) for folder in folders if folder]
 
@@ -80,16 +92,27 @@ def _verified(wanted: Asset, mirror: Path | None) -> Path:
 
 
 def check(wanted: Asset, file: File, path: Path, mirror: Path | None = None) -> None:
-    """Raise UserError unless `path` has the checksum that `file` must have."""
-    expected = expectation(wanted, file, path, mirror)
-    if expected is None:
+    """Raise UserError unless `path` has what is published of `file`, and its full SHA-256."""
+    check_published(wanted, file, path, mirror)
+    if file.whole:
+        return
+    noted = recorded(wanted, file, path, mirror)
+    if noted is None:
         raise UserError(
-            f"asset {wanted.name}: no hash is published for {path} and none was recorded yet; "
-            f"`prunebench assets fetch {wanted.name}` records it"
+            f"asset {wanted.name}: no whole sha256 is published for {path} and none was recorded "
+            f"yet; `prunebench assets fetch {wanted.name}` records it"
         )
-    algorithm, value = expected
-    status = path.stat()
-    found = digest(path, algorithm, status.st_mtime_ns, status.st_size)
+    _compare(wanted, path, "sha256", noted, mirror)
+
+
+def check_published(wanted: Asset, file: File, path: Path, mirror: Path | None = None) -> None:
+    """Raise UserError unless `path` agrees with as much of a checksum as is published."""
+    if file.checksum:
+        _compare(wanted, path, *file.checksum, mirror)
+
+
+def _compare(wanted: Asset, path: Path, algorithm: str, value: str, mirror: Path | None) -> None:
+    found = digest_of(path, algorithm)
     if not found.startswith(value):
         raise UserError(
             f"asset {wanted.name}: {path} is not the expected file, its {algorithm} is {found} "
@@ -97,15 +120,11 @@ def check(wanted: Asset, file: File, path: Path, mirror: Path | None = None) -> 
         )
 
 
-def expectation(
-    wanted: Asset, file: File, path: Path, mirror: Path | None = None
-) -> tuple[str, str] | None:
-    """The published checksum of `file`, or the one recorded beside `path` or in another root."""
-    if file.checksum:
-        return file.checksum
+def recorded(wanted: Asset, file: File, path: Path, mirror: Path | None = None) -> str | None:
+    """The SHA-256 recorded beside `path` or in another root."""
     others = [root / file.path for root in roots(wanted, mirror)]
     notes = [note_of(place) for place in (path, *others)]
-    return next((("sha256", _noted(note)) for note in notes if note.is_file()), None)
+    return next((_noted(note) for note in notes if note.is_file()), None)
 
 
 def note_of(path: Path) -> Path:
@@ -130,16 +149,21 @@ def hashes(wanted: Asset) -> dict[str, str]:
     """File -> SHA-256 of what is used: of the alternative where that is what is there."""
     choices = [wanted, *map(asset, wanted.alternatives)]
     used = next(choice for choice in choices if present(choice))
-    return {file.path: _sha256(root_of(used, file) / file.path) for file in used.files}
+    return {file.path: digest_of(root_of(used, file) / file.path) for file in used.files}
 
 
-def _sha256(path: Path) -> str:
-    return digest(path, "sha256", path.stat().st_mtime_ns, path.stat().st_size)
+def digest_of(path: Path, algorithm: str = "sha256") -> str:
+    """Hash of a file, computed once in a process and again when the file was written since.
+
+    Nothing but setting the machine's clock back changes a file and leaves its `st_ctime_ns`.
+    """
+    now = path.stat()
+    return digest(path, algorithm, now.st_mtime_ns, now.st_size, now.st_ctime_ns, now.st_ino)
 
 
 @cache
-def digest(path: Path, algorithm: str, mtime_ns: int, size: int) -> str:
-    """Hash of `path`, computed again only when the file changes (the last two arguments)."""
+def digest(path: Path, algorithm: str, *state: int) -> str:
+    """Hash of `path` in a state."""
     with path.open("rb") as handle:
         return hashlib.file_digest(handle, algorithm).hexdigest()
 

@@ -104,9 +104,10 @@ class Autoencoder:
         official.assign(module, stored, self.layout, str(self.file), torch.float32)
         return module.eval().requires_grad_(False).to(self.device)
 
-    def sha256(self) -> str:
-        """Hash of the weights' file."""
-        return sha256(self.file)
+    def sha256(self) -> dict[str, str]:
+        """Hashes of the weights' file and, where there is one, the configuration's."""
+        files = [self.file, *([self.place / "config.json"] if self.place.is_dir() else [])]
+        return {file.name: sha256(file) for file in files}
 
     def latent_shape(self, image: tuple[int, int, int]) -> tuple[int, int, int]:
         """(C, h, w) of the latents of images (C, H, W)."""

@@ -6,7 +6,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from prunebench import assets
 from prunebench.errors import CellError, UserError
 from prunebench.evaluation import cost
 from prunebench.models import official
@@ -14,7 +13,7 @@ from prunebench.pruning import targets
 from prunebench.pruning.plan import Plan
 from prunebench.records import artefacts
 from prunebench.records.parts import Weights
-from prunebench.stages.inputs import trained_on, training_data
+from prunebench.stages.inputs import located, trained_on, training_data
 from prunebench.stages.job import Job
 from prunebench.stages.work import checkpoints_of, save, training_report
 from prunebench.tracks import plain
@@ -89,15 +88,17 @@ def _begun(job: Job) -> tuple[nn.Module, Weights | None]:
     weights, config = settings.weights, settings.config
     if weights is None:
         return _built(job), None
-    place = assets.locate(weights.asset) if weights.asset else Path(weights.file)
+    place = located(job, weights.asset) if weights.asset else Path(weights.file)
     file, classes = official.denoiser_of(place), weights.classes
+    sha256 = artefacts.sha256(file)
     released = {**config, "classes": classes} if classes else config
     dtype = getattr(torch, weights.dtype)
     network = official.load(settings.family, released, file, weights.layout, dtype)
     log.info("%s: %d parameters from %s", job.model, cost.count_parameters(network), file)
     if classes:
         network = official.with_classes(network, settings.family, config)
-    sha256 = artefacts.sha256(file)
+    if artefacts.sha256(file) != sha256:
+        raise UserError(f"{file} was changed while it was read; run the same command again")
     return network, Weights(name=file.name, sha256=sha256, place=str(file), given=plain(weights))
 
 

@@ -1,6 +1,5 @@
 """Training images as latents, or captions as embeddings: computed once for all cells."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +10,7 @@ from prunebench.records.parts import Weights
 from prunebench.records.provenance import PACKAGE, code_hash
 from prunebench.stages.inputs import autoencoder, data_set, dataset, place, shape
 from prunebench.stages.job import Job
+from prunebench.tracks.settings_benchmark import TextEncoder as Entry
 from prunebench.training import latents, parallel, prompts
 
 if TYPE_CHECKING:
@@ -21,29 +21,37 @@ if TYPE_CHECKING:
 def encode(job: Job) -> None:
     """Encode the training set once; an interrupted start goes on with the part it was at."""
     kind, entry = job.track.coder(job.names["coder"])
-    index, count, coder = {"autoencoder": _latents, "text_encoder": _prompts}[kind](job, entry)
-    weights = Weights(name=coder.place.name, sha256=coder.sha256(), place=str(coder.place))
+    coder = {"autoencoder": autoencoder, "text_encoder": _text_encoder}[kind](job, entry)
+    before = coder.sha256()
+    identity = _identity(job, before)
+    index, count = {"autoencoder": _latents, "text_encoder": _prompts}[kind](job, coder, identity)
+    if coder.sha256() != before:
+        raise UserError(f"{coder.place} was changed while it was read; run the same command again")
+    weights = Weights(name=coder.place.name, sha256=before, place=str(coder.place))
     job.finish([index], data_set(job), kind=kind, weights=weights, count=count)
 
 
-def _latents(job: Job, entry: Mapping) -> tuple[Path, int, "Autoencoder"]:
-    images, coder = dataset(job), autoencoder(entry)
-    data, identity = (images.train_images, images.train_labels), _identity(job, coder.sha256())
+def _latents(job: Job, coder: "Autoencoder", identity: dict) -> tuple[Path, int]:
+    images = dataset(job)
+    data = images.train_images, images.train_labels
     index = latents.encode(job.record.parent, *data, coder, images.flip, identity)
-    return index, len(images.train_labels), coder
+    return index, len(images.train_labels)
 
 
-def _prompts(job: Job, entry: Mapping) -> tuple[Path, int, "TextEncoder"]:
+def _text_encoder(job: Job, entry: Entry) -> "TextEncoder":
     from prunebench.diffusion.text_encoder import TextEncoder  # slow to import
 
+    side, device = shape(job)[1], parallel.device()
+    return TextEncoder(place(job, entry), entry.batch, side, entry.tokens, device)
+
+
+def _prompts(job: Job, coder: "TextEncoder", identity: dict) -> tuple[Path, int]:
     images = dataset(job)
     if not images.reference_captions:
         raise UserError(f"dataset.name: {job.track.settings.dataset.name} has no captions")
-    side, device = shape(job)[1], parallel.device()
-    coder = TextEncoder(place(entry), entry.batch, side, entry.tokens, device)
     told = images.train_captions, images.reference_captions
-    index = prompts.encode(job.record.parent, *told, coder, _identity(job, coder.sha256()))
-    return index, sum(map(len, told)) + 1, coder
+    index = prompts.encode(job.record.parent, *told, coder, identity)
+    return index, sum(map(len, told)) + 1
 
 
 def _identity(job: Job, weights: object) -> dict:

@@ -11,7 +11,7 @@ from prunebench.evaluation import classifier, features
 from prunebench.records import artefacts
 from prunebench.records.parts import Extractor as Report
 from prunebench.records.schema import FeatureExtractor
-from prunebench.stages.inputs import data_set, dataset, shape
+from prunebench.stages.inputs import check_data, data_set, dataset, located, shape
 from prunebench.stages.job import Job
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ def extractor(job: Job) -> None:
         weights = job.file(CLASSIFIER)
         artefacts.write_tensors(weights, model.state_dict())
     else:
-        weights = assets.locate(settings.asset)
+        weights = located(job, settings.asset)
     loaded = features.load_extractor(settings.name, weights)
     found = loaded.extract(images.reference_images, job.track.settings.evaluation.batch)
     compared = {name: found[name] for name in ("features", "spatial")}  # no metric reads logits
@@ -56,9 +56,11 @@ def load(job: Job) -> tuple[features.Extractor, dict[str, Tensor], FeatureExtrac
     """The feature extractor, what it found in the reference images, and its record.
 
     Raises:
-        UserError: its weights are no longer those that the reference features are of.
+        UserError: its weights, or the data set, are no longer those that the reference features
+            are of.
     """
     record = job.read("extractor")
+    check_data(job, "extractor", record)
     used, weights = record.extractor, Path(record.extractor.weights)
     if not weights.exists() or artefacts.sha256(weights) != used.sha256:
         raise UserError(

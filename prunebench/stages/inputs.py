@@ -8,9 +8,12 @@ from torch import nn
 from prunebench import assets
 from prunebench.diffusion.objectives import objective
 from prunebench.diffusion.sampling import Sampler
+from prunebench.errors import UserError
 from prunebench.models.conditions import CLASSES, Conditions
 from prunebench.pruning.plan import Plan
 from prunebench.records import sealed
+from prunebench.records.parts import Identity
+from prunebench.records.schema import Assets, Record
 from prunebench.stages.job import Job
 from prunebench.tracks import plain
 from prunebench.tracks.settings_benchmark import Autoencoder, Sampling, TextEncoder
@@ -20,8 +23,37 @@ if TYPE_CHECKING:
     from prunebench.diffusion.autoencoder import Autoencoder as Coder
 
 
+def located(job: Job, name: str) -> Path:
+    """The verified file or folder of an asset, the very one that the run began with.
+
+    Raises:
+        UserError: as `assets.locate`; or `assets.json` of the track has another hash of it.
+    """
+    place, record = assets.locate(name), job.path("assets")
+    if record.exists():  # not where a stage is run by hand
+        identity = Identity(stage="assets", track=job.track.name)
+        began = sealed.read(record, Assets, identity, payload=False).assets.get(name, {})
+        now = assets.hashes(assets.asset(name))
+        changed = [file for file, value in began.items() if now.get(file) != value]
+        if changed:
+            raise UserError(
+                f"asset {name}: {changed[0]} is another file than when the run began ({record} has "
+                f"its sha256); put that back, or delete {record}, which computes anew what rests "
+                "on it"
+            )
+    return place
+
+
 def dataset(job: Job) -> assets.Dataset:
+    for name in _data_assets(job):
+        located(job, name)
     return assets.load_dataset(**job.track.settings.dataset.model_dump())
+
+
+def _data_assets(job: Job) -> list[str]:
+    """The data set and, where it is an asset of its own, the reference."""
+    given = job.track.settings.dataset
+    return [name for name in (given.name, given.reference) if name not in ("held_out", "train")]
 
 
 def shape(job: Job) -> tuple[int, int, int]:
@@ -31,11 +63,15 @@ def shape(job: Job) -> tuple[int, int, int]:
 
 def data_set(job: Job) -> dict[str, str]:
     """Hashes of the files of the data set and its reference, as a record's `inputs` name them."""
-    given = job.track.settings.dataset
-    names = [given.name, given.reference]
-    wanted = [assets.asset(name) for name in names if name not in ("held_out", "train")]
-    hashes = [assets.hashes(one) for one in wanted]
+    hashes = [assets.hashes(assets.asset(name)) for name in _data_assets(job)]
     return {f"dataset/{file}": value for found in hashes for file, value in found.items()}
+
+
+def check_data(job: Job, stage: str, record: Record, **changes: object) -> None:
+    """Refuse a record that was made of another data set than there is now; `changes` as `read`."""
+    used = {name for name in record.inputs if name.startswith("dataset/")}
+    now = {name: value for name, value in data_set(job).items() if name in used} if used else {}
+    sealed.check_made_from(job.path(stage, **changes), record, **now)
 
 
 def trained_on(job: Job) -> dict[str, str]:
@@ -68,15 +104,37 @@ def conditions(job: Job, training: bool) -> Conditions:
     return prompts.Prompts(job.path("encode", coder=name).parent, training)
 
 
-def place(entry: Autoencoder | TextEncoder) -> Path:
+def place(job: Job, entry: Autoencoder | TextEncoder) -> Path:
     """Folder of an autoencoder or of text encoders."""
-    return assets.locate(entry.asset) if entry.asset else Path(entry.folder)
+    return located(job, entry.asset) if entry.asset else Path(entry.folder)
 
 
-def autoencoder(entry: Autoencoder) -> "Coder":
+def autoencoder(job: Job, entry: Autoencoder) -> "Coder":
     from prunebench.diffusion.autoencoder import Autoencoder as Coder  # slow to import
 
-    return Coder(place(entry), entry.scale, entry.batch, parallel.device(), entry.shift)
+    return Coder(place(job, entry), entry.scale, entry.batch, parallel.device(), entry.shift)
+
+
+def decoder(job: Job, name: str) -> "Coder":
+    """The autoencoder that decodes a model's latents, the one whose latents it was trained on.
+
+    Raises:
+        UserError: its files are no longer those that encoded the training images.
+    """
+    coder, record = autoencoder(job, job.track.coder(name)[1]), job.path("encode", coder=name)
+    encoded = job.read("encode", payload=False, coder=name)
+    if coder.sha256() != encoded.weights.sha256:
+        raise UserError(
+            f"{coder.place} is not the autoencoder that {record} was made by; put that back, or "
+            "delete the record and run again"
+        )
+    return coder
+
+
+def decoded_by(job: Job, name: str) -> dict[str, str]:
+    """The decoder, as a record's `inputs` name it: by what encoded the training images."""
+    weights = job.read("encode", payload=False, coder=name).weights
+    return {f"autoencoder/{file}": value for file, value in weights.sha256.items()}
 
 
 def sampler_for(job: Job, network: nn.Module, plan: Plan, way: Sampling | None = None) -> Sampler:
@@ -86,7 +144,7 @@ def sampler_for(job: Job, network: nn.Module, plan: Plan, way: Sampling | None =
     drawn = common.model_dump(include={"lanes", "size"}, exclude_none=True)
     images = assets.data_set(job.track.settings.dataset.name)
     if settings.autoencoder:
-        coder = autoencoder(job.track.coder(settings.autoencoder)[1])
+        coder = decoder(job, settings.autoencoder)
     return Sampler(
         network,
         objective(settings.objective.model_dump()),

@@ -9,7 +9,7 @@ from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
 from prunebench.records import artefacts, sealed
 from prunebench.records.parts import Loss
-from prunebench.stages.inputs import trained_on, training_data
+from prunebench.stages.inputs import check_data, trained_on, training_data
 from prunebench.stages.job import Job
 from prunebench.stages.select import AVERAGE
 from prunebench.stages.work import checkpoints_of, dense_model, save, sizes, training_report
@@ -22,6 +22,7 @@ def recover(job: Job) -> None:
     """Train the pruned model on what selection has left of the cell's budget."""
     chosen, dense = job.read("select"), job.read("dense", payload=False)
     sealed.check_made_from(job.path("select"), chosen, dense=dense)
+    check_data(job, "select", chosen)
     folder = job.path("select").parent
     pruned, plan = surgery.load(folder)
     whole, pruned = dense_model(job).to(parallel.device()), pruned.to(parallel.device())

@@ -25,7 +25,7 @@ from prunebench.records.parts import (
 )
 from prunebench.records.schema import Record
 from prunebench.stages.extractor import load
-from prunebench.stages.inputs import data_set, dataset
+from prunebench.stages.inputs import check_data, data_set, dataset, decoded_by, located
 from prunebench.stages.job import Job, labels, shared_settings
 from prunebench.stages.sample import IMAGES
 from prunebench.tracks import plain
@@ -49,7 +49,7 @@ def score(job: Job) -> None:
     made_from = sealed.made_from(**records, **others, method=records["select"].inputs["method"])
     job.finish(
         [grid],
-        {**made_from, **data_set(job)},
+        {**made_from, **data_set(job), **_metrics_made_from(job)},
         labels=labels(job),
         quality=_qualities(evidence),
         samples=len(generated["features"]),
@@ -78,7 +78,11 @@ def _records(job: Job) -> dict[str, Record]:
         _check(job, "recover", select=found["select"], dense=found["dense"], records=found)
         checkpoint = {"recover": found["recover"]}
     found["sample"] = job.read("sample")
+    if decoder := job.settings.autoencoder:
+        checkpoint |= decoded_by(job, decoder)
     _check(job, "sample", **checkpoint, records=found)
+    for stage, record in found.items():
+        check_data(job, stage, record)
     return found
 
 
@@ -152,7 +156,7 @@ def _evidence(
         prompts=_prompts(job, drawn["labels"]) if job.settings.text_encoder else None,
         settings=settings,
         extractor=extractor,
-        weights=_weights(settings),
+        weights=_weights(job, settings),
         device=parallel.device(),
     )
 
@@ -162,10 +166,24 @@ def _prompts(job: Job, labels: Tensor) -> list[str]:
     return [texts[label] for label in labels.tolist()]
 
 
-def _weights(settings: Mapping) -> dict[str, Path]:
+def _weights(job: Job, settings: Mapping) -> dict[str, Path]:
     """Where the assets lie that metrics read."""
+    return {name: located(job, asset) for name, asset in _read_by_metrics(settings).items()}
+
+
+def _read_by_metrics(settings: Mapping) -> dict[str, str]:
+    """Metric -> the asset that it reads, of those that read one."""
     names = {name: entry.weights(settings) for name, entry in metrics.metrics().items()}
-    return {name: assets.locate(asset) for name, asset in names.items() if asset}
+    return {name: asset for name, asset in names.items() if asset}
+
+
+def _metrics_made_from(job: Job) -> dict[str, str]:
+    """Hashes of what metrics read, as a record's `inputs` name it."""
+    named = _read_by_metrics(plain(job.track.settings.evaluation))
+    hashes = {name: assets.hashes(assets.asset(asset)) for name, asset in named.items()}
+    return {
+        f"{name}/{file}": value for name, found in hashes.items() for file, value in found.items()
+    }
 
 
 def _clip(evidence: Evidence) -> Weights | None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from prunebench.errors import UserError
 from prunebench.records import artefacts, sealed
 from prunebench.selection import checks as selection
-from prunebench.stages.inputs import trained_on, training_data
+from prunebench.stages.inputs import check_data, trained_on, training_data
 from prunebench.stages.job import Job
 from prunebench.stages.work import checkpoints_of, dense_model, save, sizes, training_report
 from prunebench.tracks import methods, plain
@@ -20,6 +20,7 @@ AVERAGE = "average.safetensors"  # of a training that selection began
 def select(job: Job) -> None:
     """Run a method on the dense model and save what its plan leaves."""
     method, cell, whole = job.track.method(job.cell.method), job.cell, dense_model(job)
+    check_data(job, "dense", job.read("dense", payload=False))
     meter, record = BudgetMeter(), job.layout.record("dense", **job.names)
     checkpoints = checkpoints_of(job, record, method.file)
     context = selection.Context(

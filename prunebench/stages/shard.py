@@ -11,7 +11,7 @@ from prunebench.models import precision
 from prunebench.pruning import surgery
 from prunebench.records import artefacts, sealed
 from prunebench.records.parts import Sampling
-from prunebench.stages.inputs import sampler_for
+from prunebench.stages.inputs import decoded_by, sampler_for
 from prunebench.stages.job import Job
 from prunebench.tracks.layout import images_of
 from prunebench.training import parallel
@@ -53,9 +53,11 @@ def draw(job: Job, indices: range) -> tuple[dict[str, Tensor], Sampling]:
 
 
 def drawn_from(job: Job) -> dict[str, str]:
-    """What the images are made from: the checkpoint, and prompts where the model reads any."""
+    """The checkpoint, decoder and prompts that images are made from, as `inputs` name them."""
     stage = "select" if job.cell.recovery == "none" else "recover"
     made_from = {stage: job.read(stage)}
+    if decoder := job.settings.autoencoder:
+        made_from |= decoded_by(job, decoder)
     if reader := job.settings.text_encoder:
         made_from["prompts"] = job.read("encode", coder=reader)
     return sealed.made_from(**made_from)
