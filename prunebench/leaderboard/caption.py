@@ -8,6 +8,7 @@ from prunebench.leaderboard.collect import ALONE, CLEANFID_TOLERANCE, Source, ce
 from prunebench.leaderboard.measures import MEASURES
 from prunebench.records.parts import Machine, Provenance
 from prunebench.records.schema import Score
+from prunebench.tracks.cells import DEFAULT
 
 
 def caption(sources: list[Source], cells: pd.DataFrame) -> dict[str, str]:
@@ -104,8 +105,13 @@ def _timing(cells: pd.DataFrame) -> str:
 
 def _sampling(cells: pd.DataFrame) -> list[str]:
     full = cells[(cells.status == "ok") & (cells.kind != "steps")]
-    found = full.sort_values("steps").drop_duplicates("model", keep="last").sort_values("model")
-    return [f"{c.model}: {c.sampler}, {int(c.steps)} steps" for c in found.itertuples()]
+    alike = ["model", "sampling"]
+    found = full.sort_values("steps").drop_duplicates(alike, keep="last").sort_values(alike)
+    names = ["" if name == DEFAULT else f" ({name})" for name in found.sampling]
+    return [
+        f"{c.model}{name}: {c.sampler}, {int(c.steps)} steps"
+        for c, name in zip(found.itertuples(), names, strict=True)
+    ]
 
 
 def warnings(sources: list[Source], cells: pd.DataFrame, rows: pd.DataFrame) -> list[str]:

@@ -17,6 +17,7 @@ from prunebench.leaderboard.measures import MEASURES
 from prunebench.records import sealed, upgrade
 from prunebench.records.parts import CellIdentity
 from prunebench.records.schema import Failed, Score
+from prunebench.tracks.cells import DEFAULT, PRECISIONS
 
 # Of a cell's identity, as columns; "cell_precision", because precision is a metric too.
 ROW = ["model", "dense_seed", "method", "sparsity", "recovery", "cell_precision", "sampling"]
@@ -56,6 +57,11 @@ COMPARISONS = {
         "method",
         "model, selection, sparsity and budget",
     ),
+    "combinations": Comparison(
+        ("base", "sparsity", "share", "recovery", "cell_precision", "sampling"),
+        "recovery",
+        "model, sparsity, recovery, precision and sampling",
+    ),
 }
 
 
@@ -93,8 +99,21 @@ def cell_key(cell: Mapping) -> tuple:
 
 def cell_name(cell) -> str:
     """Of an identity or a line of a frame: what tells cells of one track apart."""
-    own = f"{cell.model}/{cell.method}/{cell.sparsity:g}/{cell.recovery}/seed{cell.seed}"
+    precision = getattr(cell, "cell_precision", None) or cell.precision  # a metric, of a line
+    axes = axes_folder(precision, cell.sampling)
+    own = f"{cell.model}/{cell.method}/{cell.sparsity:g}/{cell.recovery}/{axes}seed{cell.seed}"
     return own if not cell.dense_seed else f"{own} (dense seed {cell.dense_seed})"
+
+
+def axes_folder(precision: str, sampling: str) -> str:
+    """A part of a path: "int8-few/"; "" of what most boards have only."""
+    usual = (upgrade.SINGLE["precision"], upgrade.SINGLE["sampling"])
+    return "" if (precision, sampling) == usual else f"{precision}-{sampling}/"
+
+
+def first_precision(cells: pd.DataFrame) -> str:
+    """The precision of a board that the others are compared with."""
+    return min(cells.cell_precision, key=PRECISIONS.index)
 
 
 def read_sources(
@@ -220,7 +239,14 @@ def cell_frame(sources: list[Source], expected: Iterable[Mapping] | None = None)
         f"{cell.model}-dense{cell.dense_seed}" if several else cell.model
         for cell in frame.itertuples()
     ]
+    frame["combination"] = _combinations(frame)
     return frame.astype(dict.fromkeys(MEASURES, float))
+
+
+def _combinations(cells: pd.DataFrame) -> list[str]:
+    """What tells the combinations of a board apart: "int8, few"; "" where there is one."""
+    axes = [name for name in ("cell_precision", "sampling") if cells[name].nunique() > 1]
+    return [", ".join(values) for values in cells[axes].itertuples(index=False)]
 
 
 def _labels(record: Score | Failed) -> dict:
@@ -294,6 +320,7 @@ def _row(key: tuple, cells: pd.DataFrame) -> dict:
     ok = cells[cells.status == "ok"]
     best = cells.iloc[cells.status.map(OUTCOMES).argmin()]  # an "ok" one if there is one
     row = dict(zip(ROW, key, strict=True)) | {"status": best.status, "base": best.base}
+    row["combination"] = best.combination
     row |= {name: best[name] for name in (*LABELS, "expected")}
     row |= {"control": bool(best.control), "reconstruction": bool(best.reconstruction)}
     row |= {"seeds_ok": len(ok), "seeds_expected": len(cells)}
@@ -314,6 +341,8 @@ def _unpublished(rows: pd.DataFrame) -> pd.Series:
     reasons = dict.fromkeys(rows.base, "")
     for row in rows[rows.expected.notna()].drop_duplicates("base").itertuples():
         dense = rows[(rows.base == row.base) & (rows.kind == "none") & (rows.status == "ok")]
+        usual = (dense.cell_precision == first_precision(rows)) & (dense.sampling == DEFAULT)
+        dense = dense[usual]
         found = dense.fid_mean.iloc[0] if len(dense) else math.nan
         wanted = row.expected
         if not abs(found - wanted.fid) <= wanted.tolerance:
@@ -381,6 +410,7 @@ def _equal_latency(rows: pd.DataFrame, row: pd.Series) -> dict:
     nothing = {"equal_latency_fid": math.nan, "equal_latency_steps": math.nan,
                "equal_latency_reached": False, "equal_latency_verdict": ""}  # fmt: skip
     dense = rows[is_reference(rows) & (rows.base == row.base) & (rows.status == "ok")]
+    dense = dense[dense.cell_precision == row.cell_precision]
     dense = dense[dense.speedup_mean.notna()].sort_values(["steps", "speedup_mean"])
     if row.status != "ok" or row.kind in REFERENCE_KINDS or dense.empty:
         return nothing
@@ -419,6 +449,8 @@ def _ordered(rows: pd.DataFrame) -> pd.DataFrame:
         "sparsity": rows.sparsity, "share": rows["share"],
         "budget": rows.groupby("budget").recovery_images_mean.transform("max").fillna(0),
         "guessed": rows.guessed != "",
+        "precision": rows.cell_precision.map(PRECISIONS.index),
+        "way": rows.sampling.where(rows.sampling != DEFAULT, ""),
         "status": rows.status.map(OUTCOMES), "rank": rows["rank"].astype(float),
         "steps": -rows.steps.astype(float), "method": rows.method, "recovery": rows.recovery,
     })  # fmt: skip

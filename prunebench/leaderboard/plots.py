@@ -139,7 +139,8 @@ def _draw_frontier(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
 
 
 def _draw_methods(axes: Axes, rows: pd.DataFrame, x: pd.Series, styles: dict, fills: dict) -> None:
-    for (method, recovery), group in rows[~is_reference(rows)].groupby(["method", "recovery"]):
+    alike = ["method", "recovery", "cell_precision", "sampling"]
+    for (method, recovery, *_), group in rows[~is_reference(rows)].groupby(alike):
         colour, marker = styles[method]
         place, sd = x[group.index].to_numpy(), group.fid_sd.fillna(0).to_numpy()
         mean = group.fid_mean.to_numpy()
@@ -153,10 +154,11 @@ def _draw_methods(axes: Axes, rows: pd.DataFrame, x: pd.Series, styles: dict, fi
 
 
 def _draw_references(axes: Axes, references: pd.DataFrame, x: pd.Series) -> None:
-    line = references.assign(x=x[references.index]).sort_values("x")
-    axes.errorbar(line.x, line.fid_mean, yerr=line.fid_sd.fillna(0), fmt="-o", color="black",
-                  ms=3.5, lw=1.1, elinewidth=0.8, zorder=4)  # fmt: skip
-    for point in line.itertuples():
+    found = references.assign(x=x[references.index]).sort_values("x")
+    for _, line in found.groupby("cell_precision"):
+        axes.errorbar(line.x, line.fid_mean, yerr=line.fid_sd.fillna(0), fmt="-o", color="black",
+                      ms=3.5, lw=1.1, elinewidth=0.8, zorder=4)  # fmt: skip
+    for point in found.itertuples():
         axes.annotate(
             str(int(point.steps)), (point.x, point.fid_mean), xytext=(-7, -10), zorder=5,
             textcoords="offset points", ha="center", fontsize=7.5, color="black",
@@ -276,6 +278,7 @@ def _draw_label(draw: ImageDraw.ImageDraw, corner: tuple[int, int], row: pd.Seri
     fid = f"FID {number(MEASURES['fid'], row.fid_mean)}"
     dense = row.kind in REFERENCE_KINDS
     what = f"{int(row.steps)} steps" if dense else percent(row.sparsity)
+    what = f"{row.combination}, {what}" if row.combination else what
     bold = _font(14, bold=True)
     draw.text((left, top), _fitted(title(row), bold, width), INK, bold)
     draw.text((left, top + 19), f"{what} · {fid}", "#555555", _font(13))

@@ -11,7 +11,7 @@ import markupsafe
 import pandas as pd
 
 from prunebench.errors import UserError
-from prunebench.leaderboard import oracle, plots, tables, writers
+from prunebench.leaderboard import combinations, oracle, plots, tables, writers
 from prunebench.leaderboard.caption import caption, warnings
 from prunebench.leaderboard.collect import (
     CELL,
@@ -19,6 +19,7 @@ from prunebench.leaderboard.collect import (
     ROW,
     Source,
     aggregate,
+    axes_folder,
     cell_frame,
     cell_name,
     read_sources,
@@ -45,6 +46,16 @@ class Board:
     @cached_property
     def rows(self) -> pd.DataFrame:
         return aggregate(self.cells, self.compares)
+
+    @cached_property
+    def together(self) -> list[combinations.Together]:
+        """Changes that were measured alone and together, where the board is about them."""
+        return combinations.found(self.cells) if self.compares == "combinations" else []
+
+    @cached_property
+    def added_up(self) -> Document:
+        """What of `together` helps or hurts each other."""
+        return combinations.document(self.together, tables.fid_label(self.rows))
 
     @cached_property
     def caption(self) -> dict[str, str]:
@@ -89,6 +100,9 @@ class Board:
     def document(self, shown: list[Column]) -> Document:
         """The board as text, with tables of these columns."""
         endings = []
+        if self.together:
+            told = map(escape_markdown, combinations.sentences(self.together))
+            endings.append(Ending(self.added_up.title, list(told), "All: combinations.md."))
         if self.failed:
             endings.append(Ending("Failed cells", [_failure(cell) for cell in self.failed]))
         if self.missing:
@@ -160,7 +174,8 @@ def read_grids(sources: list[Source]) -> dict[tuple, bytes]:
 def raw_name(cell) -> str:
     """Where the copy of a cell's score.json lies, relative to the page."""
     seed = f"dense{cell.dense_seed}/" if cell.dense_seed else ""
-    return (f"raw/{cell.model}/{seed}{cell.method}/{cell.sparsity:g}/{cell.recovery}/"
+    axes = axes_folder(cell.precision, cell.sampling)
+    return (f"raw/{cell.model}/{seed}{cell.method}/{cell.sparsity:g}/{cell.recovery}/{axes}"
             f"seed{cell.seed}.json")  # fmt: skip
 
 
@@ -175,7 +190,8 @@ def published(board: Board) -> dict[str, bytes]:
         tables.numbers(rows),
     )
     raw = {raw_name(source.cell): source.content for source in board.sources}
-    return {name: text.encode() for name, text in texts.items()} | images | raw
+    added_up = combinations.published(board.together, tables.fid_label(rows))
+    return {name: text.encode() for name, text in texts.items()} | images | raw | added_up
 
 
 def to_html(board: Board, images: Mapping[str, bytes]) -> str:

@@ -88,7 +88,7 @@ def heading(measure: Measure) -> str:
 
 def marks(row: pd.Series) -> list[str]:
     """What a reader must know about a row, in words."""
-    found = []
+    found = [row.combination] if row.combination else []
     if row.kind == "steps" and row.status == "ok":
         found.append(f"{int(row.steps)} steps")
     if row.control and row.kind not in REFERENCE_KINDS:
