@@ -13,12 +13,12 @@ BIN := $(VENV)/bin
 export UV_COMPILE_BYTECODE := 1
 export UV_LINK_MODE := copy
 
-.PHONY: leaderboard test lint environment lock clean
+.PHONY: leaderboard test lint environment writable lock clean
 
-leaderboard: environment
+leaderboard: writable environment
 	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --cores all --config track=$(TRACK)
 
-test: environment
+test: writable environment
 	PATH="$(CURDIR)/$(BIN):$$PATH" pytest -n 3 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 lint: environment
@@ -28,6 +28,14 @@ lint: environment
 	PATH="$(CURDIR)/$(BIN):$$PATH" snakemake --lint
 
 environment: $(VENV)/installed
+
+# Snakemake and uv keep caches below HOME and end in tracebacks where nothing can be written there.
+writable:
+	@folder="$${XDG_CACHE_HOME:-$$HOME/.cache}"; mkdir -p "$$folder" 2>/dev/null && \
+	    probe=$$(mktemp -p "$$folder" 2>/dev/null) && echo 1 2>/dev/null >"$$probe" && \
+	    rm -f "$$probe" || { rm -f "$$probe"; echo "$$folder can't be written, where Snakemake and uv" \
+	    "keep their caches: free space, or name another folder:" \
+	    "XDG_CACHE_HOME=/path/to/folder make $(MAKECMDGOALS)" >&2; exit 1; }
 
 $(VENV)/installed: pyproject.toml requirements.lock Makefile
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; install Python 3.11 or name" \

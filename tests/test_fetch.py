@@ -1,6 +1,7 @@
 """Downloads against a real HTTP server: with and without ranges, cut, wrong, absent."""
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import http.server
@@ -563,3 +564,17 @@ def test_originals_that_cannot_be_had_are_named(made, register, cache, serve):
     message = refused("made")
     for part in ("made cannot be downloaded", "agree to the terms", "raw.npz", "assets fetch made"):
         assert part in message
+
+
+def test_a_cache_without_locks_is_written_all_the_same(serve, offer, cache, monkeypatch, caplog):
+    """It was taken for a full disk."""
+
+    def flock(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    server = serve({"big.bin": BYTES})
+    offer(f"{server.url}/big.bin")
+    monkeypatch.setattr(download.fcntl, "flock", flock)
+    assert fetch.fetch("big").read_bytes() == BYTES
+    assert "No locks available; fetch it in one process at a time" in caplog.text
+    assert contents(cache) == ["big.bin"]

@@ -1,5 +1,6 @@
 """GPUs of one machine: real processes that claim them, with no GPU in sight, and jobs without."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -103,6 +104,23 @@ def test_torchrun_keeps_the_claim_of_the_command_it_replaces(machine):
 
 def test_fewer_gpus_than_asked_for_are_all_taken(machine):
     assert said(machine(4)) == "got 0,1"
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS])
+def test_without_locks_one_gpu_is_taken_and_of_several_none(monkeypatch, tmp_path, caplog, number):
+    """It was taken for a GPU that is busy, and waited for without end."""
+
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(gpus.fcntl, "flock", flock)
+    monkeypatch.setattr(gpus, "LOCKS", tmp_path)
+    monkeypatch.setenv(gpus.VISIBLE, "0,1")
+    with pytest.raises(UserError, match=r"show the run one GPU .* use one at a time"):
+        gpus.claim(1)
+    monkeypatch.setenv(gpus.VISIBLE, "1")
+    assert gpus.claim(1) == ["1"]
+    assert "let the run use one at a time" in caplog.text
 
 
 def test_a_command_without_gpus_sees_none(machine):

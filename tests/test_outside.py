@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,29 @@ def test_home_is_expanded_in_the_environment(register, tmp_path, monkeypatch, va
     monkeypatch.setenv(variable, "~nobodyofthisname/mine")
     with pytest.raises(UserError, match=f"{variable}='~nobodyofthisname/mine'"):
         assets.locate("small")
+
+
+def test_without_a_home_the_remedy_is_named(register, monkeypatch):
+    """As of a user whom the machine does not know, in a container."""
+    register("small", assets.File("small.bin", sha256=ABC))
+    for variable in ("PRUNEBENCH_CACHE", "HOME"):
+        monkeypatch.delenv(variable)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31)
+    with pytest.raises(UserError, match="no home folder; name a folder in PRUNEBENCH_CACHE"):
+        assets.locate("small")
+
+
+def test_a_home_that_cannot_be_written_is_named_before_make_begins(monkeypatch):
+    """Snakemake and uv would end in a traceback."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    command = ["make", "-C", str(tiny.ROOT), "writable"]
+    told = subprocess.run(
+        [*command, "HOME=/proc/nobody"], capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 2
+    assert "/proc/nobody/.cache can't be written" in told.stderr
+    assert "XDG_CACHE_HOME=/path/to/folder make" in told.stderr
+    assert subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def test_a_file_that_is_written_again_is_hashed_again(tmp_path):

@@ -1,8 +1,13 @@
 """The life of a run: its lock, what killed runs leave, and what of it Snakemake is told."""
 
+import errno
 import fcntl
+import json
 import os
 import socket
+import subprocess
+import time
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,6 +46,35 @@ def test_a_live_runs_marks_stay(state):
         other.close()
         with run.take_lock(state) as lock:
             assert "incomplete/a/b" not in _files(state) and run.only_run(lock)
+
+
+NO_LOCKS = [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP]
+
+
+@pytest.mark.parametrize("number", NO_LOCKS)
+@pytest.mark.parametrize("lives", [True, False, None])
+def test_without_locks_the_mark_of_the_last_run_says_whether_it_lives(
+    state, monkeypatch, number, lives
+):
+    def flock(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(run, "MARK", state / "prunebench.run")
+    sleeper = subprocess.Popen(["sleep", "60"])
+    if lives is not None:
+        marked = run.Run("mine", socket.gethostname(), sleeper.pid, time.time() + 1, True, 2)
+        (state / "prunebench.run").write_text(json.dumps(asdict(marked)))
+    if not lives:
+        sleeper.kill()
+        sleeper.wait()
+    try:
+        with run.take_lock(state) as lock:
+            assert ("incomplete/a/b" in _files(state)) == bool(lives)
+            assert run.only_run(lock) == (not lives)
+    finally:
+        sleeper.kill()
+        sleeper.wait()
 
 
 def test_a_run_of_another_machine_is_not_taken_for_dead(state):

@@ -102,13 +102,20 @@ def _writing(wanted: Asset, target: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(wanted: Asset, part: Path) -> Iterator[None]:
-    """Lock a part, which two writers would garble; the lock ends with its process."""
+    """Lock a part, which two writers would garble; the lock ends with its process.
+
+    On a file system without locks nobody is kept out, and what two writers garble is refused in the
+    end by its checksum.
+    """
     with part.open("ab") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             mine = os.path.samestat(os.fstat(handle.fileno()), part.stat())
         except (BlockingIOError, FileNotFoundError):
             mine = False  # or finished, and renamed, since we opened it
+        except OSError as error:
+            log.warning("%s: %s; fetch it in one process at a time", part.parent, error.strerror)
+            mine = True
         if not mine:
             raise UserError(f"asset {wanted.name}: another process is writing {part}; wait for it")
         try:

@@ -19,7 +19,11 @@ DATA = Path(__file__).parents[1] / "data"
 
 
 def cache_folder() -> Path:
-    return folder_of("PRUNEBENCH_CACHE") or Path.home() / ".cache" / "prunebench"
+    """Where downloads and conversions go; UserError where no folder can be meant."""
+    try:
+        return folder_of("PRUNEBENCH_CACHE") or Path.home() / ".cache" / "prunebench"
+    except RuntimeError:  # HOME is not set, and the user unknown, as in some containers
+        raise UserError("there is no home folder; name a folder in PRUNEBENCH_CACHE") from None
 
 
 def folder_of(variable: str) -> Path | None:

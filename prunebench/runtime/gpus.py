@@ -169,6 +169,9 @@ def claim(count: int) -> list[str]:
     """Wait until `count` of the machine's GPUs are free; they are this process's until it ends.
 
     Where the machine has fewer, all of them: the same work on fewer GPUs, or on the CPU.
+
+    Raises:
+        UserError: there are no locks to share them out by, and more of them than are asked for.
     """
     known = devices() if count else []
     count = min(count, len(known))
@@ -189,7 +192,8 @@ def _lock(known: list[str], count: int) -> dict[str, int]:
     """
     locks = {}
     for name in known if count else ():
-        file = _locked(LOCKS / f"{name.replace('/', '_')}.lock")  # old names of parts have slashes
+        path = LOCKS / f"{name.replace('/', '_')}.lock"  # old names of parts have slashes
+        file = _locked(path, others=len(known) > count)
         if file is not None:
             locks[name] = file
         if len(locks) == count:
@@ -199,7 +203,11 @@ def _lock(known: list[str], count: int) -> dict[str, int]:
     return {}
 
 
-def _locked(path: Path) -> int | None:
+def _locked(path: Path, others: bool) -> int | None:
+    """The locked file; None where another process has it. `others`: there are GPUs to choose from.
+
+    Where the file system has no locks, all GPUs are taken as free if all are asked for.
+    """
     try:
         path.parent.mkdir(mode=0o700, exist_ok=True)
         file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
@@ -210,9 +218,18 @@ def _locked(path: Path) -> int | None:
         ) from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(file)
         return None
+    except OSError as error:
+        told = f"{path}: {error.strerror}: jobs share out GPUs by locks there"
+        if others:
+            os.close(file)
+            raise UserError(
+                f"{told}; show the run one GPU ({VISIBLE}=0) and let it use one at a time "
+                "(snakemake --resources gpu=1)"
+            ) from None
+        log.warning("%s; let the run use one at a time (snakemake --resources gpu=1)", told)
     os.set_inheritable(file, True)  # torchrun takes the place of this process
     return file
 

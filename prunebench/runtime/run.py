@@ -66,14 +66,19 @@ def take_lock(state: Path = STATE) -> TextIO:
 
 
 def only_run(lock: TextIO) -> bool:
-    """Whether no other run holds the folder's lock; if so none can start until it is shared."""
+    """Whether no other run holds the folder's lock; if so none can start until it is shared.
+
+    On a file system without locks, as a Lustre mounted without, the mark of the last run says
+    whether that lives. Of two runs that are started in one instant neither knows the other then.
+    """
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         share(lock)
         return False
-    except OSError:  # no locks here, as on a Lustre mounted without: as if another run lived
-        return False
+    except OSError:
+        last = read_run(Path(lock.name).parents[1])
+        return last is None or last.ended or (last.here and last.pid == os.getpid())
     return True
 
 
