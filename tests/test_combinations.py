@@ -2,15 +2,20 @@
 
 import dataclasses
 import math
+from pathlib import Path
 
 import examples
 import numpy as np
 import pandas as pd
 import pytest
+import tiny
 from scipy.stats import bootstrap
 from test_leaderboard import DENSE, make_score, write_cell
 
+from prunebench import tracks
 from prunebench.leaderboard import build, collect, combinations
+from prunebench.records import sealed
+from prunebench.stages import cost
 
 # What each change does to FID and to time, by itself.
 FID = {"pruned": 3.0, "kd": -1.0, "int8": 0.5, "few": 2.0}
@@ -79,7 +84,7 @@ def test_independent_changes_have_no_interaction():
         assert one.time is None or one.time.value == pytest.approx(1)
         assert one.fid.predicted + one.fid.value == pytest.approx(one.fid.measured)
     (summary,) = combinations.sentences(list(found(records()).values()))
-    assert summary.startswith("0 of 17 intervals exclude independence; of")
+    assert summary.startswith("0 of 12 intervals of pairs exclude independence; of")
 
 
 def test_known_interactions_are_found_where_they_are():
@@ -141,20 +146,20 @@ def test_dense_trainings_are_the_units_where_there_are_several():
 def test_one_seed_has_no_interval():
     made = list(found(records(seeds=1, pruned_int8=(9.0, 2.0))).values())
     assert all(math.isnan(one.fid.low) and not one.fid.told for one in made)
-    assert combinations.sentences(made) == ["No interaction has an interval: that takes two seeds."]
+    assert combinations.sentences(made) == ["No pair has an interval: that takes two seeds."]
 
 
 def test_what_excludes_independence_is_said_and_nothing_else():
     made = found(records(pruned_int8=(1.5, 1.2), kd_few=(-0.75, 1.0)))
     summary, *told = combinations.sentences(list(made.values()))
-    assert summary.startswith(f"{len(told)} of 17 intervals exclude independence;")
+    assert summary.startswith(f"{len(told)} of 12 intervals of pairs exclude independence;")
     first = f"sit: “{ROW}” and int8"
     harm = f"{first} hurt each other: FID {made[f'{ROW} + int8'].fid.measured:.2f} where "
     assert any(text.startswith(harm) and "[+" in text for text in told)
     assert any(text.startswith(f"sit: “{SWAP}” and few help each other: FID ") for text in told)
     assert any(text.startswith(f"{first} take more time together") for text in told)
     assert not any(text.startswith((f"sit: “{ROW}” and few", "sit: int8 and few")) for text in told)
-    assert len(told) == 7 + 4
+    assert len(told) == 4 + 2  # of the pairs; not of three changes, which hold a pair
 
 
 def test_a_seed_that_a_part_lacks_is_left_out():
@@ -193,3 +198,80 @@ def test_other_boards_are_as_they_were(tmp_path):
     assert not list((tmp_path / "out").glob("combinations*"))
     assert "fp32" not in (tmp_path / "out/leaderboard.md").read_text()
     assert (tmp_path / "out/raw/sit/a/0.25/finetune-low/seed0.json").exists()
+
+
+# The real stages.
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory) -> tuple[tracks.Track, Path, list[tracks.Cell]]:
+    """Dense models in every precision and sampling, and a pruned row in the furthest of both."""
+    smoke, runs = tiny.smoke(), tmp_path_factory.mktemp("toy")
+    content = tiny.plain(smoke) | {"precisions": ["fp32", "bf16", "int8"], "seeds": [0]}
+    del content["oracle"], content["models"]["sit"]
+    content["models"]["dit"]["samplings"] = {"few": {"sampler": "ddim", "steps": 2}}
+    content["divisions"] = {
+        "combined": {"compares": "combinations", "methods": ["random_layers"],
+                     "recoveries": ["none"]}
+    }  # fmt: skip
+    track = tiny.track("toy", content, smoke.methods)
+    tiny.run("extractor", track, runs)
+    for model in track.settings.models:
+        tiny.run("dense", track, runs, model=model)
+    furthest = {"dit": ("int8", "few"), "unet": ("int8", "default")}
+    cells = [cell for cell in track.cells() if cell.method == "dense"
+             or (cell.method == "random_layers"
+                 and (cell.precision, cell.sampling) == furthest[cell.model])]  # fmt: skip
+    done = set()
+    for stage in ("select", "cost", "sample"):
+        for cell in cells:
+            record = tiny.job(stage, track, runs, cell).record
+            if record not in done:
+                done.add(tiny.run(stage, track, runs, cell))
+    return track, runs, cells
+
+
+def test_precisions_and_samplings_run_through_the_real_stages(toy):
+    track, runs, cells = toy
+    assert len(cells) == (6 + 1) + (3 + 1)
+    images, arithmetic = {}, {}
+    for cell in cells:
+        paths = tracks.Paths(track, cell, runs)
+        drawn, timed = sealed.read(Path(paths.sample)), sealed.read(Path(paths.cost))
+        assert drawn.sampling.steps == (2 if cell.sampling == "few" else 4)
+        assert timed.latency.arithmetic == drawn.sampling.arithmetic
+        assert (drawn.sampling.arithmetic is None) == (cell.precision == "fp32")
+        arithmetic[cell.model, cell.precision] = drawn.sampling.arithmetic
+        images[cell] = Path(paths.sample).with_name("images.safetensors").read_bytes()
+    assert len(set(images.values())) == len(cells)
+    assert arithmetic["unet", "int8"].left and not arithmetic["unet", "bf16"].left
+    assert arithmetic["dit", "int8"].weights == "int8"
+    assert arithmetic["dit", "bf16"].weights == "bfloat16"
+    assert len({tracks.Paths(track, cell, runs).select for cell in cells}) == 4
+
+
+@pytest.mark.parametrize("method", ["dense", "random_layers"])
+def test_a_combination_is_scored_beside_the_undisturbed_dense_model(toy, method):
+    track, runs, cells = toy
+    furthest = {"model": "dit", "method": method, "precision": "int8", "sampling": "few"}
+    (cell,) = [c for c in cells if furthest.items() <= tracks.as_dict(c).items()]
+    score = sealed.read(tiny.run("score", track, runs, cell))
+    assert score.quality["lpips"].value > 0  # of dense too, whose own images it would equal
+    assert score.identity.precision == "int8" and score.sampling.steps == 2
+
+
+def test_a_combination_is_timed_beside_the_undisturbed_dense_model(toy, monkeypatch):
+    track, runs, cells = toy
+    seen, own = [], cost.sampler_for
+
+    def spy(*arguments):
+        seen.append(own(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(cost, "sampler_for", spy)
+    tiny.run("cost", track, runs, cells[5])
+    assert (cells[5].precision, cells[5].sampling) == ("int8", "few")
+    (pruned, dense), names = seen, ["blocks.0.mlp.fc1"]
+    kinds = [type(s.model.get_submodule(n).weight).__name__ for s in (pruned, dense) for n in names]
+    assert kinds == ["Int8Tensor", "Parameter"]
+    assert (pruned.steps, dense.steps) == (2, 4)

@@ -1,4 +1,4 @@
-"""Weights in half precision: what networks take and return, and what is scored with them."""
+"""Number formats: half-precision weights, and networks that are sampled in bf16 or int8."""
 
 from pathlib import Path
 
@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from prunebench import tracks
+from prunebench.models import precision
 from prunebench.pruning import surgery
-from prunebench.records import artefacts, sealed
+from prunebench.records import artefacts, parts, sealed
 from prunebench.selection import scores
 from prunebench.stages.sample import IMAGES
 
@@ -114,3 +115,83 @@ def test_a_track_prunes_and_samples_weights_in_half_precision(tmp_path, method):
         assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
     drawn = artefacts.read_tensors(Path(paths.sample).parent / IMAGES)["images"]
     assert drawn.dtype == torch.uint8 and len(drawn.unique()) > 20
+
+
+# Cells in other precisions.
+
+
+@pytest.mark.parametrize("name_", tiny.SHAPES)
+@pytest.mark.parametrize("format_", ["bf16", "int8"])
+def test_a_converted_network_predicts_nearly_the_same(name_, format_):
+    network = tiny.dense(name_).eval()
+    with torch.inference_mode():
+        whole = tiny.output(network, name_)
+        other, report = precision.converted(network, format_)
+        found = tiny.output(other, name_)
+        assert torch.equal(tiny.output(network, name_), whole)  # what was converted is a copy
+    assert found.dtype == torch.float32
+    distance = (found - whole).norm() / whole.norm()
+    rounded_times = name_ == "flux" and format_ == "bf16"  # as released; rounding moves them
+    assert 1e-4 < distance < (0.5 if rounded_times else 0.05)
+    parts.Arithmetic(**report)
+    assert report["converted"] + len(report["left"]) == report["of"]
+    weights = {type(m.weight).__name__ for m in other.modules() if isinstance(m, nn.Linear)}
+    assert ("Int8Tensor" in weights) == (format_ == "int8")
+
+
+def test_in_single_precision_a_network_is_itself():
+    network = tiny.dense("dit")
+    assert precision.converted(network, "fp32") == (network, None)
+
+
+def test_what_int8_leaves_says_why():
+    network = tiny.dense("unet").eval()
+    _, report = precision.converted(network, "int8")
+    convolutions = {n for n, m in network.named_modules() if isinstance(m, nn.Conv2d)}
+    assert convolutions <= set(report["left"])
+    assert "matrices only" in report["left"]["conv_in"]
+    assert precision.int8_obstacle(nn.Linear(16, 8)) is None
+    # What a width's pruning may leave: no int8 product of a GPU takes it.
+    assert precision.int8_obstacle(nn.Linear(16, 13)) == "13x16 is not a multiple of 8x8"
+
+
+def test_int8_rounds_weights_by_row_and_keeps_zeros():
+    network = tiny.dense("dit").eval()
+    plan = tiny.plan("dit", "unstructured", 0.5)
+    for name, mask in plan.masks.items():
+        network.get_parameter(name).data.mul_(mask)
+    other, report = precision.converted(network, "int8")
+    checked = 0
+    for name, layer in network.named_modules():
+        if isinstance(layer, nn.Linear) and name not in report["left"]:
+            rounded = other.get_submodule(name).weight.dequantize()
+            assert (rounded[layer.weight == 0] == 0).all(), name
+            step = layer.weight.abs().amax(1, keepdim=True) / 127
+            assert ((rounded - layer.weight).abs() <= 0.51 * step + 1e-12).all(), name
+            assert (rounded / step).nan_to_num().round().unique().numel() <= 255
+            checked += 1
+    assert checked == report["converted"] > 10
+
+
+def test_int8_sums_are_exact():
+    """Values that are whole numbers of steps lose nothing; 8-bit products of a kernel might."""
+    random = torch.Generator().manual_seed(0)
+    layer = nn.Linear(512, 64, bias=False)
+    weight = torch.randint(-127, 128, (64, 512), generator=random).float()
+    x = torch.randint(-127, 128, (32, 512), generator=random).float()
+    weight[:, 0], x[:, 0] = 127, 127  # every row's scale
+    weight[0], x[0] = 127, 127  # the largest sum
+    layer.weight.data = weight
+    other, _ = precision.converted(nn.Sequential(layer), "int8")
+    with torch.inference_mode():
+        error = (other(x) - x @ weight.T).abs().max() / (x @ weight.T).abs().max()
+    assert error < 0.01
+
+
+@pytest.mark.parametrize("format_", ["bf16", "int8"])
+def test_a_converted_networks_image_depends_on_its_seed_only(format_):
+    network, _ = precision.converted(tiny.dense("dit").eval(), format_)
+    sampler = tiny.sampler("dit", network)
+    (whole,) = sampler.images(0, 0, 12, 12)
+    parts_ = torch.cat([*sampler.images(0, 0, 5, 2), *sampler.images(0, 5, 12, 7)])
+    assert torch.equal(whole, parts_)

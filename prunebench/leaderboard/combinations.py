@@ -29,7 +29,7 @@ from prunebench.leaderboard.writers import (
     to_csv,
     to_markdown,
 )
-from prunebench.tracks.cells import DEFAULT
+from prunebench.tracks.cells import DEFAULT, PRECISIONS
 
 CONFIDENCE = 0.95
 ROUNDING = 1e-9  # relative: an interaction of less is that of the last bits
@@ -95,7 +95,8 @@ def found(cells: pd.DataFrame) -> list[Together]:
         dense = [name for name in titles.index if titles.kind[name] == "none"]
         if dense:
             base = (dense[0], 0.0, "none", first_precision(cells), DEFAULT)
-            asked = _asked(list(values), base, titles.title)
+            keys = sorted(values, key=lambda key: (key[:3] != base[:3], *key[:3], _order(key)))
+            asked = _asked(keys, base, titles.title)
             made += [_together(model, values, *parts) for parts in asked]
     return [one for one in made if one is not None]
 
@@ -103,21 +104,24 @@ def found(cells: pd.DataFrame) -> list[Together]:
 # ---- which cells belong together
 
 
+def _order(key: Key) -> tuple[str, int]:
+    """Single changes first: by sampling, then by precision."""
+    return "" if key[4] == DEFAULT else key[4], PRECISIONS.index(key[3])
+
+
 def _asked(
     keys: Sequence[Key], base: Key, titles: Mapping[str, str]
 ) -> Iterator[tuple[Key, dict[str, Key], Key]]:
-    """(origin, single changes by their words, all of them together)."""
-    for key in keys:
-        row, others = key[:3], _others(base[:3], key, base)
-        if not others:
-            continue
-        words = f"{titles[row[0]]} {percent(row[1])}, {row[2]}"
-        pruned = {} if row == base[:3] else {words: (*row, *base[3:])}
-        if len(pruned) + len(others) > 1:
-            yield base, pruned | others, key
-        plain = _plain(row)
-        if plain in {known[:3] for known in keys}:
-            distilled = {f"{words} instead of {plain[2]}": (*row, *base[3:])}
+    """(origin, single changes by their words, all of them together); distillations last."""
+    changed = [key for key in keys if key[3:] != base[3:]]
+    words = {key: f"{titles[key[0]]} {percent(key[1])}, {key[2]}" for key in changed}
+    for key in changed:
+        pruned = {} if key[:3] == base[:3] else {words[key]: (*key[:3], *base[3:])}
+        if len(singles := pruned | _others(base[:3], key, base)) > 1:
+            yield base, singles, key
+    for key in changed:
+        if (plain := _plain(key[:3])) in {known[:3] for known in keys}:
+            distilled = {f"{words[key]} instead of {plain[2]}": (*key[:3], *base[3:])}
             yield (*plain, *base[3:]), distilled | _others(plain, key, base), key
 
 
@@ -199,15 +203,19 @@ def _half_width(values: np.ndarray) -> float:
 
 
 def sentences(all_: Sequence[Together]) -> list[str]:
-    """What helps or hurts each other, and how many of as many intervals say so."""
-    told = [text for one in all_ for text in (_of_fid(one), _of_time(one)) if text]
-    count = sum(math.isfinite(i.low) for one in all_ for i in (one.fid, one.time) if i)
+    """Which pairs help or hurt each other, and how many of how many intervals say so.
+
+    More than two changes together have the interactions of their pairs, and are only tabulated.
+    """
+    pairs = [one for one in all_ if len(one.changes) == 2]
+    told = [text for one in pairs for text in (_of_fid(one), _of_time(one)) if text]
+    count = sum(math.isfinite(i.low) for one in pairs for i in (one.fid, one.time) if i)
     chance = (1 - CONFIDENCE) * count
     if not count:
-        return ["No interaction has an interval: that takes two seeds."]
+        return ["No pair has an interval: that takes two seeds."]
     summary = (
-        f"{len(told)} of {count} intervals exclude independence; of independent changes about "
-        f"{chance:.1f} would by chance."
+        f"{len(told)} of {count} intervals of pairs exclude independence; of independent changes "
+        f"about {chance:.1f} would by chance."
     )
     return [summary, *told]
 
@@ -271,7 +279,7 @@ LEGEND = (
     "Time: of sampling one image, over the dense model's in the track's first precision and with "
     "the model's own sampling, beside the product of the parts' ratios.",
     "Intervals: 95 %, Student's over seeds (over means of dense trainings where there are "
-    "several), not corrected for their number.",
+    "several), not corrected for their number. Three changes have the interactions of their pairs.",
     "Distillation is compared with fine-tuning on the same budget, on the pruned model: the dense "
     "model is never trained again. It changes no times.",
 )

@@ -158,9 +158,11 @@ def _draw_references(axes: Axes, references: pd.DataFrame, x: pd.Series) -> None
     for _, line in found.groupby("cell_precision"):
         axes.errorbar(line.x, line.fid_mean, yerr=line.fid_sd.fillna(0), fmt="-o", color="black",
                       ms=3.5, lw=1.1, elinewidth=0.8, zorder=4)  # fmt: skip
+    several = references.cell_precision.nunique() > 1
     for point in found.itertuples():
+        label = f"{int(point.steps)}, {point.cell_precision}" if several else int(point.steps)
         axes.annotate(
-            str(int(point.steps)), (point.x, point.fid_mean), xytext=(-7, -10), zorder=5,
+            str(label), (point.x, point.fid_mean), xytext=(-7, -10), zorder=5,
             textcoords="offset points", ha="center", fontsize=7.5, color="black",
         )  # fmt: skip
 
