@@ -10,6 +10,8 @@ from torch import Generator, Tensor
 from prunebench.diffusion.variance import VarianceBound
 from prunebench.errors import UserError
 
+PREDICTIONS = ("noise", "velocity")  # of networks that are trained with a noise schedule
+
 
 class Objective(Protocol):
     """Times run from clean to noisy; every method sees models through these functions.
@@ -34,12 +36,33 @@ class Objective(Protocol):
     def model_time(self, t: Tensor) -> Tensor:
         """The time as the network takes it."""
 
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """How much image a and how much noise s there is at times [N]: the input is
+        a x0 + s noise; both [N].
+        """
+
+    def parts(self, prediction: Tensor, noised: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The image and the noise that a prediction at times t, [N], implies; all
+        [N, C, H, W]. a image + s noise is `noised`, whatever is predicted.
+        """
+
+    def native(self, output: Tensor, noised: Tensor, t: Tensor) -> Tensor:
+        """A network's output as the samplers of `name` take it, at times t, [N]."""
+
     def variance_loss(self, output: Tensor, x0: Tensor, noised: Tensor, t: Tensor) -> Tensor:
         """The loss of what a network puts out beside its prediction: output [N, 2C, H, W] -> []."""
 
+    def variance_apart(self, output: Tensor, lesson: Tensor, noised: Tensor, t: Tensor) -> Tensor:
+        """How far it is from a teacher's: outputs [N, 2C, H, W] -> []."""
+
 
 class NoisePrediction:
-    """DDPM (Ho et al. 2020): predict the noise in sqrt(abar_t) x0 + sqrt(1 - abar_t) noise."""
+    """DDPM (Ho et al. 2020): predict the noise in sqrt(abar_t) x0 + sqrt(1 - abar_t) noise.
+
+    With `prediction` "velocity" the network predicts v = a noise - s x0 instead, a and s being
+    these two factors (Salimans & Ho 2022, arXiv 2202.00512, appendix D): its error in x0 has a
+    bound where hardly any image is left.
+    """
 
     name = "noise"
 
@@ -49,7 +72,13 @@ class NoisePrediction:
         beta_schedule: str = "linear",
         beta_start: float = 1e-4,
         beta_end: float = 0.02,
+        prediction: str = "noise",
     ):
+        if prediction not in PREDICTIONS:
+            raise UserError(
+                f"objective.prediction is '{prediction}'; known: {', '.join(PREDICTIONS)}"
+            )
+        self.prediction = prediction
         self.schedule = {
             "num_train_timesteps": train_steps,
             "beta_schedule": beta_schedule,
@@ -66,18 +95,43 @@ class NoisePrediction:
         return torch.linspace(0, self.train_steps - 1, count).round().long()
 
     def noised(self, x0: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        return self.scheduler.add_noise(x0, noise, t), noise
+        noised = self.scheduler.add_noise(x0, noise, t)
+        if self.prediction == "noise":
+            return noised, noise
+        return noised, self.scheduler.get_velocity(x0, noise, t)
 
     def model_time(self, t: Tensor) -> Tensor:
         return t
+
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        abar = self.scheduler.alphas_cumprod.to(t.device)[t]
+        return abar.sqrt(), (1 - abar).sqrt()
+
+    def parts(self, prediction: Tensor, noised: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        a, s = (level.view(-1, 1, 1, 1) for level in self.levels(t))
+        if self.prediction == "noise":
+            return (noised - s * prediction) / a, prediction
+        return a * noised - s * prediction, s * noised + a * prediction
+
+    def native(self, output: Tensor, noised: Tensor, t: Tensor) -> Tensor:
+        """The noise, and a variance after it where there is one."""
+        if self.prediction == "noise":
+            return output
+        channels = noised.shape[1]
+        _, noise = self.parts(output[:, :channels], noised, t)
+        return torch.cat([noise, output[:, channels:]], 1)
 
     @functools.cached_property
     def bound(self) -> VarianceBound:
         return VarianceBound(self.scheduler.alphas_cumprod)
 
     def variance_loss(self, output: Tensor, x0: Tensor, noised: Tensor, t: Tensor) -> Tensor:
-        prediction, fraction = output.chunk(2, 1)
+        prediction, fraction = self.native(output, noised, t).chunk(2, 1)
         return self.bound.loss(prediction, fraction, x0, noised, t)
+
+    def variance_apart(self, output: Tensor, lesson: Tensor, noised: Tensor, t: Tensor) -> Tensor:
+        both = (self.native(found, noised, t) for found in (output, lesson))
+        return self.bound.apart(*both, noised, t)
 
 
 class FlowMatching:
@@ -109,8 +163,21 @@ class FlowMatching:
     def model_time(self, t: Tensor) -> Tensor:
         return t * self.time_scale
 
+    def levels(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return 1 - t, t
+
+    def parts(self, prediction: Tensor, noised: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        mix = t.view(-1, 1, 1, 1)
+        return noised - mix * prediction, noised + (1 - mix) * prediction
+
+    def native(self, output: Tensor, noised: Tensor, t: Tensor) -> Tensor:
+        return output
+
     def variance_loss(self, output: Tensor, x0: Tensor, noised: Tensor, t: Tensor) -> Tensor:
         """None: SiT inherits DiT's further channels and never uses them."""
+        return output.new_zeros(())
+
+    def variance_apart(self, output: Tensor, lesson: Tensor, noised: Tensor, t: Tensor) -> Tensor:
         return output.new_zeros(())
 
 

@@ -119,7 +119,7 @@ class Sampler:
         """
         return samplers.denoise(
             self.settings["sampler"],
-            lambda x, t: self.predict(x, self._network_time(t, len(x)), y),
+            lambda x, t: self._native(x, t, y),
             x,
             objective=self.objective,
             steps=self.steps,
@@ -127,8 +127,11 @@ class Sampler:
             randomness=randomness,
         )
 
-    def _network_time(self, t: float | Tensor, count: int) -> Tensor:
-        return self.objective.model_time(torch.as_tensor(t)).expand(count).to(self.device)
+    def _native(self, x: Tensor, t: float | Tensor, y: Condition) -> Tensor:
+        """The guided prediction at one time of the objective, as the sampler takes it."""
+        times = torch.as_tensor(t).expand(len(x)).to(self.device)
+        output = self.predict(x, self.objective.model_time(times), y)
+        return self.objective.native(output, x, times)
 
     def predict(self, x: Tensor, t: Tensor, y: Condition) -> Tensor:
         """The model's prediction under classifier-free guidance (1 = none, one pass)."""

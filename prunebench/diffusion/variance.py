@@ -1,6 +1,7 @@
 """The loss of a variance that a network predicts beside the noise, as DiT does."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -40,9 +41,8 @@ class VarianceBound:
     ) -> Tensor:
         """Bits per dimension, []. Noise predicted, v, image and input [N, C, H, W]; t int64 [N]."""
         at = {name: _at(table, t) for name, table in self.tables.items()}
-        prediction, fraction = prediction.detach().float(), (fraction.float() + 1) / 2
-        guess = (noised - (1 - at["abar"]).sqrt() * prediction) / at["abar"].sqrt()
-        spread = (torch.lerp(at["low"], at["high"], fraction) / 2).exp()
+        guess = _guess(prediction.detach().float(), noised, at)
+        spread = _spread(fraction, at)
         # Means relative to the posterior's: the part that both have of `noised` cancels.
         mean = at["x0_weight"] * (guess - x0)
         kl = kl_divergence(
@@ -51,6 +51,30 @@ class VarianceBound:
         )
         nats = torch.where((t == 0).view(-1, 1, 1, 1), -_log_likelihood(x0, guess, spread), kl)
         return nats.mean() / math.log(2)
+
+    def apart(self, output: Tensor, lesson: Tensor, noised: Tensor, t: Tensor) -> Tensor:
+        """KL divergence of the step that a student takes from its teacher's, in bits, [].
+
+        As in `loss` the student's mean is taken as it is. Both outputs, noise and v, are
+        [N, 2C, H, W].
+        """
+        at = {name: _at(table, t) for name, table in self.tables.items()}
+        steps = []
+        for found in (lesson, output):
+            prediction, fraction = found.chunk(2, 1)
+            mean = at["x0_weight"] * _guess(prediction.detach().float(), noised, at)
+            steps.append(Normal(mean, _spread(fraction, at), validate_args=False))
+        return kl_divergence(*steps).mean() / math.log(2)
+
+
+def _guess(prediction: Tensor, noised: Tensor, at: Mapping[str, Tensor]) -> Tensor:
+    """The image that a predicted noise implies."""
+    return (noised - (1 - at["abar"]).sqrt() * prediction) / at["abar"].sqrt()
+
+
+def _spread(fraction: Tensor, at: Mapping[str, Tensor]) -> Tensor:
+    """The standard deviation that a network's v in [-1, 1] stands for."""
+    return (torch.lerp(at["low"], at["high"], (fraction.float() + 1) / 2) / 2).exp()
 
 
 def _at(table: Tensor, t: Tensor) -> Tensor:

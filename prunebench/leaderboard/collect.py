@@ -232,7 +232,7 @@ def cell_frame(sources: list[Source], expected: Iterable[Mapping] | None = None)
         unknown = dict.fromkeys(LABELS, "") | {"title": cell["method"]}
         cells[key] = cell | {"status": "missing"} | titles.get(cell["method"], unknown)
     columns = [*CELL, "status", *LABELS, "expected", "share", "details", "samples", "features",
-               "sampler", "steps", "alone", *MEASURES]  # fmt: skip
+               "sampler", "steps", "taught_steps", "alone", *MEASURES]  # fmt: skip
     frame = pd.DataFrame([cells[key] for key in sorted(cells)], columns=columns)
     several = frame.dense_seed.nunique() > 1
     frame["base"] = [
@@ -266,7 +266,8 @@ def _cell(source: Source) -> dict:
     cell |= {"share": _share(record), "details": _details(record), "expected": record.expected}
     cell |= {"samples": record.samples, "features": features(record)}
     cell |= {"alone": ALONE[record.latency.alone]}
-    return cell | {"sampler": record.sampling.sampler, "steps": record.sampling.steps}
+    cell |= {"sampler": record.sampling.sampler, "steps": record.sampling.steps}
+    return cell | {"taught_steps": record.student.steps is not None}
 
 
 def _number(value: float | None) -> float:
@@ -325,6 +326,7 @@ def _row(key: tuple, cells: pd.DataFrame) -> dict:
     row |= {"control": bool(best.control), "reconstruction": bool(best.reconstruction)}
     row |= {"seeds_ok": len(ok), "seeds_expected": len(cells)}
     row |= {"samples": ok.samples.min(), "sampler": best.sampler, "steps": ok.steps.max()}
+    row |= {"taught_steps": (ok.taught_steps == True).any()}  # noqa: E712 - missing is not
     told = ("share", "details", "features")
     row |= {name: best[name] if best.status == "ok" else "" for name in told}
     row |= {"timed_alone": (ok.alone == ALONE[True]).sum()}
@@ -340,7 +342,8 @@ def _unpublished(rows: pd.DataFrame) -> pd.Series:
     """Why nothing may be cited of a row's model; "" where the dense model is as it should be."""
     reasons = dict.fromkeys(rows.base, "")
     for row in rows[rows.expected.notna()].drop_duplicates("base").itertuples():
-        dense = rows[(rows.base == row.base) & (rows.kind == "none") & (rows.status == "ok")]
+        dense = rows[(rows.base == row.base) & (rows.kind == "none") & is_reference(rows)]
+        dense = dense[dense.status == "ok"]
         usual = (dense.cell_precision == first_precision(rows)) & (dense.sampling == DEFAULT)
         dense = dense[usual]
         found = dense.fid_mean.iloc[0] if len(dense) else math.nan
@@ -361,7 +364,13 @@ def _spread(values: list[float]) -> tuple[float, float]:
 
 
 def is_reference(rows: pd.DataFrame) -> pd.Series:
-    return rows.kind.isin(REFERENCE_KINDS)
+    """Which rows are the dense model as it was trained, with all or fewer sampling steps."""
+    return rows.kind.isin(REFERENCE_KINDS) & (rows.recovery == "none")
+
+
+def reference(row: pd.Series) -> bool:
+    """As `is_reference`, of one row."""
+    return row.kind in REFERENCE_KINDS and row.recovery == "none"
 
 
 def worse_by(name: str, value: float, other: float) -> float:
@@ -412,7 +421,7 @@ def _equal_latency(rows: pd.DataFrame, row: pd.Series) -> dict:
     dense = rows[is_reference(rows) & (rows.base == row.base) & (rows.status == "ok")]
     dense = dense[dense.cell_precision == row.cell_precision]
     dense = dense[dense.speedup_mean.notna()].sort_values(["steps", "speedup_mean"])
-    if row.status != "ok" or row.kind in REFERENCE_KINDS or dense.empty:
+    if row.status != "ok" or reference(row) or dense.empty:
         return nothing
     # Speed-ups were measured beside dense and compare; milliseconds of different moments do not.
     fast = dense[dense.speedup_mean >= row.speedup_mean * (1 - SPEED_TOLERANCE)]

@@ -20,6 +20,7 @@ from prunebench.leaderboard.collect import (
     ROW,
     is_reference,
     recovery_order,
+    reference,
     worse_by,
 )
 from prunebench.leaderboard.measures import MEASURES
@@ -229,7 +230,7 @@ def _sections(rows: pd.DataFrame, grids: dict[tuple, bytes]) -> list[tuple[str, 
     for _, row in rows.iterrows():
         grid = grids.get(tuple(row[ROW]))
         name = "No recovery" if row.recovery == "none" else row.recovery
-        name = "Dense" if row.kind in REFERENCE_KINDS else name
+        name = "Dense" if reference(row) else name
         if grid:
             sections.setdefault(name, []).append((row, grid))
     return list(sections.items())
@@ -278,8 +279,8 @@ def _draw_label(draw: ImageDraw.ImageDraw, corner: tuple[int, int], row: pd.Seri
                 width: int) -> None:  # fmt: skip
     left, top = corner
     fid = f"FID {number(MEASURES['fid'], row.fid_mean)}"
-    dense = row.kind in REFERENCE_KINDS
-    what = f"{int(row.steps)} steps" if dense else percent(row.sparsity)
+    unpruned = row.kind in REFERENCE_KINDS
+    what = f"{int(row.steps)} steps" if unpruned else percent(row.sparsity)
     what = f"{row.combination}, {what}" if row.combination else what
     bold = _font(14, bold=True)
     draw.text((left, top), _fitted(title(row), bold, width), INK, bold)

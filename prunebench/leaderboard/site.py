@@ -15,7 +15,6 @@ from prunebench.leaderboard import combinations, oracle, plots, tables, writers
 from prunebench.leaderboard.caption import caption, warnings
 from prunebench.leaderboard.collect import (
     CELL,
-    REFERENCE_KINDS,
     ROW,
     Source,
     aggregate,
@@ -24,6 +23,7 @@ from prunebench.leaderboard.collect import (
     cell_name,
     read_sources,
     recovery_order,
+    reference,
 )
 from prunebench.leaderboard.publish import publish
 from prunebench.leaderboard.writers import Column, Document, Ending, escape_markdown
@@ -232,17 +232,17 @@ def _table(board: Board) -> list[dict]:
         links.setdefault(source.key[:-1], []).append((source.cell.seed, raw_name(source.cell)))
     previous, table, shown = None, [], tables.columns(board.rows)
     for _, row in board.rows.iterrows():
-        reference = row.kind in REFERENCE_KINDS
+        dense = reference(row)
         group = (
             row.base,
-            reference or (row.section, row.sparsity, row["share"], row.guessed != ""),
+            dense or (row.section, row.sparsity, row["share"], row.guessed != ""),
         )
         table.append({
             "row": row,
             "title": tables.title(row),
             "marks": tables.marks(row),
             "first": group != previous,
-            "reference": reference,
+            "reference": dense,
             "best": tables.is_best(row),
             "cells": [_cell(column, row) for column in shown],
             "raw": links.get(tuple(row[ROW]), []),

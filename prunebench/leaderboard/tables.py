@@ -14,6 +14,7 @@ from prunebench.leaderboard.collect import (
     ROW,
     SIGNIFICANCE,
     is_reference,
+    reference,
 )
 from prunebench.leaderboard.measures import MEASURES, Measure
 from prunebench.leaderboard.writers import NOTHING, Cell, Column, Line, Table, bibtex_key
@@ -89,9 +90,9 @@ def heading(measure: Measure) -> str:
 def marks(row: pd.Series) -> list[str]:
     """What a reader must know about a row, in words."""
     found = [row.combination] if row.combination else []
-    if row.kind == "steps" and row.status == "ok":
+    if (row.kind == "steps" or row.taught_steps) and row.status == "ok":
         found.append(f"{int(row.steps)} steps")
-    if row.control and row.kind not in REFERENCE_KINDS:
+    if row.control and not reference(row):
         found.append("control")
     if row.guessed:
         found.append("criterion assumed")
@@ -123,7 +124,7 @@ def _method(row: pd.Series) -> str:
 
 
 def _rank(row: pd.Series) -> str:
-    if row.status == "ok" and row.kind in REFERENCE_KINDS:
+    if row.status == "ok" and reference(row):
         return "ref"
     if pd.isna(row["rank"]):
         return NOTHING

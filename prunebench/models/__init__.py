@@ -8,6 +8,7 @@ configurations. Everything else here is shared by families.
 import functools
 import importlib
 import pkgutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -30,6 +31,7 @@ __all__ = [
     "family_names",
     "instances",
     "published",
+    "takes",
 ]
 _FUNCTIONS = (
     "build",
@@ -85,6 +87,11 @@ def family(name: str) -> Family:
 def config(name: str) -> type[Config]:
     """What the settings of a family's networks may be, a pydantic model; free of torch."""
     return _settings(name).Config
+
+
+def takes(family_name: str, settings: Mapping) -> Takes:
+    """What a network of these settings takes; free of torch."""
+    return config(family_name).model_validate(settings, strict=False).takes()
 
 
 def instances() -> dict[str, Instance]:

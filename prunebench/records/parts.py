@@ -216,6 +216,8 @@ class Budget(Part):
     student_forward: Count
     student_backward: Count
     teacher_forward: Count
+    teacher_backward: Count = 0
+    """Gradients of the teacher's output by its input; its weights are never trained."""
     wall_s: Seconds
 
 
@@ -236,6 +238,26 @@ class Loss(Part):
 
     first: float
     last: float
+
+
+class Student(Part):
+    """How a recovered model is to be sampled, where its recovery changed that."""
+
+    steps: Annotated[int, Field(ge=1)] | None = None
+    """Sampling steps that it was taught; None: the track's."""
+    prediction: Literal["noise", "velocity"] | None = None
+    """What its network predicts; None: what the dense model's does."""
+
+
+class Phase(Part):
+    """One of the trainings of a recovery, which follow each other."""
+
+    module: Name
+    """Of prunebench/recovery."""
+    images: Count
+    """That the student was trained on."""
+    parameters: Json
+    """Of the module, defaults included."""
 
 
 class Sizes(Part):

@@ -157,6 +157,10 @@ class Recover(Done):
     STAGE = "recover"
     identity: parts.RecoveryIdentity
     budget: parts.Budget
+    trained_images: Count
+    """Images trained on, in all phases; `budget` counts every pass."""
+    phases: tuple[parts.Phase, ...]
+    student: parts.Student
     size: parts.Sizes
     loss: parts.Loss | None
 
@@ -202,6 +206,9 @@ class Score(Done):
     latency: parts.Latency
     budget: parts.Spent
     trained: parts.Trained
+    phases: tuple[parts.Phase, ...] = ()
+    """Of the recovery; none where it was recorded before there were several."""
+    student: parts.Student = parts.Student()
     trainings: dict[Name, parts.Training]
     """Stage -> how it trained."""
     sampling: parts.Sampling

@@ -1,6 +1,6 @@
 """Distillation from the dense model: what the recoveries with a teacher share."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -28,11 +28,26 @@ def distilled(teaching: Teaching, distance: Distance | None = None, weight: floa
         with captured(model, points) as learnt:
             output = outputs(model, batch)
         value = loss_of(output, batch) + weight * mse_loss(prediction_of(output, batch), lesson)
-        for name, kept in points.items():
-            value = value + distance(surviving(taught[name], kept), learnt[name])
-        return value
+        return with_features(value, points, taught, learnt, distance)
 
     return loss
+
+
+def with_features(
+    value: Tensor,
+    points: Mapping[str, Tensor | None],
+    taught: Mapping[str, Tensor],
+    learnt: Mapping[str, Tensor],
+    distance: Distance,
+) -> Tensor:
+    """`value` and, for every feature point, the distance between both models' features.
+
+    Args:
+        points: by name, the channels of the teacher's feature that the student still has.
+        taught, learnt: what `captured` found in teacher and student.
+    """
+    apart = (distance(surviving(taught[n], kept), learnt[n]) for n, kept in points.items())
+    return sum(apart, value)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from prunebench.models.conditions import Condition
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
 from prunebench.records import sealed
-from prunebench.records.parts import Costs
+from prunebench.records.parts import Costs, Student
 from prunebench.stages.inputs import sampler_for
 from prunebench.stages.job import Job
 from prunebench.stages.work import dense_model
@@ -30,7 +30,13 @@ def cost(job: Job) -> None:
     own, arithmetic = precision.converted(pruned, job.cell.precision)
     plain, _ = precision.converted(whole, job.track.undisturbed["precision"])
     fast, plain, kernels = _on_kernels(own, plain, plan, job.cell.precision)
-    samplers = sampler_for(job, fast, plan), sampler_for(job, plain, Plan(), job.settings.sampling)
+    # Only a recovery that leaves fewer steps has a measurement of its own.
+    taught = job.read("recover") if job.track.fold(job.cell.method, job.cell.recovery) > 1 else None
+    student = taught.student if taught else Student()
+    samplers = (
+        sampler_for(job, fast, plan, student=student),
+        sampler_for(job, plain, Plan(), job.settings.sampling),
+    )
     settings = job.track.settings.latency
     sizes = {"forward_batch1": 1, "forward_batch": settings.batch}
     inputs = {name: _inputs(samplers[0], size) for name, size in sizes.items()}
@@ -42,7 +48,7 @@ def cost(job: Job) -> None:
     products = {**macs, **{f"dense_{name}": value for name, value in theirs.items()}}
     job.finish(
         [],
-        sealed.made_from(select=chosen, dense=dense),
+        sealed.made_from(select=chosen, dense=dense, **({"recover": taught} if taught else {})),
         latency=report | {"arithmetic": arithmetic},
         size=Costs(**dict(chosen.size), **products),
     )

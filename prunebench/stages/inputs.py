@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from prunebench import assets
-from prunebench.diffusion.objectives import objective
+from prunebench.diffusion.objectives import Objective, objective
 from prunebench.diffusion.sampling import Sampler
 from prunebench.errors import UserError
 from prunebench.models.conditions import CLASSES, Conditions
 from prunebench.pruning.plan import Plan
 from prunebench.records import sealed
-from prunebench.records.parts import Identity
+from prunebench.records.parts import Identity, Student
 from prunebench.records.schema import Assets, Record
 from prunebench.stages.job import Job
 from prunebench.tracks import plain
@@ -21,6 +21,8 @@ from prunebench.training import latents, loop, parallel, prompts
 
 if TYPE_CHECKING:
     from prunebench.diffusion.autoencoder import Autoencoder as Coder
+
+DENSE = Student()  # as a dense model is, and one that no recovery changed so
 
 
 def located(job: Job, name: str) -> Path:
@@ -82,9 +84,15 @@ def trained_on(job: Job) -> dict[str, str]:
     return {**images, **sealed.made_from(**encoded)}
 
 
+def objective_of(job: Job, student: Student = DENSE) -> Objective:
+    """What the model's network predicts; after a recovery, what the student does."""
+    asked = job.settings.objective.model_dump()
+    return objective({**asked, **student.model_dump(include={"prediction"}, exclude_none=True)})
+
+
 def training_data(job: Job) -> loop.Data:
     """What the model trains on: images, or latents that `encode` wrote, and what they show."""
-    goal = objective(job.settings.objective.model_dump())
+    goal = objective_of(job)
     shown = conditions(job, training=True)
     if name := job.settings.autoencoder:
         job.read("encode", coder=name)
@@ -137,21 +145,37 @@ def decoded_by(job: Job, name: str) -> dict[str, str]:
     return {f"autoencoder/{file}": value for file, value in weights.sha256.items()}
 
 
-def sampler_for(job: Job, network: nn.Module, plan: Plan, way: Sampling | None = None) -> Sampler:
-    """The sampler of the job, or of another sampling, over a network of the model's kind."""
+def student_of(job: Job) -> Student:
+    """How the cell's model is to be sampled, by the record of its recovery."""
+    return job.read("recover").student if job.cell.recovery != "none" else DENSE
+
+
+def sampler_for(
+    job: Job,
+    network: nn.Module,
+    plan: Plan,
+    way: Sampling | None = None,
+    student: Student = DENSE,
+) -> Sampler:
+    """The sampler of the job, or of another sampling, over a network of the model's kind.
+
+    Args:
+        student: what a recovery changed of that.
+    """
     settings, common, coder = job.settings, job.track.settings.sampling, None
     asked = conditions(job, training=False)
     drawn = common.model_dump(include={"lanes", "size"}, exclude_none=True)
     images = assets.data_set(job.track.settings.dataset.name)
     if settings.autoencoder:
         coder = decoder(job, settings.autoencoder)
+    given = {**plain(way or job.sampling), **drawn}
     return Sampler(
         network,
-        objective(settings.objective.model_dump()),
+        objective_of(job, student),
         coder.latent_shape(images.shape) if coder else images.shape,
         len(asked) if isinstance(asked, prompts.Prompts) else images.classes,
-        {**plain(way or job.sampling), **drawn},
-        plan.steps,
+        {**given, "steps": student.steps or given["steps"]},
+        1.0 if student.steps else plan.steps,
         coder.decode if coder else None,
         asked,
     )

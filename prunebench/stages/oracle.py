@@ -19,7 +19,7 @@ from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.targets import plan_layers
 from prunebench.records import sealed
-from prunebench.records.parts import Quality, placeless
+from prunebench.records.parts import Quality, Student, placeless
 from prunebench.stages import extractor, recover
 from prunebench.stages.inputs import sampler_for, trained_on
 from prunebench.stages.job import Job, shared_settings
@@ -94,9 +94,11 @@ def _fid(
     place = {**job.names, "method": "oracle", "sparsity": job.track.settings.oracle.sparsity}
     job = dataclasses.replace(job, names=place)  # as a cell
     pruned = surgery.apply(copy.deepcopy(dense), plan, job.family)
+    student = Student()
     if job.cell.recovery != "none":
-        recover.train(job, pruned, plan, dense, meter, recover.training_left(job), checkpoints)
-    settings, sampler = job.track.settings.sampling, sampler_for(job, pruned, plan)
+        left = recover.training_left(job)
+        student = recover.train(job, pruned, plan, dense, meter, left, checkpoints).student
+    settings, sampler = job.track.settings.sampling, sampler_for(job, pruned, plan, student)
     images = torch.cat(list(sampler.images(job.cell.seed, 0, settings.count, settings.batch)))
     used, reference, _ = extractor.load(job)
     generated = used.extract(images, job.track.settings.evaluation.batch)["features"]

@@ -1,20 +1,26 @@
 """Recovery: the pruned model is trained on what selection has left of the budget."""
 
+import copy
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 from torch import Tensor, nn
 
 from prunebench import recovery
+from prunebench.diffusion import samplers
+from prunebench.diffusion.sampling import image_seed
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
 from prunebench.records import artefacts, sealed
-from prunebench.records.parts import Loss
-from prunebench.stages.inputs import check_data, trained_on, training_data
+from prunebench.records.parts import Loss, Phase, Student
+from prunebench.stages.inputs import check_data, objective_of, trained_on, training_data
 from prunebench.stages.job import Job
 from prunebench.stages.select import AVERAGE
 from prunebench.stages.work import checkpoints_of, dense_model, save, sizes, training_report
+from prunebench.tracks import phases
+from prunebench.tracks.settings_benchmark import Phase as Asked
 from prunebench.training import loop, parallel
-from prunebench.training.budget import BudgetMeter
+from prunebench.training.budget import BudgetMeter, unwatched
 from prunebench.training.checkpoints import Checkpoints
 
 
@@ -29,7 +35,7 @@ def recover(job: Job) -> None:
     checkpoints, meter = checkpoints_of(job, job.paths.dense, job.paths.select), BudgetMeter()
     begun = artefacts.read_tensors(folder / AVERAGE) if AVERAGE in chosen.files else {}
     progress = training_left(job, chosen.trained_images, begun)
-    losses = train(job, pruned, plan, whole, meter, progress, checkpoints)
+    taught = train(job, pruned, plan, whole, meter, progress, checkpoints)
     if parallel.rank():
         return  # the first process writes
     job.finish(
@@ -37,9 +43,12 @@ def recover(job: Job) -> None:
         {**sealed.made_from(select=chosen, dense=dense), **trained_on(job)},
         checkpoints.earlier_s,
         budget=meter.report(),
+        trained_images=sum(phase.images for phase in taught.phases),
+        phases=taught.phases,
+        student=taught.student,
         training=training_report(job, "recovery", progress, checkpoints),
         size=sizes(whole, pruned, plan),
-        loss=Loss(first=losses[0], last=losses[-1]) if losses else None,
+        loss=taught.loss,
     )
 
 
@@ -57,6 +66,20 @@ def training_left(
     return loop.Progress(total, total - left, moved)
 
 
+@dataclass(frozen=True)
+class Taught:
+    """What a recovery did, beside the weights.
+
+    Attributes:
+        student: how the model is to be sampled now.
+        loss: of the last phase that trained, at both ends; None where none did.
+    """
+
+    phases: tuple[Phase, ...]
+    student: Student
+    loss: Loss | None
+
+
 def train(
     job: Job,
     pruned: nn.Module,
@@ -65,30 +88,106 @@ def train(
     meter: BudgetMeter,
     progress: loop.Progress,
     checkpoints: Checkpoints,
-) -> list[float]:
-    """Train `pruned` in place as the cell's recovery says; returns the loss of every step.
+) -> Taught:
+    """Train `pruned` in place as the cell's recovery says, phase after phase.
 
     Args:
         whole: the dense model, which a distilling recovery has as its teacher.
-        progress: which steps of the cell's training are left.
+        progress: which steps of the cell's training are left. The first phase goes on with the
+            schedule and the average of a selection that trained, every other has its own.
     """
-    options, data = job.settings.recovery, training_data(job)
-    family, module = job.family, recovery.recovery(job.track.recovered_by(job.cell))
-    teaching = _teaching(whole, plan, family, meter) if module.TEACHER else None
-    with meter.clock():
-        return loop.train(
-            meter.watch(pruned),
-            data,
-            options,
-            images=(progress.total - progress.done) * options.batch,
-            seed=job.cell.seed,
-            muon_names=family.weights(pruned),
-            masks=plan.masks,
-            loss=module.loss(teaching),
-            progress=progress,
-            meter=meter,
-            checkpoints=checkpoints,
-        )
+    asked = job.track.phases_of(job.cell.method, job.cell.recovery)
+    steps = phases.steps_of(asked, progress.total - progress.done)
+    school, done, loss = _School(job, plan, whole, meter), [], None
+    meter.watch(pruned)
+    for number, (phase, count) in enumerate(zip(asked, steps, strict=True)):
+        part = loop.Progress(count)
+        if not number:
+            part = replace(progress, total=progress.done + count)
+        losses = school.teach(pruned, number, phase, part, checkpoints)
+        images = len(losses) * job.settings.recovery.batch
+        done.append(Phase(module=phase.module, images=images, parameters=phase.parameters))
+        loss = Loss(first=losses[0], last=losses[-1]) if losses else loss
+        progress.micro_batch = part.micro_batch
+    return Taught(tuple(done), school.student, loss)
+
+
+class _School:
+    """What the phases of a recovery share.
+
+    Attributes:
+        student: how the model is to be sampled after the phases so far.
+    """
+
+    def __init__(self, job: Job, plan: Plan, whole: nn.Module, meter: BudgetMeter):
+        self.job, self.plan, self.whole, self.meter = job, plan, whole, meter
+        self.data, self.student = training_data(job), Student()
+        self._dense: recovery.Teaching | None = None
+
+    def teach(
+        self,
+        pruned: nn.Module,
+        number: int,
+        phase: Asked,
+        progress: loop.Progress,
+        checkpoints: Checkpoints,
+    ) -> list[float]:
+        """Train in phase `number`; returns the loss of every step."""
+        job, entry, options = self.job, recovery.entry(phase.module), self.job.settings.recovery
+        teaching = self._teaching(pruned, entry) if entry.teacher else None
+        self._promote(entry, phase)
+        seed = image_seed(job.cell.seed, number) if number else job.cell.seed
+        with self.meter.clock():
+            return loop.train(
+                pruned,
+                replace(self.data, objective=objective_of(job, self.student)),
+                options,
+                images=(progress.total - progress.done) * options.batch,
+                seed=seed,
+                muon_names=job.family.weights(pruned),
+                masks=self.plan.masks,
+                loss=recovery.recovery(phase.module).loss(teaching, **phase.parameters),
+                progress=progress,
+                meter=self.meter,
+                checkpoints=checkpoints,
+            )
+
+    def _promote(self, entry: recovery.Entry, phase: Asked) -> None:
+        """What the student predicts, and in how many steps, from this phase on."""
+        if entry.predicts:
+            self.student = self.student.model_copy(update={"prediction": entry.predicts})
+        if entry.folds:
+            left = self._steps() // phase.parameters["fold"]
+            self.student = self.student.model_copy(update={"steps": left})
+
+    def _steps(self) -> int:
+        asked = round(self.job.settings.sampling.steps * self.plan.steps)
+        return self.student.steps or asked
+
+    def _teaching(self, pruned: nn.Module, entry: recovery.Entry) -> recovery.Teaching:
+        """The dense model; where steps are folded once more, the student as it is by then.
+
+        The student has been taught as few steps as it is now asked to do in fewer, the dense model
+        never was.
+        """
+        if entry.folds and self.student.steps:
+            teacher = unwatched(copy.deepcopy(pruned)).eval().requires_grad_(False)
+            kept = dict.fromkeys(self.job.family.features(teacher))
+            teacher = self.meter.watch(teacher, "teacher")
+            return self._complete(recovery.Teaching(teacher, kept), self.student)
+        if self._dense is None:
+            found = _teaching(self.whole, self.plan, self.job.family, self.meter)
+            self._dense = self._complete(found, Student())
+        return self._dense
+
+    def _complete(self, teaching: recovery.Teaching, student: Student) -> recovery.Teaching:
+        """What is known of a teacher that is to be sampled as `student`, beside its features."""
+        how, goal = self.job.settings.sampling, objective_of(self.job, student)
+        steps = self._steps()
+        options = samplers.checked(how.sampler, steps, how.options, goal.name, goal.train_steps)
+        sampling = recovery.Sampling(how.sampler, steps, options, how.guidance)
+        known = {"conditions": self.data.conditions, "objective": goal, "sampling": sampling}
+        return replace(teaching, **known)
 
 
 def _teaching(

@@ -20,6 +20,7 @@ from prunebench.records.parts import (
     Quality,
     Spent,
     Stage,
+    Student,
     Trained,
     Weights,
 )
@@ -71,12 +72,13 @@ def _records(job: Job) -> dict[str, Record]:
     found = {"dense": job.read("dense", payload=False)}
     found |= {name: job.read(name) for name in ("select", "cost")}
     _check(job, "select", dense=found["dense"], records=found)
-    _check(job, "cost", select=found["select"], dense=found["dense"], records=found)
-    checkpoint = {"select": found["select"]}
+    checkpoint, timed = {"select": found["select"]}, {}
     if job.cell.recovery != "none":
         found["recover"] = job.read("recover")
         _check(job, "recover", select=found["select"], dense=found["dense"], records=found)
         checkpoint = {"recover": found["recover"]}
+        timed = checkpoint if found["recover"].student.steps else {}
+    _check(job, "cost", select=found["select"], dense=found["dense"], **timed, records=found)
     found["sample"] = job.read("sample")
     if decoder := job.settings.autoencoder:
         checkpoint |= decoded_by(job, decoder)
@@ -99,7 +101,11 @@ def _gathered(job: Job, records: Mapping[str, Record]) -> dict:
         "size": Costs(**{**dict(cost.size), **(dict(recover.size) if recover else {})}),
         "latency": cost.latency,
         "budget": Spent(selection=select.budget, recovery=spent),
-        "trained": Trained(selection=select.trained_images, recovery=spent.student_backward),
+        "trained": Trained(
+            selection=select.trained_images, recovery=recover.trained_images if recover else 0
+        ),
+        "phases": recover.phases if recover else (),
+        "student": recover.student if recover else Student(),
         "trainings": {name: record.training for name, record in own.items() if record.training},
         "sampling": records["sample"].sampling,
         "stages": {name: _history(record) for name, record in own.items()},

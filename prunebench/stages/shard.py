@@ -11,7 +11,7 @@ from prunebench.models import precision
 from prunebench.pruning import surgery
 from prunebench.records import artefacts, sealed
 from prunebench.records.parts import Sampling
-from prunebench.stages.inputs import decoded_by, sampler_for
+from prunebench.stages.inputs import decoded_by, sampler_for, student_of
 from prunebench.stages.job import Job
 from prunebench.tracks.layout import images_of
 from prunebench.training import parallel
@@ -35,7 +35,7 @@ def draw(job: Job, indices: range) -> tuple[dict[str, Tensor], Sampling]:
     settings = job.track.settings.sampling
     network, plan = surgery.load(Path(job.paths.checkpoint).parent)
     network, arithmetic = precision.converted(network.to(parallel.device()), job.cell.precision)
-    sampler = sampler_for(job, network, plan)
+    sampler = sampler_for(job, network, plan, student=student_of(job))
     batch, images = job.names.get("batch") or settings.batch, []
     for part in sampler.images(job.cell.seed, indices.start, indices.stop, batch):
         images.append(part)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prunebench.errors import UserError
-from prunebench.tracks import methods
+from prunebench.tracks import methods, phases
 from prunebench.tracks.cells import DEFAULT, RECIPE, UNPRUNED, Cell
 from prunebench.tracks.checks import asset_names, check_recovery
 from prunebench.tracks.layout import RUNS, Paths
@@ -19,6 +19,7 @@ from prunebench.tracks.settings_benchmark import (
     BenchmarkSettings,
     Division,
     Model,
+    Phase,
     TextEncoder,
 )
 from prunebench.tracks.stages import STAGES, needs_of
@@ -114,10 +115,27 @@ class Track:
         return {**method.given, **given, **(recipe or {}).get("parameters", {})}
 
     def recovered_by(self, cell: Cell) -> str:
-        """The module that a cell recovers with, or "none"."""
-        if cell.by_recipe:
-            return (self.method(cell.method).recipe or {}).get("recovery", "finetune")
-        return cell.recovery.rpartition("-")[0] or cell.recovery
+        """The module, or the track's own recovery, that a cell recovers with, or "none"."""
+        return self._recovered_by(cell.method, cell.recovery)
+
+    def _recovered_by(self, method: str, recovery: str) -> str:
+        name, _, _ = recovery.rpartition("-")
+        if name == RECIPE:
+            return (self.method(method).recipe or {}).get("recovery", "finetune")
+        return name or recovery
+
+    def phases_of(self, method: str, recovery: str) -> tuple[Phase, ...]:
+        """The trainings of a recovery, one after the other, with all parameters; () of "none".
+
+        Args:
+            method: whose recipe counts where `recovery` is one.
+            recovery: with its budget.
+        """
+        return phases.phases_of(self.settings, self._recovered_by(method, recovery))
+
+    def fold(self, method: str, recovery: str) -> int:
+        """How many of the sampler's steps are one of the student's after a recovery; 1: as many."""
+        return phases.fold_of(self.phases_of(method, recovery))
 
     def cell(
         self,
@@ -143,7 +161,7 @@ class Track:
         inside = LEAST_SPARSITY <= sparsity <= MOST_SPARSITY
         if not inside and not (kind == "none" and sparsity == 0):
             raise UserError(f"sparsity {sparsity} is impossible for {method}: it must be in (0, 1)")
-        check_recovery("--recovery", recovery, self.settings.budgets)
+        check_recovery("--recovery", recovery, self.settings)
         given = {"precision": precision, "sampling": sampling}
         for axis, known in (("precision", self.settings.precisions), ("sampling", samplings)):
             if given[axis] not in (None, *known):
@@ -196,13 +214,15 @@ class Track:
 
     def _combinations(self, division: Division, row: Row) -> list[tuple[str, str]]:
         """The precisions and samplings that a division runs a row in; the first of both first."""
-        model, method, *_ = row
+        model, method, _, recovery = row
         precisions, samplings = self.settings.precisions, (DEFAULT, *self.model(model).samplings)
         # "Dense, fewer steps" is a row to compare with, and another number of steps by itself.
         if division.compares != "combinations" or self.method(method).kind == "steps":
             return [(precisions[0], DEFAULT)]
         wanted = division.samplings or samplings
         samplings = [name for name in samplings if name in wanted]
+        if self.fold(method, recovery) > 1:  # taught to follow this one
+            samplings = [DEFAULT]
         return list(itertools.product(division.precisions or precisions, samplings))
 
     def _rows(self, division: Division) -> Iterator[Row]:
@@ -214,8 +234,15 @@ class Track:
                     own = recovery.startswith(f"{RECIPE}-")
                     plain = recovery.replace(RECIPE, "finetune", 1)
                     named = recovery if method.recipe or not own else plain
+                    if own and self._unrecoverable(method, recovery, settings):
+                        continue
                     for sparsity in self.sparsities(method, own):
                         yield model, method.name, sparsity, named
+
+    def _unrecoverable(self, method: methods.Method, recovery: str, model: Model) -> bool:
+        """Whether a model can't be recovered as a method's recipe wants it."""
+        name = self._recovered_by(method.name, recovery)
+        return phases.refusal(name, model, self.settings) is not None
 
     def _participants(self, division: Division) -> list[methods.Method]:
         """The division's methods, the dense model and, where selections compete, the controls."""
@@ -244,6 +271,9 @@ class Track:
         return method.sparsities or self.settings.sparsities
 
     def _recoveries(self, method: methods.Method, division: Division) -> list[str]:
+        if method.kind == "none":  # of the dense model only the steps can be made fewer
+            fewer = [name for name in division.recoveries if self.fold(method.name, name) > 1]
+            return ["none", *fewer]
         if method.recovery == "never":
             return ["none"]
         skipped = {"none"} if method.recovery == "required" else set()
@@ -254,7 +284,7 @@ class Track:
         if self.settings.oracle is None:
             raise UserError(f"track {self.name} has no entry 'oracle'")
         self.model(model)
-        check_recovery("--recovery", recovery, self.settings.budgets)
+        check_recovery("--recovery", recovery, self.settings)
         if index < 0:
             raise UserError(f"--mask {index}: masks are counted from 0")
 
@@ -309,17 +339,21 @@ class Track:
         is written down, and a key that is added to the suite later, change no fingerprint.
 
         Args:
-            names: what the stage is called with; model, dense_seed, method, coder and sampling
-                count.
+            names: what the stage is called with; model, dense_seed, method, recovery, coder and
+                sampling count.
         """
         model, method = names.get("model", ""), names.get("method", "")
         latents = self.in_force["models"].get(model, {}).get("autoencoder", "")
         coder = names.get("coder", "")
         stars = {"models": model, "methods": method}
         stars |= {"autoencoders": coder or latents, "text_encoders": coder}
+        recovery = str(names.get("recovery", "none"))
+        stars |= {"recoveries": self._recovered_by(method, recovery)}
         trains = stage == "select" and method in self.methods and self.methods[method].trains
         parts: list[object] = [int(names["dense_seed"])] if stage == "dense" else []
-        own = STAGES[stage].depends_on(names.get("sampling", DEFAULT))
+        own = [*STAGES[stage].depends_on(names.get("sampling", DEFAULT))]
+        if stage == "recover" and self.fold(method, recovery) > 1:
+            own.append("models.*.sampling")  # whose steps are folded
         for dotted in (*own, *(STAGES["recover"].depends if trains else ())):
             entry: object = self.in_force
             keys = dotted.split(".")

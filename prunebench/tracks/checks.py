@@ -5,7 +5,7 @@ refusal names the file and the key.
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from prunebench import recovery as recoveries
 from prunebench.diffusion import samplers
 from prunebench.errors import UserError
 from prunebench.evaluation.metrics import metrics
-from prunebench.models import Takes
-from prunebench.tracks import methods
+from prunebench.models import Takes, takes
+from prunebench.tracks import methods, phases
 from prunebench.tracks.cells import DEFAULT, PRECISIONS, RECIPE
 from prunebench.tracks.settings import nearest, parse
 from prunebench.tracks.settings_benchmark import (
@@ -88,11 +88,6 @@ def published_config(
     return config, entry
 
 
-def takes(family: str, config: Mapping) -> Takes:
-    """What a network of these settings takes."""
-    return models.config(family).model_validate(config, strict=False).takes()
-
-
 def _layout(file: Path, place: str, model: Model, entry: models.Published | None) -> str:
     layout = model.weights.layout or (entry and entry.layout)
     known = sorted({"suite", *(e.layout for e in models.published(model.family).values())})
@@ -119,8 +114,9 @@ def check(file: Path, settings: BenchmarkSettings) -> None:
         if name in RESERVED:
             raise asked.refuse(f"divisions.{name}", "the name is taken; choose another")
         for recovery in division.recoveries:
-            check_recovery(f"{file}: divisions.{name}.recoveries", recovery, settings.budgets)
+            check_recovery(f"{file}: divisions.{name}.recoveries", recovery, settings)
         _check_combinations(asked, f"divisions.{name}", division)
+    _check_recoveries(asked)
     _check_coders(asked)
     _check_oracle(asked)
     check_needs(file, settings.needs)
@@ -347,7 +343,7 @@ def _check_coders(asked: Asked) -> None:
 
 
 def _check_oracle(asked: Asked) -> None:
-    oracle, budgets = asked.settings.oracle, asked.settings.budgets
+    oracle = asked.settings.oracle
     if oracle is None:
         return
     for name in oracle.models:
@@ -355,21 +351,41 @@ def _check_oracle(asked: Asked) -> None:
             known = nearest(name, asked.settings.models)
             raise asked.refuse("oracle.models", f"unknown model '{name}'{known}")
     for name in oracle.recoveries:
-        check_recovery(f"{asked.file}: oracle.recoveries", name, budgets)
+        check_recovery(f"{asked.file}: oracle.recoveries", name, asked.settings)
         if name.startswith(f"{RECIPE}-"):
             raise asked.refuse("oracle.recoveries", f"'{name}' belongs to a method, not a mask")
 
 
-def check_recovery(where: str, name: str, budgets: Iterable[str]) -> None:
+def check_recovery(where: str, name: str, settings: BenchmarkSettings) -> None:
     """Refuse what is neither "none" nor a recovery and a budget: "finetune-low"."""
     module, _, budget = name.rpartition("-")
     if name == "none":
         return
-    if module not in (RECIPE, *recoveries.recovery_names()):
-        known = nearest(module, recoveries.recovery_names())
-        raise UserError(f"{where}: unknown recovery '{module}' in '{name}'{known}")
-    if budget not in budgets:
-        raise UserError(f"{where}: '{name}' needs a budget of: {', '.join(budgets)}")
+    known = (*settings.recoveries, *recoveries.recovery_names())
+    if module not in (RECIPE, *known):
+        raise UserError(f"{where}: unknown recovery '{module}' in '{name}'{nearest(module, known)}")
+    if budget not in settings.budgets:
+        raise UserError(f"{where}: '{name}' needs a budget of: {', '.join(settings.budgets)}")
+
+
+def _check_recoveries(asked: Asked) -> None:
+    """The track's own recoveries are made of modules; every model can be recovered as is asked."""
+    settings = asked.settings
+    for name, given in settings.recoveries.items():
+        if name in (RECIPE, *recoveries.recovery_names()):
+            raise asked.refuse(f"recoveries.{name}", "the name is taken; choose another")
+        phases.check(f"{asked.file}: recoveries.{name}", given)
+    for where, name in _recovered(settings):
+        phases.check_models(f"{asked.file}: {where}", name, settings)
+
+
+def _recovered(settings: BenchmarkSettings) -> Iterator[tuple[str, str]]:
+    """(key, name without its budget) of every recovery that the track runs, but "none"."""
+    asked = [(f"divisions.{key}.recoveries", entry) for key, entry in settings.divisions.items()]
+    asked += [("oracle.recoveries", settings.oracle)] if settings.oracle else []
+    for where, entry in asked:
+        names = [name.rpartition("-")[0] for name in entry.recoveries if name != "none"]
+        yield from ((where, name) for name in names if name != RECIPE)
 
 
 def check_needs(file: Path, needs: Mapping[str, Needs]) -> None:

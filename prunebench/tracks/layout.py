@@ -34,6 +34,8 @@ class Layout:
         if "selection" in STAGES[stage].wildcards:
             recovery = str(names["recovery"])
             own = self.track.method(names["method"]).trains or recovery.startswith(f"{RECIPE}-")
+            # Its cost is that of the steps that it leaves.
+            own |= stage == "cost" and self.track.fold(names["method"], recovery) > 1
             found["selection"] = f"selection-{recovery}" if own else "selection"
         return found
 

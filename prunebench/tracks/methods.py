@@ -340,8 +340,11 @@ def _parameters(file: Path, tree: ast.Module) -> dict[str, object]:
         raise UserError(f"{file}: the defaults of select must be literals") from None
 
 
-def check_parameters(method: Method, given: Mapping[str, object], source: str = "") -> None:
+def check_parameters(
+    method: Method | recoveries.Entry, given: Mapping[str, object], source: str = ""
+) -> None:
     """The values a track gives must be parameters of `select`, of the default's type and sign.
+    What holds for methods holds for the recoveries' `loss` too.
 
     A count whose default is more than 1 must be at least 1, a number whose default lies between 0
     and 1 must be from 0 to 1, and one whose default is not negative must not be negative.

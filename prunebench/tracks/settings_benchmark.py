@@ -6,7 +6,7 @@ editors use is written from these classes (scripts/write_schemas.py).
 
 from typing import Annotated, Literal
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import AfterValidator, Field, JsonValue, model_validator
 
 from prunebench.records.strict import Strict, WrongKeyError
 from prunebench.tracks.cells import DEFAULT
@@ -74,9 +74,12 @@ class Extractor(Strict):
 
 
 class NoiseObjective(Strict):
-    """DDPM's (Ho et al. 2020): the network predicts the noise; the schedule is diffusers'."""
+    """DDPM's (Ho et al. 2020): the network predicts the noise, or the velocity of Salimans & Ho
+    (2022); the schedule is diffusers'.
+    """
 
     name: Literal["noise"]
+    prediction: Literal["noise", "velocity"] = "noise"
     train_steps: int = Field(1000, ge=2, le=100_000)
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
     beta_start: float = Field(1e-4, gt=0, lt=1)
@@ -217,6 +220,27 @@ class Methods(Strict):
     parameters: dict[Name, dict[str, JsonValue]] = Field({}, max_length=1000)
 
 
+class Phase(Strict):
+    """A module of prunebench/recovery with parameters of its loss, on a share of the images."""
+
+    module: Name
+    share: float | None = Field(None, gt=0, le=1)
+    parameters: dict[Name, JsonValue] = Field({}, max_length=100)
+
+
+def _whole(phases: tuple[Phase, ...]) -> tuple[Phase, ...]:
+    """Shares are equal where none is given, and else all of them are, and are the whole."""
+    shares = [phase.share for phase in phases]
+    if any(share is not None for share in shares):
+        if None in shares or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError("give every phase a 'share', 1 in all, or give none")
+        return phases
+    return tuple(phase.model_copy(update={"share": 1 / len(phases)}) for phase in phases)
+
+
+Phases = Annotated[tuple[Phase, ...], Field(min_length=1, max_length=20), AfterValidator(_whole)]
+
+
 class Division(Strict):
     """One leaderboard; `compares` says what differs between the rows that are ranked together.
 
@@ -310,6 +334,7 @@ class BenchmarkSettings(Strict):
     methods: Methods
     sparsities: Some[Fraction]
     fewer_steps: Some[Fraction]
+    recoveries: dict[Name, Phases] = Field({}, max_length=100)
     divisions: dict[Name, Division] = Field(min_length=1, max_length=100)
     oracle: Oracle | None = None
     budgets: dict[Budget, Images] = Field(min_length=1, max_length=100)

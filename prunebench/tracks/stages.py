@@ -78,7 +78,7 @@ class Stage:
         return tuple(name for _, name, _, _ in string.Formatter().parse(self.record) if name)
 
 
-_TRAINED = ("budgets", "models.*.recovery")
+_TRAINED = ("budgets", "models.*.recovery", "recoveries.*")
 _DRAWN = (
     SAMPLING,
     "sampling.count",

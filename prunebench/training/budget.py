@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from prunebench.errors import CellError
 
-KEYS = ("student_forward", "student_backward", "teacher_forward")
+KEYS = ("student_forward", "student_backward", "teacher_forward", "teacher_backward")
 
 
 class BudgetMeter:
@@ -28,7 +28,7 @@ class BudgetMeter:
     def watch(
         self, model: nn.Module, role: str = "student", parts: Iterable[nn.Module] = ()
     ) -> nn.Module:
-        """Count every forward of `model` from now on and, for the student, every backward.
+        """Count every forward of `model` from now on, and every backward.
 
         Args:
             parts: modules of `model` that would do its work unseen if they were called alone. That,
@@ -38,8 +38,8 @@ class BudgetMeter:
         def count(_: nn.Module, inputs: tuple, output: Tensor) -> None:
             rows = len(inputs[0])
             self.counts[f"{role}_forward"] += rows
-            if role == "student" and output.requires_grad:
-                output.register_hook(lambda _: self._backward(rows))
+            if output.requires_grad:
+                output.register_hook(lambda _: self._backward(role, rows))
 
         def alone(part: nn.Module, _: tuple) -> None:
             self._refuse(f"a {type(part).__name__} of the model")
@@ -78,8 +78,8 @@ class BudgetMeter:
         if not self._depth and torch._C._current_graph_task_id() == -1:
             raise CellError(f"{what} was called past the meter: call the model itself")
 
-    def _backward(self, rows: int) -> None:
-        self.counts["student_backward"] += rows
+    def _backward(self, role: str, rows: int) -> None:
+        self.counts[f"{role}_backward"] += rows
 
     @contextmanager
     def clock(self) -> Iterator[None]:

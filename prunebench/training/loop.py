@@ -33,7 +33,10 @@ log = logging.getLogger(__name__)
 class Batch:
     """One batch of noised training images, every tensor [N, ...] and on the model's device.
 
-    `y` is what the network takes: classes, or a mapping of encoded text.
+    Attributes:
+        y: what the network takes: classes, or a mapping of encoded text.
+        drawn: what a recovery draws besides; see `Drawing`.
+        done: the share of the training that lies behind it, from 0 to 1.
     """
 
     x0: Tensor
@@ -44,10 +47,12 @@ class Batch:
     target: Tensor
     network_time: Tensor
     objective: Objective
+    drawn: Mapping[str, Tensor] = field(default_factory=dict)
+    done: float = 0.0
 
     def rows(self, chosen: range) -> "Batch":
-        rows = slice(chosen.start, chosen.stop)
-        tensors = {name: value for name, value in vars(self).items() if name != "objective"}
+        rows, whole = slice(chosen.start, chosen.stop), ("objective", "done")
+        tensors = {name: value for name, value in vars(self).items() if name not in whole}
         return replace(self, **{n: each(lambda v: v[rows], value) for n, value in tensors.items()})
 
 
@@ -104,6 +109,26 @@ class Progress:
 
 
 Loss = Callable[[nn.Module, Batch], Tensor]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A loss that needs other times, or further random numbers, than a batch has.
+
+    Attributes:
+        loss: of a batch, or of a part of one.
+        redraw: (batch, generator) -> batch, once for a whole batch, before it is parted. The
+            generator is the training's own, whose state is saved, so that a training that was
+            interrupted goes on with the same numbers. `Batch.drawn` is for what is drawn.
+    """
+
+    loss: Loss
+    redraw: Callable[[Batch, Generator], Batch]
+
+    def __call__(self, model: nn.Module, batch: Batch) -> Tensor:
+        return self.loss(model, batch)
+
+
 Adjust = Callable[[nn.Module], None]
 
 
@@ -183,6 +208,7 @@ def train(
         for step in counted(len(run.losses), steps, "train"):
             batch = data.draw(settings.batch, run.generator, run.device)
             batch = _drop_some(batch, data.conditions, model, settings, run.generator)
+            batch = _redrawn(replace(batch, done=step / steps), loss, run.generator)
             run.losses.append(run.gradients(batch, loss))
             if not math.isfinite(run.losses[-1]):
                 raise CellError(f"the training loss is {run.losses[-1]} at step {step} of {steps}")
@@ -402,6 +428,10 @@ def _drop_some(
     chosen = torch.rand(len(batch.x0), generator=generator) < settings.class_dropout
     y = dropped(conditions, batch.y, model, chosen.to(batch.x0.device))
     return replace(batch, y=y)
+
+
+def _redrawn(batch: Batch, loss: Loss, generator: Generator) -> Batch:
+    return loss.redraw(batch, generator) if isinstance(loss, Drawing) else batch
 
 
 @torch.no_grad()

@@ -195,7 +195,7 @@ def stage_fingerprint(stage, **names):
 
 
 # Names that choose settings.
-DEPENDING = ("coder", "model", "dense_seed", "method", "sampling", "plan")
+DEPENDING = ("coder", "model", "dense_seed", "method", "recovery", "sampling", "plan")
 
 
 def fingerprint(stage):
@@ -240,6 +240,13 @@ def dense(wildcards):
     """Input function: the dense model of a job."""
     names = names_of(wildcards)
     return LAYOUT.dense(names["model"], names["dense_seed"])
+
+
+def taught_steps(wildcards):
+    """Input function: the recovery of a cell, where it makes the steps fewer that are timed."""
+    names = names_of(wildcards)
+    fewer = TRACK.fold(names["method"], names["recovery"]) > 1
+    return [paths(wildcards).recover] if fewer else []
 
 
 def shards(wildcards):

@@ -24,6 +24,7 @@ rule select:
 rule cost:
     input:
         prompts,
+        taught_steps,
         dense=dense,
         select=artefact("select"),
     output:

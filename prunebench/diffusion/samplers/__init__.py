@@ -42,12 +42,17 @@ class Entry:
         objectives: names of the objectives whose models it samples.
         stochastic: it draws noise on the way.
         options: the model of `sampling.options`.
+        path: (options, steps, train_steps) -> the times it visits, descending, and the one where
+            it ends, None for no noise at all; of samplers whose step goes from the image and the
+            noise that are predicted at one time straight to the next. Step distillation folds
+            several such steps into one.
     """
 
     name: str
     objectives: tuple[str, ...]
     stochastic: bool = False
     options: type[Options] = Options
+    path: Callable[[Options, int, int | None], list[float | None]] | None = None
 
 
 def _modules() -> dict[str, ModuleType]:
@@ -96,6 +101,30 @@ def checked(
     if refusal:
         raise UserError(refusal)
     return found
+
+
+def folded(
+    name: str, options: Options, steps: int, train_steps: int | None, fold: int
+) -> list[float | None]:
+    """The path of a sampler whose steps, `fold` at a time, become one of a student's.
+
+    Raises:
+        UserError: the sampler has no such path, or the student would visit other times. The
+            message begins with the key of `sampling` that is wrong.
+    """
+    entry = sampler(name)
+    if entry.path is None:
+        able = ", ".join(e for e in sampler_names(entry.objectives[0]) if sampler(e).path)
+        raise UserError(f"sampler: the steps of '{name}' can't be folded; use {able}")
+    if steps % fold or steps == 0:
+        raise UserError(f"steps: {steps} steps can't be folded {fold} at a time; take a multiple")
+    whole = entry.path(options, steps, train_steps)
+    if entry.path(options, steps // fold, train_steps) != [*whole[:-1:fold], whole[-1]]:
+        raise UserError(
+            f"options: {steps // fold} steps do not visit every {fold}th time of {steps}; take "
+            "timestep_spacing trailing"
+        )
+    return whole
 
 
 def denoise(

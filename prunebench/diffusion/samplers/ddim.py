@@ -12,7 +12,11 @@ class Options(Spaced):
     set_alpha_to_one: bool = True  # the last step leads to x0 itself, not to time 0
 
 
-SAMPLER = Entry(name="ddim", objectives=("noise",), options=Options)
+def path(options: Options, steps: int, train_steps: int) -> list[float | None]:
+    return [*options.times(steps, train_steps), None if options.set_alpha_to_one else 0]
+
+
+SAMPLER = Entry(name="ddim", objectives=("noise",), options=Options, path=path)
 
 
 def denoise(predict, x, *, objective, steps, options, randomness):

@@ -14,7 +14,12 @@ class Options(samplers.Options):
     shift: float = Field(1.0, gt=0)
 
 
-SAMPLER = Entry(name="euler", objectives=("flow",), options=Options)
+def path(options: Options, steps: int, train_steps: None) -> list[float | None]:
+    even = [i / steps for i in range(steps, 0, -1)]
+    return [options.shift * t / (1 + (options.shift - 1) * t) for t in even] + [0.0]
+
+
+SAMPLER = Entry(name="euler", objectives=("flow",), options=Options, path=path)
 
 
 def denoise(predict, x, *, objective, steps, options, randomness):
