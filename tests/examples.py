@@ -130,6 +130,10 @@ def efficiency(**changes) -> schema.Efficiency:
     return schema.Efficiency(identity=identity, **{**common(), **known, **changes})
 
 
+def phase() -> parts.Phase:
+    return parts.Phase(module="step_kd", images=2560, parameters={"fold": 2, "gamma": 0.0})
+
+
 def every() -> dict[str, schema.Sealed]:
     """A record of every stage, by its name."""
     of = {"track": "embedded"}
@@ -154,7 +158,8 @@ def every() -> dict[str, schema.Sealed]:
         "dense": schema.Dense(identity=of_model, loss=0.5, weights=None, **taught),
         "select": schema.Select(identity=selection, trained_images=0, size=size, **taught),
         "recover": schema.Recover(identity=recovered, size=size,
-                                  loss=parts.Loss(first=1.0, last=0.5), **taught),
+                                  loss=parts.Loss(first=1.0, last=0.5), trained_images=2560,
+                                  phases=(phase(),), student=parts.Student(steps=3), **taught),
         "sample": schema.Sample(identity=parts.CellIdentity(stage="sample", **CELL),
                                 sampling=sampling(), shards=1, **common()),
         "shard": schema.Shard(identity=shard, sampling=sampling(), **common()),
