@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from prunebench import recovery as recoveries
 from prunebench.errors import UserError
 from prunebench.tracks import methods, phases
 from prunebench.tracks.cells import DEFAULT, RECIPE, UNPRUNED, Cell
@@ -135,7 +136,13 @@ class Track:
 
     def fold(self, method: str, recovery: str) -> int:
         """How many of the sampler's steps are one of the student's after a recovery; 1: as many."""
-        return phases.fold_of(self.phases_of(method, recovery))
+        return self._folds.get(self._recovered_by(method, recovery), 1)
+
+    @functools.cached_property
+    def _folds(self) -> dict[str, int]:
+        """What `fold` is of every recovery by name; the layout asks for it many thousand times."""
+        names = (*recoveries.recovery_names(), *self.settings.recoveries)
+        return {name: phases.fold_of(phases.phases_of(self.settings, name)) for name in names}
 
     def cell(
         self,
