@@ -202,10 +202,17 @@ def test_other_boards_are_as_they_were(tmp_path):
 
 # The real stages.
 
+BASE, FAR = ("fp32", "default"), ("int8", "few")
+RUN = {  # what is run of a small division, and whether it is timed
+    ("dit", "dense"): ((BASE, True), (("bf16", "few"), False), (FAR, True)),
+    ("dit", "random_layers"): ((FAR, False),),
+    ("unet", "dense"): ((("bf16", "default"), False), (("int8", "default"), True)),
+}
+
 
 @pytest.fixture(scope="module")
-def toy(tmp_path_factory) -> tuple[tracks.Track, Path, list[tracks.Cell]]:
-    """Dense models in every precision and sampling, and a pruned row in the furthest of both."""
+def toy(tmp_path_factory) -> tuple[tracks.Track, Path, dict[tuple, tracks.Cell]]:
+    """A track, its folder of runs, and cells by model, method, precision and sampling."""
     smoke, runs = tiny.smoke(), tmp_path_factory.mktemp("toy")
     content = tiny.plain(smoke) | {"precisions": ["fp32", "bf16", "int8"], "seeds": [0]}
     del content["oracle"], content["models"]["sit"]
@@ -215,48 +222,41 @@ def toy(tmp_path_factory) -> tuple[tracks.Track, Path, list[tracks.Cell]]:
                      "recoveries": ["none"]}
     }  # fmt: skip
     track = tiny.track("toy", content, smoke.methods)
-    tiny.run("extractor", track, runs)
+    cells = {(c.model, c.method, c.precision, c.sampling): c for c in track.cells()}
     for model in track.settings.models:
         tiny.run("dense", track, runs, model=model)
-    furthest = {"dit": ("int8", "few"), "unet": ("int8", "default")}
-    cells = [cell for cell in track.cells() if cell.method == "dense"
-             or (cell.method == "random_layers"
-                 and (cell.precision, cell.sampling) == furthest[cell.model])]  # fmt: skip
-    done = set()
-    for stage in ("select", "cost", "sample"):
-        for cell in cells:
-            record = tiny.job(stage, track, runs, cell).record
-            if record not in done:
-                done.add(tiny.run(stage, track, runs, cell))
+    for row, combinations_ in RUN.items():
+        tiny.run("select", track, runs, cells[*row, *BASE])  # one for all
+        for axes, timed in combinations_:
+            for stage in ("cost", "sample") if timed else ("sample",):
+                tiny.run(stage, track, runs, cells[*row, *axes])
     return track, runs, cells
 
 
 def test_precisions_and_samplings_run_through_the_real_stages(toy):
     track, runs, cells = toy
-    assert len(cells) == (6 + 1) + (3 + 1)
-    images, arithmetic = {}, {}
-    for cell in cells:
-        paths = tracks.Paths(track, cell, runs)
-        drawn, timed = sealed.read(Path(paths.sample)), sealed.read(Path(paths.cost))
-        assert drawn.sampling.steps == (2 if cell.sampling == "few" else 4)
-        assert timed.latency.arithmetic == drawn.sampling.arithmetic
-        assert (drawn.sampling.arithmetic is None) == (cell.precision == "fp32")
-        arithmetic[cell.model, cell.precision] = drawn.sampling.arithmetic
-        images[cell] = Path(paths.sample).with_name("images.safetensors").read_bytes()
-    assert len(set(images.values())) == len(cells)
+    images, arithmetic = set(), {}
+    for row, combinations_ in RUN.items():
+        for (precision, sampling), timed in combinations_:
+            own = tracks.Paths(track, cells[*row, precision, sampling], runs)
+            drawn = sealed.read(Path(own.sample)).sampling
+            assert drawn.steps == (2 if sampling == "few" else 4)
+            assert (drawn.arithmetic is None) == (precision == "fp32")
+            arithmetic[row[0], precision] = drawn.arithmetic
+            images.add(Path(own.sample).with_name("images.safetensors").read_bytes())
+            if timed:
+                assert sealed.read(Path(own.cost)).latency.arithmetic == drawn.arithmetic
+    assert len(images) == sum(map(len, RUN.values()))
     assert arithmetic["unet", "int8"].left and not arithmetic["unet", "bf16"].left
     assert arithmetic["dit", "int8"].weights == "int8"
     assert arithmetic["dit", "bf16"].weights == "bfloat16"
-    assert len({tracks.Paths(track, cell, runs).select for cell in cells}) == 4
 
 
-@pytest.mark.parametrize("method", ["dense", "random_layers"])
-def test_a_combination_is_scored_beside_the_undisturbed_dense_model(toy, method):
+def test_a_combination_is_scored_beside_the_undisturbed_dense_model(toy):
     track, runs, cells = toy
-    furthest = {"model": "dit", "method": method, "precision": "int8", "sampling": "few"}
-    (cell,) = [c for c in cells if furthest.items() <= tracks.as_dict(c).items()]
-    score = sealed.read(tiny.run("score", track, runs, cell))
-    assert score.quality["lpips"].value > 0  # of dense too, whose own images it would equal
+    tiny.run("extractor", track, runs)
+    score = sealed.read(tiny.run("score", track, runs, cells["dit", "dense", *FAR]))
+    assert score.quality["lpips"].value > 0  # it would equal its own images
     assert score.identity.precision == "int8" and score.sampling.steps == 2
 
 
@@ -269,9 +269,8 @@ def test_a_combination_is_timed_beside_the_undisturbed_dense_model(toy, monkeypa
         return seen[-1]
 
     monkeypatch.setattr(cost, "sampler_for", spy)
-    tiny.run("cost", track, runs, cells[5])
-    assert (cells[5].precision, cells[5].sampling) == ("int8", "few")
-    (pruned, dense), names = seen, ["blocks.0.mlp.fc1"]
-    kinds = [type(s.model.get_submodule(n).weight).__name__ for s in (pruned, dense) for n in names]
+    tiny.run("cost", track, runs, cells["dit", "random_layers", *FAR])
+    pruned, dense = seen
+    kinds = [type(sampler.model.t_embedder.mlp[0].weight).__name__ for sampler in seen]
     assert kinds == ["Int8Tensor", "Parameter"]
     assert (pruned.steps, dense.steps) == (2, 4)
