@@ -135,7 +135,7 @@ def _sentence(division: str, verdicts: list[str]) -> str:
 def _control(rows: pd.DataFrame, row: tuple) -> tuple | None:
     """The random masks with the same model, sparsity, pattern and budget, plainly fine-tuned."""
     names = {row.recovery, f"finetune-{row.budget}", f"recipe-{row.budget}"}
-    same = (rows.method == RANDOM[row.kind]) & (rows.status == "ok") & rows.recovery.isin(names)
+    same = (rows.method == RANDOM.get(row.kind)) & (rows.status == "ok") & rows.recovery.isin(names)
     for name in ("model", "sparsity", "budget", "share"):
         same &= rows[name] == getattr(row, name)
     return next(rows[same].itertuples(), None) if row.status == "ok" else None

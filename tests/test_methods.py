@@ -160,7 +160,7 @@ BROKEN = {
     ),
     "computed constant": (
         GOOD.replace('"layers"', '"layers".lower()'),
-        r"first\.py line 6: KIND must be a literal str, because the workflow reads it without",
+        r"first\.py line 6: KIND must be a literal str or tuple, because the workflow reads it",
     ),
     "constant of another type": (
         GOOD.replace("\nKIND", "\nCONTROL = 1\nKIND"),

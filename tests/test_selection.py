@@ -344,7 +344,7 @@ WRONG = {
     "takes other steps than asked": (
         lambda c: Plan(steps=0.5),
         "steps",
-        r"removes 0\.5000 of .*; the target is 0\.25",
+        r"leaves out 0\.5000 of .*; the target is 0\.25",
     ),
     "removes nothing": (
         lambda c: Plan(),

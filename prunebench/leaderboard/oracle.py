@@ -102,7 +102,7 @@ def attached(cells: pd.DataFrame, sources: list[Source], masks: list[Mask]) -> p
 
 def _masks_for(score: Score, complete: dict[tuple, list[Mask]]) -> list[Mask]:
     own = score.identity
-    if score.labels.kind != "layers" or own.method in FRESH:
+    if score.labels.kind != "layers" or score.plan.copies or own.method in FRESH:
         return []
     place = tuple(getattr(own, name) for name in PLACE)
     seeds = sorted(seed for *where, seed in complete if tuple(where) == place)

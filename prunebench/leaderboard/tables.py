@@ -90,7 +90,7 @@ def heading(measure: Measure) -> str:
 def marks(row: pd.Series) -> list[str]:
     """What a reader must know about a row, in words."""
     found = [row.combination] if row.combination else []
-    if (row.kind == "steps" or row.taught_steps) and row.status == "ok":
+    if ("steps" in row.kind.split("+") or row.taught_steps) and row.status == "ok":
         found.append(f"{int(row.steps)} steps")
     if row.control and not reference(row):
         found.append("control")
@@ -183,7 +183,7 @@ def _columns() -> list[Column]:
                value=lambda row: row.title.lower(), text=_method, key=True, numeric=False),
         _word("base", "Model", "The dense model that was pruned"),
         _word("kind", "Unit", "What is removed: whole layers, widths (channels, heads, neurons), "
-              "single weights (masks), sampling steps, or none", True),
+              "single weights (masks), sampling steps, or none; several joined by +", True),
         Column(name="sparsity", label="Sparsity", help="Target fraction of the parameters removed; "
                "with “uniform” of the channels of every width, with N:M of each masked matrix",
                value=lambda row: row.sparsity, text=_sparsity, key=True),

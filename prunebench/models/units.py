@@ -87,7 +87,8 @@ def filled(units: Iterable[Width]) -> list[Width]:
 
 def unemptied(model: nn.Module, names: Iterable[str]) -> list[str]:
     """The names of the parameters that have elements: emptied widths leave some without."""
-    return [name for name in names if model.get_parameter(name).numel()]
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    return [name for name in names if sizes.get(name, 1)]
 
 
 def bias_alone(reader: nn.Linear, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from prunebench.errors import CellError
 from prunebench.models.precision import precise
-from prunebench.models.units import Layer, Width, parameter_count
+from prunebench.models.units import GRANULARITIES, Layer, Width, parameter_count
 from prunebench.pruning.plan import Plan
 
 SCOPES = ("global", "kinds", "local")  # of what is ranked together: see `plan_ranked`
@@ -301,7 +301,10 @@ def n_of_m_mask(score: Tensor, n: int, m: int) -> Tensor:
 
 
 def reached(dense: nn.Module, pruned: nn.Module, plan: Plan) -> float:
-    """Fraction of the dense model's parameters that the plan removed or masks."""
+    """Fraction of the dense model's parameters that the plan removed or masks.
+
+    Negative where copied layers hold more than what was removed.
+    """
     masked = sum(int((~mask).sum()) for mask in plan.masks.values())
     return 1 - (parameter_count(pruned) - masked) / parameter_count(dense)
 
@@ -309,14 +312,24 @@ def reached(dense: nn.Module, pruned: nn.Module, plan: Plan) -> float:
 def tolerance(
     model: nn.Module, layers: Sequence[Layer], widths: Sequence[Width], plan: Plan
 ) -> float:
-    """One unit of the kind the plan prunes, as a fraction of the model's parameters."""
-    total = parameter_count(model)
-    if plan.layers:
-        return max(unit.parameters for unit in layers) / total
+    """One unit of each kind that the plan prunes, as a fraction of the model's parameters."""
+    units = []
+    if plan.layers or plan.copies:
+        units.append(max(unit.parameters for unit in layers))
     if plan.kept:
         sizes = Sizes(model, widths)
-        return max(sizes.removed({unit.name: unit.groups}) for unit in widths) / total
-    return 1 / total
+        units.append(max(sizes.removed({unit.name: unit.groups}) for unit in widths))
+    if plan.masks or not units:
+        units.append(1)
+    return sum(units) / parameter_count(model)
+
+
+def layers_of(model: nn.Module, family: ModuleType, plan: Plan) -> list[Layer]:
+    """The layers whose size is a plan's tolerance: whole ones only where it names some."""
+    found = {granularity: family.layers(model, granularity) for granularity in GRANULARITIES}
+    finer = [*found["block"], *found["branch"]]
+    named = {*plan.layers, *plan.copies}
+    return finer if named <= {layer.name for layer in finer} else [*found["whole"], *finer]
 
 
 def most(model: nn.Module, family: ModuleType, kind: str) -> float:

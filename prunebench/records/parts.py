@@ -41,6 +41,8 @@ def placeless(text: str) -> str:
 Text = Annotated[str, AfterValidator(tidy)]
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.+-]*$", max_length=200)]
+PARTS = "layers|widths|weights|steps"  # that a plan may remove
+Kind = Annotated[str, StringConstraints(pattern=rf"^(none|({PARTS})(\+({PARTS}))*)$")]
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Count = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(ge=0)]
@@ -402,7 +404,8 @@ class Labels(Part):
     objective: Text
     recovered_by: Text
     """Module of prunebench/recovery that trained the cell, or "none"."""
-    kind: Literal["none", "layers", "widths", "weights", "steps"]
+    kind: Kind
+    """What is removed; parts of a plan that removes several kinds are joined by "+"."""
     control: bool
     reconstruction: bool
     guessed: Text = ""

@@ -21,9 +21,16 @@ Select = Callable[..., Plan | tuple[Plan, nn.Module]]
 
 
 def select(
-    context: Context, function: Select, kind: str, parameters: Mapping
+    context: Context,
+    function: Select,
+    kind: str,
+    parameters: Mapping,
+    steps: float | None = None,
 ) -> tuple[Plan, nn.Module]:
     """Run a method and check what it returns. The context's model is gone afterwards.
+
+    Args:
+        steps: the share of the steps that the plan keeps, where it removes more than steps.
 
     Returns:
         The plan and the pruned model: the method's own where it trained one, else the dense model
@@ -33,17 +40,17 @@ def select(
         CellError: the plan is of another kind than the method states, names units that do not
             exist, or misses the target by more than one unit.
     """
-    layers = [unit for g in ("block", "branch") for unit in context.layers(g)]
-    widths = context.widths() if kind == "widths" else []
+    widths = context.widths() if "widths" in kind.split("+") else []
     plan, own = returned(function, context, parameters)
     check_kind(plan, kind)
     check_record(plan)
     del context.model  # its weights and gradients make room
     dense = context._dense
     pruned = surgery.apply(rebuilt(dense), plan, context.family, widths)
+    layers = targets.layers_of(dense, context.family, plan)
     unit = targets.tolerance(dense, layers, widths, plan)
-    maskable = {n: dense.get_parameter(n).shape for n in context.family.weights(dense)}
-    check_target(dense, pruned, plan, context.sparsity, unit, widths, maskable)
+    maskable = {n: pruned.get_parameter(n).shape for n in context.family.weights(pruned)}
+    check_target(dense, pruned, plan, context.sparsity, unit, widths, maskable, steps)
     if own is None:
         return plan, pruned.eval()
     own = unmetered(own)
@@ -115,16 +122,19 @@ def _parts(result: object) -> tuple[Plan, nn.Module | None]:
 
 
 def check_kind(plan: Plan, kind: str) -> None:
-    """A plan removes what its method says it removes, and nothing else."""
+    """A plan removes what its method says it removes, and nothing else.
+
+    Of several kinds a plan may leave some alone, but not all.
+    """
     present = {
-        "layers": bool(plan.layers),
+        "layers": bool(plan.layers or plan.copies),
         "widths": bool(plan.kept),
         "weights": bool(plan.masks),
         "steps": plan.steps != 1.0,
     }
     removed = [name for name, is_present in present.items() if is_present]
-    expected = [] if kind == "none" else [kind]
-    if removed != expected:
+    expected = [] if kind == "none" else kind.split("+")
+    if not set(removed) <= set(expected) or len(removed) < min(1, len(expected)):
         found = " and ".join(removed) or "nothing"
         raise CellError(f"the method's KIND is '{kind}' but its plan removes {found}")
 
@@ -145,22 +155,43 @@ def check_target(
     tolerance: float,
     widths: Sequence[Width] = (),
     maskable: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    steps: float | None = None,
 ) -> None:
-    """The target is met within one unit. N:M and uniform plans fix their own; these are checked."""
-    if plan.steps != 1.0:
-        reached, tolerance = 1 - plan.steps, 1e-9
-    elif plan.pattern == targets.UNIFORM:
+    """Every part of a plan meets its target.
+
+    What is removed and zeroed together meets `sparsity` within `tolerance`, one unit of each kind.
+    A pattern (N:M, uniform) fixes its own share, which is checked, and `sparsity` is the target of
+    the rest. Steps meet `steps`; where nothing else goes, `sparsity` is the share that is left out.
+
+    Args:
+        maskable: shapes of the weights of `pruned` that may be masked.
+        steps: the share of the steps that stays beside what else is removed.
+    """
+    check_steps(plan, sparsity, steps)
+    counted = plan
+    if plan.pattern == targets.UNIFORM:
         targets.check_uniform(plan, widths, sparsity)
         return
-    elif plan.pattern not in (None, "unstructured"):
+    if plan.pattern not in (None, "unstructured"):
         targets.check_n_of_m(plan, maskable)
+        counted = Plan()
+    if not (plan.layers or plan.copies or plan.kept or plan.pattern == "unstructured"):
         return
-    else:
-        reached = targets.reached(dense, pruned, plan)
+    reached = targets.reached(dense, pruned, counted)
     if abs(reached - sparsity) > tolerance + 1e-9:
         raise CellError(
             f"the plan removes {reached:.4f} of the parameters; the target is {sparsity} "
             f"and one unit is {tolerance:.4f}"
+        )
+
+
+def check_steps(plan: Plan, sparsity: float, steps: float | None) -> None:
+    """The steps that stay are those that the method states, or that the sparsity leaves."""
+    wanted = sparsity if steps is None else 1 - steps
+    if plan.steps != 1.0 and abs(1 - plan.steps - wanted) > 1e-9:
+        raise CellError(
+            f"the plan leaves out {1 - plan.steps:.4f} of the sampling steps; the target is "
+            f"{wanted:.4g}"
         )
 
 

@@ -1,5 +1,6 @@
 """What a method is given."""
 
+import copy
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -170,13 +171,19 @@ class Context:
         yield smaller
 
     # What to return.
-    def plan_layers(self, order: Sequence[Layer], **notes: object) -> Plan:
+    # `sparsity` is the cell's where it is None; methods that remove several kinds share it out.
+    def plan_layers(
+        self, order: Sequence[Layer], sparsity: float | None = None, **notes: object
+    ) -> Plan:
         """Remove layers in the given order until the target is met."""
-        return targets.plan_layers(self.model, order, self.sparsity, **notes)
+        return targets.plan_layers(self.model, order, self._share(sparsity), **notes)
 
-    def plan_widths(self, scores: Mapping[str, Tensor], **notes: object) -> Plan:
+    def plan_widths(
+        self, scores: Mapping[str, Tensor], sparsity: float | None = None, **notes: object
+    ) -> Plan:
         """Remove the lowest-scored channels of every width at one ratio that meets the target."""
-        return targets.plan_widths(self.model, self.widths(), scores, self.sparsity, **notes)
+        share = self._share(sparsity)
+        return targets.plan_widths(self.model, self.widths(), scores, share, **notes)
 
     def plan_ranked(
         self, scores: Mapping[str, Tensor], scope: str = "global", **notes: object
@@ -193,9 +200,19 @@ class Context:
         """Remove the lowest-scored channels of every width, the target being each width's share."""
         return targets.plan_uniform(self.widths(), scores, self.sparsity, **notes)
 
-    def plan_weights(self, scores: Mapping[str, Tensor], **notes: object) -> Plan:
+    def plan_weights(
+        self, scores: Mapping[str, Tensor], sparsity: float | None = None, **notes: object
+    ) -> Plan:
         """Mask the globally lowest-scored weights until the target is met."""
-        return targets.plan_weights(self.model, scores, self.sparsity, **notes)
+        return targets.plan_weights(self.model, scores, self._share(sparsity), **notes)
+
+    def _share(self, sparsity: float | None) -> float:
+        return self.sparsity if sparsity is None else sparsity
+
+    def pruned(self, plan: Plan) -> nn.Module:
+        """A copy of the model with a plan carried out, metered, with memory of its own."""
+        widths = self.widths() if plan.kept else None
+        return surgery.apply(copy.deepcopy(self.model), plan, self.family, widths)
 
     # For methods that train.
     def train(
@@ -223,7 +240,7 @@ class Context:
                 f"{self.trained_images} of its budget of {self.train_images} are spent"
             )
         self.trained_images += images
-        names = trainable(model, self.family.weights(self.model))
+        names = trainable(model, self.family.weights(model))
         seed = self.generator().initial_seed()
         return loop.train(
             model,

@@ -38,6 +38,7 @@ class Method(Protocol):
 
     name: str
     kind: str
+    steps: float | None
     trains: bool
     recovery: str
     families: Sequence[str]
@@ -81,7 +82,8 @@ class Trial:
     def select(self, **changes: object) -> tuple[Plan, nn.Module]:
         """What selection makes of the method: a plan and a pruned model, checked."""
         context = self.context(**changes)
-        return checks.select(context, self.function, self.method.kind, self.method.check)
+        method = self.method
+        return checks.select(context, self.function, method.kind, method.check, method.steps)
 
     @functools.cached_property
     def first(self) -> "First":
@@ -192,19 +194,21 @@ def _leaves_a_network(trial: Trial) -> None:
 def _meets_its_target(trial: Trial) -> None:
     """Within one unit, counted here from the tensors and not from what a plan says."""
     plan, whole, family = trial.first.plan, tiny.dense(trial.name), trial.family
+    checks.check_steps(plan, trial.sparsity, trial.method.steps)
     if plan.pattern == targets.UNIFORM:
         targets.check_uniform(plan, family.widths(whole), trial.sparsity)
         return
+    masked = sum(int((~mask).sum()) for mask in plan.masks.values())
     if plan.pattern not in (None, "unstructured"):
-        targets.check_n_of_m(plan, {n: whole.get_parameter(n).shape for n in family.weights(whole)})
-        return
-    if trial.method.kind == "steps":
-        reached, unit = 1 - plan.steps, 1e-9
-    else:
-        total = _size(whole)
-        masked = sum(int((~mask).sum()) for mask in plan.masks.values())
-        reached = (total - _size(trial.pruned) + masked) / total
-        unit = _largest_unit(trial.method.kind, whole, family) / total
+        left = {n: trial.pruned.get_parameter(n).shape for n in family.weights(trial.pruned)}
+        targets.check_n_of_m(plan, left)
+        masked = 0
+    used = [kind for kind in _used(plan) if kind != "weights" or masked]
+    if not used and trial.method.kind != "none":
+        return  # steps, or a pattern, alone
+    total = _size(whole)
+    reached = (total - _size(trial.pruned) + masked) / total
+    unit = sum(_largest_unit(kind, whole, family, plan) for kind in used) / total
     assert abs(reached - trial.sparsity) <= unit + 1e-9, (
         f"the plan removes {reached:.4f} of the parameters; the target is {trial.sparsity} and one "
         f"unit is {unit:.4f}"
@@ -215,11 +219,16 @@ def _size(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def _largest_unit(kind: str, whole: nn.Module, family: object) -> int:
+def _used(plan: Plan) -> list[str]:
+    """The kinds of units that a plan removes."""
+    there = {"layers": plan.layers or plan.copies, "widths": plan.kept, "weights": plan.masks}
+    return [kind for kind, units in there.items() if units]
+
+
+def _largest_unit(kind: str, whole: nn.Module, family: object, plan: Plan) -> int:
     units = {
-        "none": lambda: [0],
         "weights": lambda: [1],
-        "layers": lambda: [layer.parameters for layer in family.layers(whole, "block")],
+        "layers": lambda: [layer.parameters for layer in targets.layers_of(whole, family, plan)],
         "widths": lambda: [_one_round(whole, unit) for unit in family.widths(whole)],
     }
     return max(units[kind]())

@@ -22,7 +22,8 @@ from prunebench.errors import CellError, UserError
 from prunebench.runtime import resources
 from prunebench.tracks.settings import LEAST_SPARSITY, MOST_SPARSITY, nearest, one_line
 
-KINDS = ("none", "layers", "widths", "weights", "steps")
+PARTS = ("layers", "widths", "weights", "steps")  # what a plan may remove, several at once
+KINDS = ("none", *PARTS)
 RECOVERY = ("optional", "never", "required")
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")  # of a method, everywhere
 MOST_BYTES = 1_000_000  # of a method file
@@ -31,8 +32,8 @@ MOST = 10**9  # of a parameter's value
 UNREADABLE = (SyntaxError, ValueError, OSError, RecursionError, MemoryError)
 
 # Constant -> (type, default). A default of ... marks what every method must state.
-CONSTANTS: dict[str, tuple[type, object]] = {
-    "KIND": (str, ...),
+CONSTANTS: dict[str, tuple[type | tuple[type, ...], object]] = {
+    "KIND": ((str, tuple), ...),
     "TITLE": (str, None),
     "PAPER": (str, ""),
     "BIBTEX": (str, ""),
@@ -48,6 +49,7 @@ CONSTANTS: dict[str, tuple[type, object]] = {
     "NEEDS_CLASSES": (bool, False),
     "RECIPE": (dict, None),
     "CHECK": (dict, None),
+    "STEPS": (float, None),
     "VARIANTS": (dict, None),
 }
 
@@ -57,7 +59,7 @@ class Method:
     """What a method file says about itself.
 
     Attributes:
-        kind: what its plans remove; one of KINDS.
+        kind: what its plans remove: one of KINDS, or several parts joined by "+".
         control: a control is a row of every table and cannot be excluded.
         reconstruction: parts of the paper were not available; the leaderboard marks the row.
         faithful_to: what it was written from and is held to, for the README's table of systems.
@@ -73,6 +75,8 @@ class Method:
             "recovery" (a module of prunebench/recovery), "parameters" of `select` and "sparsities"
             that differ from the matched division's.
         check: parameters of `select` that make it quick, for `prunebench check`.
+        steps: the share of the sampling steps that its plans keep beside what else they remove;
+            None where steps are all that they remove, or no part of it.
         parameters: keyword parameters of `select` with their defaults, or the variant's values.
         given: of these, what a variant calls `select` with.
         variants: further rows of the same file.
@@ -97,6 +101,7 @@ class Method:
     needs_classes: bool
     recipe: Mapping[str, object] | None
     check: Mapping[str, object]
+    steps: float | None
     parameters: Mapping[str, object]
     given: Mapping[str, object] = field(default_factory=dict)
     variants: tuple["Method", ...] = ()
@@ -186,6 +191,7 @@ def read(file: Path) -> Method:
         raise UserError(f"{file}: a method starts with a docstring whose first line is its idea")
     constants["title"] = constants["title"] or file.stem
     constants["check"] = constants["check"] or {}
+    constants["kind"] = _kind(str(file), constants["kind"])
     variants = constants.pop("variants") or {}
     method = Method(
         name=file.stem, file=file, idea=idea, parameters=_parameters(file, tree), **constants
@@ -222,7 +228,7 @@ def _variant(method: Method, name: object, changes: object) -> Method:
         if key not in known:
             raise UserError(f"{where} has {key!r}{nearest(key, known)}")
         if not isinstance(value, known[key]):
-            raise UserError(f"{where} {key} is {value!r}, not a {known[key].__name__}")
+            raise UserError(f"{where} {key} is {value!r}, not a {_named(known[key])}")
     given = changes.get("parameters", {})
     check_parameters(method, given, where)
     own = {
@@ -233,6 +239,7 @@ def _variant(method: Method, name: object, changes: object) -> Method:
         "check": {**given, **changes.get("CHECK", method.check)},
         "given": given,
     }
+    own["kind"] = _kind(where, own.get("kind", method.kind))
     variant = dataclasses.replace(method, **own)
     _check_method(variant, where)
     return variant
@@ -267,15 +274,45 @@ def _constants(file: Path, tree: ast.Module) -> dict[str, object]:
 
 def _check_values(method: Method, where: str) -> None:
     """Each constant is one of those that it may be."""
-    for name, allowed in (("kind", KINDS), ("recovery", RECOVERY)):
-        if (value := getattr(method, name)) not in allowed:
-            known = ", ".join(allowed)
-            raise UserError(f"{where}: {name.upper()} is '{value}'; known: {known}")
+    if method.recovery not in RECOVERY:
+        known = ", ".join(RECOVERY)
+        raise UserError(f"{where}: RECOVERY is '{method.recovery}'; known: {known}")
+    _check_steps(method, where)
     for family in method.families:
         if family not in models.family_names():
             known = ", ".join(models.family_names())
             raise UserError(f"{where}: FAMILIES names {family!r}; known: {known}")
     _check_sparsities(f"{where}: SPARSITIES", method.sparsities)
+
+
+def _kind(where: str, given: str | tuple) -> str:
+    """The kind of a method: one of KINDS, or several parts, in the order of PARTS."""
+    parts = tuple(given.split("+")) if isinstance(given, str) else given
+    if parts == ("none",):
+        return "none"
+    for part in parts:
+        if part not in PARTS or parts.count(part) > 1:
+            raise UserError(f"{where}: KIND is {given!r}; known: {', '.join(KINDS)}, or a tuple of "
+                            f"different ones of {', '.join(PARTS)}")  # fmt: skip
+    if not parts:
+        raise UserError(f"{where}: KIND is (); what removes nothing is of the kind 'none'")
+    return "+".join(part for part in PARTS if part in parts)
+
+
+def _check_steps(method: Method, where: str) -> None:
+    """A share of steps is stated where it is one of several parts, and only there."""
+    parts = method.kind.split("+")
+    wanted = len(parts) > 1 and "steps" in parts
+    if wanted and method.steps is None:
+        raise UserError(
+            f"{where}: a method of the kind '{method.kind}' needs STEPS, the share of the sampling "
+            "steps that stays; its sparsity is of the parameters"
+        )
+    if method.steps is not None and not (wanted and 0 < method.steps < 1):
+        raise UserError(
+            f"{where}: STEPS is {method.steps!r}; it is a number between 0 and 1, of methods that "
+            "remove steps and more"
+        )
 
 
 def _misspelt(name: str) -> str:
@@ -319,10 +356,15 @@ def _literal(file: Path, name: str, node: ast.Assign) -> object:
         value = None
     if not isinstance(value, expected):
         raise UserError(
-            f"{file} line {node.lineno}: {name} must be a literal {expected.__name__}, because the "
+            f"{file} line {node.lineno}: {name} must be a literal {_named(expected)}, because the "
             "workflow reads it without running the file"
         )
     return value
+
+
+def _named(expected: type | tuple[type, ...]) -> str:
+    kinds = expected if isinstance(expected, tuple) else (expected,)
+    return " or ".join(kind.__name__ for kind in kinds)
 
 
 def _parameters(file: Path, tree: ast.Module) -> dict[str, object]:
