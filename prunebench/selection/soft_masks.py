@@ -1,13 +1,14 @@
-"""Soft masks on widths: numbers in [0, 1] that multiply the weights which read a channel.
+"""Soft masks on widths: numbers in [0, 1] that multiply what the weights which read a channel see.
 
 A channel is read by the columns of convolutions and linear layers. Masking these alone scales every
 path through the channel once; masking its rows too would square the mask. At 0 the layers behind
 compute what they would without the channel, whatever the activation between. Only a normalisation
 over several channels sees a difference: its statistics still hold the masked channel, which
-surgery then takes out.
+surgery then takes out. `masked` multiplies these weights, for training them under masks; `gated`
+their inputs, for training the masks.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -40,6 +41,7 @@ def gains(model: nn.Module, units: Sequence[Width], masks: Masks) -> dict[str, T
 
     Args:
         units: `readers` of the widths.
+        masks: may require gradients.
     """
     found: dict[str, Tensor] = {}
     for unit in units:
@@ -47,7 +49,8 @@ def gains(model: nn.Module, units: Sequence[Width], masks: Masks) -> dict[str, T
             weight = model.get_parameter(member.tensor)
             blank = weight.new_ones(1, weight.shape[1], *[1] * (weight.dim() - 2))
             gain = found.setdefault(member.tensor, blank)
-            gain.view(-1)[member.index.to(gain.device)] = masks[unit.name].unsqueeze(1)
+            mask = masks[unit.name].to(gain.dtype).unsqueeze(1)
+            gain.view(-1)[member.index.to(gain.device)] = mask
     return found
 
 
@@ -73,6 +76,34 @@ def masked(model: nn.Module, units: Sequence[Width], masks: Masks) -> Iterator[n
     yield model
     for module, leaf in places:
         parametrize.remove_parametrizations(module, leaf, leave_parametrized=False)
+
+
+@contextmanager
+def gated(model: nn.Module, units: Sequence[Width]) -> Iterator[Callable[[Masks], None]]:
+    """Inside, channels are multiplied where they are read; it yields what takes the masks.
+
+    At first these mask nothing. The model computes what it would with `masked`, but keeps no
+    product of a weight for the backward pass and computes no gradient of one. Masks stay until the
+    next are given, so that blocks whose activations are computed again in the backward pass see
+    them too.
+    """
+    read, held = [readers(unit, model) for unit in units], {}
+
+    def put(masks: Masks) -> None:
+        held.update(gains(model, read, masks))
+
+    put(full(model, units))
+    hooks = [
+        model.get_submodule(name.rpartition(".")[0]).register_forward_pre_hook(
+            lambda _, inputs, name=name: (inputs[0] * held[name], *inputs[1:])
+        )
+        for name in held
+    ]
+    try:
+        yield put
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def hard(plan: Plan, like: Masks) -> dict[str, Tensor]:
