@@ -262,7 +262,7 @@ def test_a_uniform_fifth_of_the_masks_at_full_size(family_, name_, whole, left):
 
 
 def test_a_ranked_fifth_of_sdxl():
-    """Ranked over all layers, a fifth of the parameters takes a quarter of the masks, not a fifth."""
+    """A fifth of the parameters takes more than a fifth of the masks; the notes say how much."""
     family, network = _network("conditional_unet", "sdxl_base")
     units = [u for u in family.widths(network) if NAMESPACE["kind"](u.name) in ("heads", "neurons")]
     generator = torch.Generator().manual_seed(0)
