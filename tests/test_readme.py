@@ -51,9 +51,11 @@ def test_every_published_method_of_a_paper_has_a_page_with_its_result():
     rows = pd.read_csv(ROOT / "results" / "embedded" / "leaderboard.csv")
     named = set(rows[rows.paper.notna() & ~rows.control].method)
     pages = {page.stem: page.read_text() for page in (ROOT / "docs" / "methods").glob("*.md")}
-    assert set(pages) == named <= set(methods.discover([ROOT / "methods"]).methods)
-    for name, text in pages.items():
-        assert len(re.findall(r"FID is lower in \d+ of [1-9]\d* comparisons", text)) == 2, name
+    # Methods that the embedded track leaves out have a page without its result.
+    assert named <= set(pages) <= set(methods.discover([ROOT / "methods"]).methods)
+    for name in named:
+        found = re.findall(r"FID is lower in \d+ of [1-9]\d* comparisons", pages[name])
+        assert len(found) == 2, name
 
 
 def test_nothing_was_left_to_be_filled_in():
