@@ -66,12 +66,12 @@ SYSTEMS = {
     "SnapFusion": (
         _part("A: architecture evolution", "snapfusion*"),
         _part("B: half-width decoder", "decoder", kind="stage"),
-        _recovery("C: step distillation", "step_kd*"),
+        _recovery("C: step distillation", "velocity", "step_kd", "cfg_step_kd"),
     ),
     "ITSD": (
         _part("sensitivity pruning", "itsd*"),
         _recovery("CFG-aware distillation", "cfg_kd*"),
-        _recovery("CFG-aware step distillation", "step_kd*"),
+        _recovery("CFG-aware step distillation", "cfg_step_kd"),
     ),
     "BK-SDM": (
         _part("block patterns", "bk_sdm*"),

@@ -20,6 +20,8 @@ from prunebench.recovery.distillation import captured, with_features
 from prunebench.recovery.guidance import GUIDANCE, mixed, sometimes, unasked
 from prunebench.training.loop import Batch, Drawing, loss_of, outputs, predict, prediction_of
 
+FAITHFUL_TO = "abstract"
+RECONSTRUCTION = True
 TEACHER = True
 GUIDES = True
 

@@ -13,6 +13,8 @@ from prunebench.recovery.folding import folded
 from prunebench.recovery.guidance import sometimes
 from prunebench.training.loop import Drawing
 
+FAITHFUL_TO = "SnapFusion's paper"
+RECONSTRUCTION = True
 TEACHER = True
 GUIDES = True
 FOLDS = True

@@ -22,6 +22,8 @@ from torch.nn.functional import mse_loss, normalize
 from prunebench.recovery import Teaching
 from prunebench.training.loop import Batch, Drawing, loss_of, outputs, prediction_of
 
+FAITHFUL_TO = "abstract, the first version's code"
+RECONSTRUCTION = True
 TEACHER = True
 DIRECTION = "direction"  # in `Batch.drawn`: v of every image, [N, C, H, W]
 

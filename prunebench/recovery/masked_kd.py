@@ -20,6 +20,7 @@ from prunebench.recovery import Teaching
 from prunebench.recovery.distillation import captured, surviving
 from prunebench.training.loop import Batch, Loss, loss_of, outputs, prediction_of
 
+FAITHFUL_TO = "the authors' code"
 TEACHER = True
 
 

@@ -14,6 +14,7 @@ from prunebench.recovery import Teaching
 from prunebench.recovery.folding import folded
 from prunebench.training.loop import Drawing
 
+FAITHFUL_TO = "the paper"
 TEACHER = True
 FOLDS = True
 BOUNDED = True
