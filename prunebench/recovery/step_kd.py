@@ -14,7 +14,7 @@ from prunebench.recovery import Teaching
 from prunebench.recovery.folding import folded
 from prunebench.training.loop import Drawing
 
-FAITHFUL_TO = "the paper"
+FAITHFUL_TO = "SnapFusion's paper"
 TEACHER = True
 FOLDS = True
 BOUNDED = True

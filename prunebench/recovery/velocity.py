@@ -8,7 +8,7 @@ there is hardly any in the input. v is Salimans & Ho's (arXiv 2202.00512, append
 from prunebench.recovery import Teaching
 from prunebench.training.loop import Loss, own_loss
 
-FAITHFUL_TO = "the paper"
+FAITHFUL_TO = "SnapFusion's paper"
 TEACHER = False
 PREDICTS = "velocity"
 
