@@ -11,14 +11,17 @@ import torch
 from torch import nn
 
 from prunebench.diffusion import samplers
-from prunebench.diffusion.objectives import FlowMatching, NoisePrediction
+from prunebench.diffusion.objectives import FlowMatching, NoisePrediction, objective
 from prunebench.diffusion.samplers import checked
 from prunebench.diffusion.sampling import Sampler
 from prunebench.errors import UserError
 from prunebench.models.conditions import CLASSES
+from prunebench.pruning import surgery
+from prunebench.pruning.plan import Plan
 from prunebench.recovery import Sampling, Teaching, cfg_step_kd, entry, folding, step_kd
 from prunebench.recovery.guidance import GUIDANCE, guided, mixed, sometimes
 from prunebench.training import loop
+from prunebench.training.budget import BudgetMeter, unwatched
 
 GOALS = {
     "noise": NoisePrediction(),
@@ -260,3 +263,38 @@ def test_what_planning_knows_of_both_is_what_they_say():
     assert aware.parameters == {"fold": 2, "gamma": 0.2, "p": 0.1, "low": 2.0, "high": 14.0}
     assert aware.guides and aware.folds and aware.teacher and aware.bounded
     assert entry("velocity").predicts == "velocity" and not entry("finetune").teacher
+
+
+# Every family.
+
+
+def test_a_student_of_every_family_draws_in_its_own_steps_what_it_drew_before_it_was_saved(
+    name, tmp_path
+):
+    """Its teacher's passes are the teacher's, its budget is the images that it was trained on."""
+    instance, meter = tiny.INSTANCES[name], BudgetMeter()
+    goal = objective({**instance.objective, **_velocity(instance)})
+    teacher = meter.watch(tiny.dense(name).requires_grad_(False), "teacher")
+    how = _teaching(goal, teacher, 4).sampling
+    teaching = Teaching(teacher, {}, instance.conditions, objective(instance.objective), how)
+    student = meter.watch(tiny.dense(name))
+    data = dataclasses.replace(tiny.data(name), objective=goal)
+    loop.train(student, data, tiny.settings(), images=16, seed=0, muon_names=[],
+               loss=step_kd.loss(teaching), meter=meter)  # fmt: skip
+    assert meter.counts["student_forward"] == meter.counts["student_backward"] == 16
+    assert meter.counts["teacher_forward"] == 32 and not meter.counts["teacher_backward"]
+    surgery.save(tmp_path, student, Plan(), instance.family, instance.config)
+    drawn = []
+    for network in (unwatched(student), surgery.load(tmp_path)[0]):
+        settings = {"sampler": how.sampler, "steps": 2, "lanes": 4, "options": CLIPS[goal.name]}
+        sampler = Sampler(network, goal, instance.shape, 10, settings,
+                          conditions=instance.conditions)  # fmt: skip
+        counts = BudgetMeter()
+        counts.watch(network)
+        drawn.append(torch.cat(list(sampler.images(0, 0, 4, 4))))
+        assert counts.counts["student_forward"] == 2 * 4
+    assert torch.equal(*drawn)
+
+
+def _velocity(instance) -> dict:
+    return {} if instance.objective["name"] == "flow" else {"prediction": "velocity"}
