@@ -264,8 +264,8 @@ def test_a_combination_is_timed_beside_the_undisturbed_dense_model(toy, monkeypa
     track, runs, cells = toy
     seen, own = [], cost.sampler_for
 
-    def spy(*arguments):
-        seen.append(own(*arguments))
+    def spy(*arguments, **options):
+        seen.append(own(*arguments, **options))
         return seen[-1]
 
     monkeypatch.setattr(cost, "sampler_for", spy)

@@ -98,7 +98,8 @@ def _fid(
     if job.cell.recovery != "none":
         left = recover.training_left(job)
         student = recover.train(job, pruned, plan, dense, meter, left, checkpoints).student
-    settings, sampler = job.track.settings.sampling, sampler_for(job, pruned, plan, student)
+    sampler = sampler_for(job, pruned, plan, student=student)
+    settings = job.track.settings.sampling
     images = torch.cat(list(sampler.images(job.cell.seed, 0, settings.count, settings.batch)))
     used, reference, _ = extractor.load(job)
     generated = used.extract(images, job.track.settings.evaluation.batch)["features"]
