@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import tiny
-from safetensors.torch import save_file
 
-from prunebench import assets, models
+from prunebench import assets
 from prunebench.assets import fetch, store
 from prunebench.errors import UserError
 from prunebench.models import official
@@ -68,19 +67,8 @@ def test_a_record_of_another_data_set_is_refused(tmp_path, monkeypatch):
     inputs.check_data(job, "dense", schema.Dense.model_construct(inputs={}))  # of a released model
 
 
-def released(folder: Path):
-    """The smoke track with released weights for its transformer, and their file."""
-    file, settings = folder / "model.safetensors", SMOKE.model("dit")
-    network = models.family("dit").build(settings.config)
-    save_file({name: tensor.contiguous() for name, tensor in network.state_dict().items()}, file)
-    content = tiny.plain(SMOKE)
-    del content["models"]["dit"]["training"]
-    content["models"]["dit"]["weights"] = {"file": str(file), "layout": "suite"}
-    return tiny.track("released", content, SMOKE.methods), file
-
-
 def test_weights_that_are_changed_while_they_are_read_are_refused(tmp_path, monkeypatch):
-    track, file = released(tmp_path)
+    track, file = tiny.released(tmp_path)
     load = official.load
 
     def loaded(*given):

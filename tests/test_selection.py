@@ -15,6 +15,7 @@ from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.targets import plan_layers
 from prunebench.selection import checks as selection
+from prunebench.selection.context import weights_of
 from prunebench.tracks import methods
 from prunebench.training import loop
 from prunebench.training.budget import BudgetMeter
@@ -220,6 +221,56 @@ def test_a_training_without_a_step_excuses_no_other(excuse):
 
     with pytest.raises(CellError, match=r"was trained, but not by context\.train"):
         selection.select(tiny.context("dit", train_images=16), trains, "layers", {})
+
+
+@pytest.mark.parametrize("after", ["steps", "scales", "nothing", "prunes"])
+def test_a_training_excuses_no_change_that_comes_after_it(after):
+    """One step that the budget knows does not pay for a training of the method's own."""
+
+    def trains(context):
+        plan = context.plan_layers(context.layers())
+        with context.without(*plan.layers) as shell:
+            model = copy.deepcopy(context.model if after == "prunes" else shell)
+        context.train(model, 8)
+        if after == "prunes":
+            surgery.apply(model, plan, context.family)
+        elif after == "steps":
+            _steps(model, context)
+        elif after == "scales":
+            with torch.no_grad():
+                next(model.parameters()).mul_(1.1)
+        return plan, model
+
+    def run():
+        return selection.select(tiny.context("dit", train_images=16), trains, "layers", {})
+
+    if after in ("nothing", "prunes"):
+        assert run()[0].layers
+    else:
+        with pytest.raises(CellError, match=r"was trained, but not by context\.train"):
+            run()
+
+
+def test_what_is_left_of_trained_weights_is_told_from_others():
+    whole = torch.arange(12.0).view(3, 4) + 1
+    mask = torch.ones(3, 4).view(-1).index_fill(0, torch.tensor([1, 5]), 0).view(3, 4)
+    for part in (whole, whole * mask, whole[[0, 2]], whole[:, 1:3], whole.half()):
+        assert selection._part_of(part, whole)
+    for other in (whole + 1e-3, whole[:2] * 1.01, whole.roll(1, 0), -whole[:1]):
+        assert not selection._part_of(other, whole)
+
+
+def test_weights_are_known_by_their_plain_names_and_by_what_they_give():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    with torch.no_grad():
+        model[0].weight.fill_(3.0)
+    torch.nn.utils.parametrize.register_parametrization(model[0], "weight", torch.nn.Tanh())
+    found = weights_of(model)
+    assert found.keys() == {"0.weight", "0.bias"} and len(found["0.bias"]) == 1
+    assert {round(tensor[0, 0].item(), 4) for tensor in found["0.weight"]} == {3.0, 0.9951}
+    with torch.no_grad():
+        model[0].bias.add_(1)
+    assert not torch.equal(found["0.bias"][0], model[0].bias)
 
 
 def test_a_fresh_model_is_returned_as_it_is_or_not_at_all():

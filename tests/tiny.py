@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from prunebench import models, tracks  # noqa: F401 - tests reach the core through here
+from prunebench import models, tracks
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.targets import plan_layers, plan_n_of_m, plan_weights, plan_widths
+from prunebench.records import artefacts
 from prunebench.selection.tiny import (  # noqa: F401
     INSTANCES,
     NAMES,
@@ -115,6 +116,25 @@ def plan(name: str, kind: str, sparsity: float = 0.25) -> Plan:
         "steps": lambda: Plan(steps=0.5),
     }
     return plans[kind]()
+
+
+def released(folder: Path) -> tuple[tracks.Track, Path]:
+    """The smoke track with released weights for its transformer, which trains nothing; their file.
+
+    The network's last layer is not zero, as that of a new DiT is.
+    """
+    file, model = folder / "model.safetensors", smoke().model("dit")
+    network = models.family("dit").build(model.config)
+    generator = torch.Generator().manual_seed(0)
+    state = {
+        name: torch.randn(tensor.shape, generator=generator) * 0.1
+        for name, tensor in network.named_parameters()
+    }
+    artefacts.write_tensors(file, {**network.state_dict(), **state})
+    content = plain(smoke())
+    del content["models"]["dit"]["training"]
+    content["models"]["dit"]["weights"] = {"file": str(file), "layout": "suite"}
+    return track("released", content, smoke().methods), file
 
 
 def job(stage: str, track, runs: Path, cell: tracks.Cell | None = None, **names):

@@ -5,7 +5,7 @@ import json
 import signal
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -46,11 +46,7 @@ def select(
     check_record(plan)
     del context.model  # its weights and gradients make room
     dense = context._dense
-    pruned = surgery.apply(rebuilt(dense), plan, context.family, widths)
-    layers = targets.layers_of(dense, context.family, plan)
-    unit = targets.tolerance(dense, layers, widths, plan)
-    maskable = {n: pruned.get_parameter(n).shape for n in context.family.weights(pruned)}
-    check_target(dense, pruned, plan, context.sparsity, unit, widths, maskable, steps)
+    pruned = _carried_out(dense, plan, context.family, widths, context.sparsity, steps)
     if own is None:
         return plan, pruned.eval()
     own = unmetered(own)
@@ -58,6 +54,23 @@ def select(
     check_masks(own, plan)
     check_trained(context, own, pruned)
     return plan, own.eval()
+
+
+def _carried_out(
+    dense: nn.Module,
+    plan: Plan,
+    family: ModuleType,
+    widths: Sequence[Width],
+    sparsity: float,
+    steps: float | None,
+) -> nn.Module:
+    """The dense model with a plan that meets its target; tensors that stay are shared."""
+    pruned = surgery.apply(rebuilt(dense), plan, family, widths)
+    layers = targets.layers_of(dense, family, plan)
+    unit = targets.tolerance(dense, layers, widths, plan)
+    maskable = {n: pruned.get_parameter(n).shape for n in family.weights(pruned)}
+    check_target(dense, pruned, plan, sparsity, unit, widths, maskable, steps)
+    return pruned
 
 
 def averaged(context: Context, plan: Plan) -> dict[str, Tensor]:
@@ -206,17 +219,61 @@ def check_shapes(own: nn.Module, pruned: nn.Module) -> None:
 
 
 def check_trained(context: Context, own: nn.Module, pruned: nn.Module) -> None:
-    """Weights other than the dense model's come from training that the budget knows."""
-    if context.progress.done:  # steps: images of less than a batch take none
-        return
+    """Weights other than the dense model's come from training that the budget knows.
+
+    Of a model that was trained they are those that the last training left, some of which went or
+    are zero.
+    """
     theirs = pruned.state_dict()
     for name, tensor in own.state_dict().items():
         same = torch.equal(tensor.to(theirs[name].device), theirs[name])
         if same or digest(tensor) in context.fresh_tensors:
             continue
+        if any(_part_of(tensor, whole) for whole in context.trained.get(name, ())):
+            continue
         raise CellError(
             "the returned model was trained, but not by context.train: its budget is unknown"
         )
+
+
+def _part_of(tensor: Tensor, whole: Tensor) -> bool:
+    """Whether a tensor holds numbers of another one, in any place, and zeros."""
+    tensor = tensor.detach().to("cpu", whole.dtype)
+    if tensor.shape == whole.shape:
+        return bool(((tensor == whole) | (tensor == 0)).all())
+    return bool((torch.isin(tensor, whole) | (tensor == 0)).all())
+
+
+def recheck(
+    dense: nn.Module,
+    found: nn.Module,
+    plan: Plan,
+    family: ModuleType,
+    kind: str,
+    sparsity: float,
+    steps: float | None,
+    untouched: bool,
+) -> None:
+    """Check a stored result of a method again, where no method's code runs.
+
+    Args:
+        dense: which the method pruned.
+        found: the model that is stored beside the plan.
+        kind, steps: what the method says that it removes, as for `select`.
+        untouched: the weights that stay have to be the dense model's.
+
+    Raises:
+        CellError: as `select`; or a weight differs from the dense model's.
+    """
+    widths = family.widths(dense) if "widths" in kind.split("+") else []
+    check_kind(plan, kind)
+    expected = _carried_out(dense, plan, family, widths, sparsity, steps)
+    check_shapes(found, expected)
+    check_masks(found, plan)
+    theirs = expected.state_dict() if untouched else {}
+    for name, value in theirs.items():
+        if not torch.equal(found.state_dict()[name], value):
+            raise CellError(f"'{name}' of the pruned model is not the dense model's")
 
 
 def check_masks(own: nn.Module, plan: Plan) -> None:

@@ -71,6 +71,7 @@ class Context:
         self._meter, self._method, self._calls = meter, method, 0
         self._checkpoints = checkpoints
         self.fresh_tensors: set[str] = set()  # digests of what `fresh` made
+        self.trained: dict[str, list[Tensor]] = {}  # what the last training left, see `weights_of`
         self._draws = 0
         self.progress = loop.Progress(train_images // settings.batch)
 
@@ -240,9 +241,10 @@ class Context:
                 f"{self.trained_images} of its budget of {self.train_images} are spent"
             )
         self.trained_images += images
+        before = self.progress.done
         names = trainable(model, self.family.weights(model))
         seed = self.generator().initial_seed()
-        return loop.train(
+        losses = loop.train(
             model,
             self.data,
             self.settings,
@@ -256,6 +258,9 @@ class Context:
             meter=self._meter,
             checkpoints=self._checkpoints,
         )
+        if self.progress.done > before:
+            self.trained = weights_of(model)
+        return losses
 
     def distilled(self, weight: float) -> Loss:
         """The training loss, plus `weight` times the mean squared error to the dense prediction."""
@@ -280,6 +285,21 @@ class Context:
 
 def _blocks(family: ModuleType, model: nn.Module) -> list[nn.Module]:
     return [model.get_submodule(layer.name) for layer in family.layers(model, "block")]
+
+
+def weights_of(model: nn.Module) -> dict[str, list[Tensor]]:
+    """Copies of a model's tensors on the CPU, by name; of parametrized ones also what they give."""
+    found: dict[str, list[Tensor]] = {}
+    for name, tensor in model.state_dict().items():
+        path, _, leaf = name.partition(".parametrizations.")
+        plain = f"{path}.{leaf.removesuffix('.original')}" if leaf else name
+        found.setdefault(plain, []).append(tensor.detach().to("cpu", copy=True))
+    with torch.no_grad():
+        for path, module in model.named_modules():
+            for leaf in getattr(module, "parametrizations", ()):
+                given = getattr(module, leaf).detach().to("cpu", copy=True)
+                found.setdefault(f"{path}.{leaf}", []).append(given)
+    return found
 
 
 def digest(tensor: Tensor) -> str:

@@ -17,7 +17,7 @@ from prunebench.records import sealed
 from prunebench.records.parts import Costs, Student
 from prunebench.stages.inputs import sampler_for
 from prunebench.stages.job import Job
-from prunebench.stages.work import dense_model
+from prunebench.stages.work import check_selected, dense_model
 from prunebench.training import parallel
 
 
@@ -25,8 +25,9 @@ def cost(job: Job) -> None:
     """Measure MACs, memory and latency of the pruned architecture beside the dense one."""
     chosen, dense = job.read("select"), job.read("dense", payload=False)
     sealed.check_made_from(job.path("select"), chosen, dense=dense)
-    pruned, plan = surgery.load(job.path("select").parent)
-    pruned, whole = pruned.to(parallel.device()), dense_model(job).to(parallel.device())
+    (pruned, plan), whole = surgery.load(job.path("select").parent), dense_model(job)
+    check_selected(job, whole, pruned, plan, chosen)
+    pruned, whole = pruned.to(parallel.device()), whole.to(parallel.device())
     own, arithmetic = precision.converted(pruned, job.cell.precision)
     plain, _ = precision.converted(whole, job.track.undisturbed["precision"])
     fast, plain, kernels = _on_kernels(own, plain, plan, job.cell.precision)

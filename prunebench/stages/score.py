@@ -6,6 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from prunebench import assets
+from prunebench.errors import CellError
 from prunebench.evaluation import metrics
 from prunebench.evaluation.grid import write_grid
 from prunebench.evaluation.metrics import Evidence, Missing
@@ -18,6 +19,7 @@ from prunebench.records.parts import (
     Machine,
     Plan,
     Quality,
+    Sizes,
     Spent,
     Stage,
     Student,
@@ -29,6 +31,7 @@ from prunebench.stages.extractor import load
 from prunebench.stages.inputs import check_data, data_set, dataset, decoded_by, located
 from prunebench.stages.job import Job, labels, shared_settings
 from prunebench.stages.sample import IMAGES
+from prunebench.stages.work import check_selected, dense_model
 from prunebench.tracks import plain
 from prunebench.training import parallel
 from prunebench.training.budget import unspent
@@ -39,6 +42,7 @@ CLIP = "model.safetensors"  # of evaluation.clip
 def score(job: Job) -> None:
     """Compare the cell's images with the reference and with dense's; gather everything known."""
     records = _records(job)
+    _check_recovered(job, records)
     drawn = artefacts.read_tensors(job.path("sample").with_name(IMAGES))
     grid = job.file("grid.png")
     write_grid(grid, drawn["images"], drawn["labels"])
@@ -86,6 +90,19 @@ def _records(job: Job) -> dict[str, Record]:
     for stage, record in found.items():
         check_data(job, stage, record)
     return found
+
+
+def _check_recovered(job: Job, records: Mapping[str, Record]) -> None:
+    """The recovered model has what its plan leaves; what the method left was checked by `cost`."""
+    if recovered := records.get("recover"):
+        pruned, plan = surgery.load(job.path("recover").parent)
+        check_selected(job, dense_model(job), pruned, plan, recovered)
+    if _sizes(records["cost"].size) != _sizes(records["select"].size):
+        raise CellError("cost.json tells other sizes than select.json")
+
+
+def _sizes(told: Sizes | Costs) -> Sizes:
+    return Sizes(**{name: getattr(told, name) for name in Sizes.model_fields})
 
 
 def _check(job: Job, stage: str, records: Mapping[str, Record], **now: Record) -> None:

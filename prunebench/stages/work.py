@@ -20,8 +20,9 @@ from prunebench.pruning.plan import Plan
 from prunebench.records import artefacts, sealed
 from prunebench.records.parts import Failure, Sizes, Training
 from prunebench.records.provenance import PACKAGE, code_hash, provenance
-from prunebench.records.schema import Failed
+from prunebench.records.schema import Failed, Record
 from prunebench.runtime import child
+from prunebench.selection import checks as selection
 from prunebench.stages.job import Job, labels
 from prunebench.tracks.stages import limit_of
 from prunebench.training import loop, parallel
@@ -122,6 +123,33 @@ def training_report(
         processes=parallel.world(),
         resumed=checkpoints.resumed,
     )
+
+
+def check_selected(job: Job, whole: nn.Module, pruned: nn.Module, plan: Plan, told: Record) -> None:
+    """Check again what a method left, in a stage that runs no method's code.
+
+    Args:
+        whole, pruned: the dense and the stored model, on the CPU.
+        told: the record that vouches for `pruned`.
+
+    Raises:
+        CellError: its sizes are not those that its record tells, its target is missed, its masks
+            do not hold, or weights differ from the dense model's that nothing may have changed.
+    """
+    method = job.track.method(job.cell.method)
+    free = method.trains or method.recovery == "required" or told.STAGE == "recover"
+    selection.recheck(
+        whole,
+        pruned,
+        plan,
+        job.family,
+        method.kind,
+        job.cell.sparsity,
+        method.steps,
+        untouched=not free,
+    )
+    if sizes(whole, pruned, plan) != told.size:
+        raise CellError(f"{told.STAGE}.json tells other sizes than its model has")
 
 
 def sizes(whole: nn.Module, pruned: nn.Module, plan: Plan) -> Sizes:
