@@ -18,8 +18,10 @@ include: "workflow/rules/common.smk"
 TREE = {
     "assets": "assets.json",
     "extractor": "extractor/extractor.json",  # features of the reference images
+    "coder": "coder/{coder}/coder.json",  # an autoencoder or text encoder of the track's own
     "encode": "encode/{coder}/encode.json",  # latents or embeddings
     "dense": "{model}{dense_seed}/dense/dense.json",  # weights
+    "decoder": "{model}{dense_seed}/decoder/decoder.json",  # weights of a narrow one
     "select": "{model}{dense_seed}/{method}/{sparsity}/{selection}/seed{seed}/select.json",  # plan, weights
     "cost": "{model}{dense_seed}/{method}/{sparsity}/{selection}{precision}{sampling}/seed{seed}/cost.json",
     "recover": "{model}{dense_seed}/{method}/{sparsity}/{recovery}/seed{seed}/recover.json",  # weights

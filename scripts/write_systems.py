@@ -36,20 +36,23 @@ class Component:
     Attributes:
         kind: a key of FOLDERS.
         files: names of its files there without `.py`; with *, all that match.
-        what: what the paper calls it; "" for the system as a whole.
+        what: what the paper calls it.
+        guess: why these files, written after another system's text, are taken for it; "" where
+            they were written after its own.
     """
 
     kind: str
     files: tuple[str, ...]
     what: str
+    guess: str = ""
 
 
-def _part(what: str, *files: str, kind: str = "method") -> Component:
-    return Component(kind, files, what)
+def _part(what: str, *files: str, kind: str = "method", guess: str = "") -> Component:
+    return Component(kind, files, what, guess)
 
 
-def _recovery(what: str, *files: str) -> Component:
-    return _part(what, *files, kind="recovery")
+def _recovery(what: str, *files: str, guess: str = "") -> Component:
+    return _part(what, *files, kind="recovery", guess=guess)
 
 
 # The systems of the field's list, in its order.
@@ -66,12 +69,15 @@ SYSTEMS = {
     "SnapFusion": (
         _part("A: architecture evolution", "snapfusion*"),
         _part("B: half-width decoder", "decoder", kind="stage"),
-        _recovery("C: step distillation", "velocity", "step_kd", "cfg_step_kd"),
+        _recovery("C: velocity prediction", "velocity"),
+        _recovery("C: step distillation", "step_kd", "cfg_step_kd"),
     ),
     "ITSD": (
         _part("sensitivity pruning", "itsd*"),
-        _recovery("CFG-aware distillation", "cfg_kd*"),
-        _recovery("CFG-aware step distillation", "cfg_step_kd"),
+        _recovery("CFG-aware distillation", "cfg_kd"),
+        _recovery(
+            "CFG-aware step distillation", "cfg_step_kd", guess="abstract; its form is SnapFusion's"
+        ),
     ),
     "BK-SDM": (
         _part("block patterns", "bk_sdm*"),
@@ -80,14 +86,14 @@ SYSTEMS = {
     ),
     "TinyFusion": (
         _part("learned layer sampling", "tinyfusion*"),
-        _recovery("masked distillation", "masked_kd*"),
+        _recovery("masked distillation", "masked_kd"),
     ),
     "ShortGPT": (_part("selection", "shortgpt*"),),
     "Flux-lite": (_part("block MSE", "flux_lite*"),),
     "Sensitivity": (_part("selection", "sensitivity*"),),
     "OBS-Diff": (_part("selection and weight update", "obs_diff*"),),
     "Wanda": (_part("selection", "wanda*"),),
-    "2ndMatch": (_recovery("Jacobian matching", "jacobian_kd*", "second_match*"),),
+    "2ndMatch": (_recovery("Jacobian matching", "jacobian_kd"),),
 }
 
 
@@ -103,6 +109,8 @@ def table() -> str:
 def _line(system: str, part: Component) -> str:
     found = [name for file in part.files for name in _names(part.kind, file)]
     cells = _told(part.kind, found) if found else ("no", "", "", "", "")
+    if found and part.guess:
+        cells = (cells[0], part.guess, "yes †", *cells[3:])
     return f"| {system} | {part.what} | {' | '.join(cell or '—' for cell in cells)} |"
 
 

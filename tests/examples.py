@@ -119,14 +119,17 @@ def oracle(mask: int = 0, fid: float | None = 9.0, seed: int = 0, **changes) -> 
     return schema.Oracle(identity=identity, **{**common(), **known, **changes})
 
 
+def forward() -> schema.ForwardTiming:
+    return schema.ForwardTiming(precision="fp32", mode="eager", batch=1, ms=8.0, iqr_ms=0.1,
+                                dense_ms=10.0, ratio=0.8, images_per_s=125.0,
+                                peak_memory_mb=10.0, dense_peak_memory_mb=12.0)  # fmt: skip
+
+
 def efficiency(**changes) -> schema.Efficiency:
     identity = parts.RowIdentity(stage="efficiency", track="efficiency", model="dit", plan="half")
-    forward = schema.ForwardTiming(precision="fp32", mode="eager", batch=1, ms=8.0, iqr_ms=0.1,
-                                   dense_ms=10.0, ratio=0.8, images_per_s=125.0,
-                                   peak_memory_mb=10.0, dense_peak_memory_mb=12.0)  # fmt: skip
     known = {"status": "ok", "title": "DiT", "asked": schema.Asked(kind="layers", sparsity=0.5),
              "seed": 0, "settings": {}, "layers": ("blocks.1",), "size": costs(),
-             "timings": (forward,)}  # fmt: skip
+             "timings": (forward(),)}  # fmt: skip
     return schema.Efficiency(identity=identity, **{**common(), **known, **changes})
 
 
@@ -153,6 +156,8 @@ def every() -> dict[str, schema.Sealed]:
                                 assets={"vae": {"vae.safetensors": HASH}}),
         "extractor": schema.FeatureExtractor(
             identity=parts.Identity(stage="extractor", **of), extractor=extractor(), **common()),
+        "coder": schema.Coder(identity=coder.model_copy(update={"stage": "coder"}),
+                              kind="autoencoder", parameters=9, psnr=30.0, loss=0.5, **taught),
         "encode": schema.Encode(identity=coder, kind="autoencoder", weights=outside, count=9,
                                 **common()),
         "dense": schema.Dense(identity=of_model, loss=0.5, weights=None, **taught),
@@ -166,6 +171,11 @@ def every() -> dict[str, schema.Sealed]:
         "cost": schema.Cost(identity=cost, latency=latency(), size=costs(), **common()),
         "score": score(),
         "oracle": oracle(),
+        "decoder": schema.Decoder(
+            identity=of_model.model_copy(update={"stage": "decoder"}), width=0.5, draws=9, loss=0.5,
+            parameters=3, whole_parameters=9, macs=3, whole_macs=9, timing=forward(), samples=9,
+            psnr=parts.Quality(value=30.0), fid=parts.Quality(value=3.0),
+            whole_fid=parts.Quality(reason="none"), **taught),
         "efficiency": efficiency(),
     }  # fmt: skip
 

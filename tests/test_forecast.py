@@ -84,7 +84,7 @@ def test_the_command_prints_rates_and_money(capsys):
     assert "unknown GPU 'abacus'; known: a100" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("own", ["embedded", "text2image_flux", "celeba64_uvit"])
+@pytest.mark.parametrize("own", ["embedded", "embedded_more", "text2image_flux", "celeba64_uvit"])
 def test_tracks_of_every_size_can_be_planned(own, tmp_path):
     track = tracks.load(own)
     found = forecast.forecast(track, track.divisions, tmp_path, oracle=True)

@@ -423,8 +423,8 @@ def test_what_a_track_says_of_autoencoders_is_checked(tmp_path):
             unknown,
             r"models\.dit\.autoencoder: unknown autoencoder 'sd' in autoencoders; known: none",
         ),
-        (neither, r"autoencoders\.sd: needs either the key 'asset' or 'folder'"),
-        (reads, r"models\.unet\.text_encoder: fashion_mnist_16 has classes, not captions"),
+        (neither, r"autoencoders\.sd: needs either the key 'asset' or 'folder' or 'own'"),
+        (reads, r"models\.unet\.text_encoder: the network reads no text"),
         (
             variance,
             r"models\.dit\.sampling\.options\.variance_type: the model predicts no variance",

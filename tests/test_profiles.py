@@ -42,7 +42,7 @@ def test_every_job_states_its_needs(tmp_path, profile):
     stated = {rule: dict(pair.split("=") for pair in line.split(", ")) for rule, line in found}
     track = tracks.load(str(ROOT / "config" / "smoke.yaml"))
     del stated["assets"]  # runs beside Snakemake, where there is a network
-    others = {"encode", "efficiency"}  # of other kinds of tracks
+    others = {"coder", "encode", "decoder", "efficiency"}  # of other kinds of tracks
     assert stated.keys() == set(tracks.stages.NEEDY) - others
     for rule, resources in stated.items():
         needs = track.needs(rule)

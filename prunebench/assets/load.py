@@ -27,7 +27,8 @@ class Dataset:
     published reference. Such a one may bring `statistics` of its own, of more images than it has:
     mean [D] and covariance [D, D] of Inception's features.
     `flip` says whether training images are mirrored left to right with probability one half.
-    In sets with captions label i is the i-th caption, of image i; both are empty elsewhere.
+    Label i of an image is the i-th caption: of that image, or of its class where the registry has
+    captions of classes. Without either both are empty.
     """
 
     train_images: "Tensor | Pictures"
@@ -75,6 +76,8 @@ def load_dataset(
     else:
         raise UserError(f"dataset.reference: {name} has no '{reference}' images; name an asset")
     told = _captions(arrays, "train", train[0]), _captions(arrays, split, seen[0])
+    if of_classes := asset(name).captions:
+        told = of_classes, of_classes
     return Dataset(*train, *seen, flip, statistics, *told)
 
 

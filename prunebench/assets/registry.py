@@ -58,6 +58,7 @@ class Asset:
         shape, classes: (C, H, W) of a data set's images, and how many labels there are, so that
             drawing others like them needs no file. Sets with captions have no classes.
         images: how many it has for training and as reference, as published.
+        captions: of a data set's classes, in their order, for models that read text.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Asset:
     shape: tuple[int, int, int] | None = None
     classes: int | None = None
     images: tuple[int, ...] | None = None
+    captions: tuple[str, ...] = ()
 
     @property
     def size(self) -> int | None:
@@ -99,7 +101,7 @@ def _asset(name: str, content: Mapping) -> Asset:
     hub = f"{HUB}/{repository}/resolve/{revision}" if repository else None
     listed, alternatives = entry.pop("files"), tuple(entry.pop("or", ()))
     files = tuple(_file(name, file, len(listed), hub) for file in listed)
-    lists = {key: tuple(entry.pop(key)) for key in ("shape", "images") if key in entry}
+    lists = {key: tuple(entry.pop(key)) for key in ("shape", "images", "captions") if key in entry}
     return Asset(name=name, files=files, alternatives=alternatives, **lists, **entry)
 
 

@@ -8,6 +8,7 @@ are computed together. `lanes` can move the last bits and so is a constant of th
 
 import hashlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -93,25 +94,36 @@ class Sampler:
 
     @torch.no_grad()
     def _block(self, seed: int, block: int) -> Tensor:
+        x = self.undecoded(seed, block)
+        if self.decode:
+            with self._enough_memory():
+                x = _finite(self.decode(x))
+        return shrunk(to_uint8(x).cpu(), self.settings.get("size"))
+
+    @torch.no_grad()
+    def undecoded(self, seed: int, block: int) -> Tensor:
+        """What the model denoises in a block of lanes, [lanes, *shape], before any decoding."""
         lanes = self.settings["lanes"]
         indices = range(block * lanes, (block + 1) * lanes)
         randomness = generators(seed, indices)
         noise = torch.stack([torch.randn(self.shape, generator=g) for g in randomness])
         asked = self.asked(indices)
+        with self._enough_memory():
+            return _finite(self.denoise(noise.to(self.device), asked, randomness))
+
+    @contextmanager
+    def _enough_memory(self) -> Iterator[None]:
+        """Say what can be done where a block does not fit into the device's memory."""
         try:
-            x = self.denoise(noise.to(self.device), asked, randomness)
-            if self.decode and x.isfinite().all():
-                x = self.decode(x)
+            yield
         except RuntimeError as error:
             if not short_of_memory(error):
                 raise
             raise UserError(
-                f"the device has too little memory to draw {lanes} images at once; take a larger "
-                "one, or lower sampling.lanes, a constant of the track: all images are drawn anew"
+                f"the device has too little memory to draw {self.settings['lanes']} images at "
+                "once; take a larger one, or lower sampling.lanes, a constant of the track: all "
+                "images are drawn anew"
             ) from error
-        if not x.isfinite().all():
-            raise CellError("the model draws images that are not finite numbers")
-        return shrunk(to_uint8(x).cpu(), self.settings.get("size"))
 
     def denoise(self, x: Tensor, y: Condition, randomness: list | None = None) -> Tensor:
         """Follow the sampler from noise [N, C, H, W] to images in [-1, 1], or to latents;
@@ -148,6 +160,12 @@ class Sampler:
         """The model's prediction; DiT's variance after it only where the sampler uses that."""
         output = self.model(x, t, y)
         return output if self.options.reads_variance() else output[:, : x.shape[1]]
+
+
+def _finite(x: Tensor) -> Tensor:
+    if not x.isfinite().all():
+        raise CellError("the model draws images that are not finite numbers")
+    return x
 
 
 def to_float(images: Tensor) -> Tensor:

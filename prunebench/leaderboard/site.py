@@ -11,7 +11,7 @@ import markupsafe
 import pandas as pd
 
 from prunebench.errors import UserError
-from prunebench.leaderboard import combinations, oracle, plots, tables, writers
+from prunebench.leaderboard import combinations, decoders, oracle, plots, tables, writers
 from prunebench.leaderboard.caption import caption, warnings
 from prunebench.leaderboard.collect import (
     CELL,
@@ -133,6 +133,7 @@ def build(
     title: str,
     compares: str = "selections",
     oracle_files: Iterable[Path] = (),
+    decoder_files: Iterable[Path] = (),
     older: bool = False,
 ) -> None:
     """Write the leaderboard's tables, plots, page and raw copies; same inputs, same bytes.
@@ -146,6 +147,7 @@ def build(
         title: heading of the page and the tables.
         compares: what differs between ranked rows, a key of collect.COMPARISONS.
         oracle_files: records of layer masks, to place the layer selections among.
+        decoder_files: records of narrow decoders, which get a table of their own.
         older: whether records of schema 1, which nothing seals, are read too.
 
     Raises:
@@ -155,7 +157,8 @@ def build(
     frame = oracle.attached(cell_frame(sources, expected_cells), sources, masks)
     board = Board(title, sources, frame, read_grids(sources), compares)
     fid = tables.fid_label(board.rows)
-    publish(out, published(board) | oracle.published(masks, fid))
+    beside = oracle.published(masks, fid) | decoders.published(decoders.read(decoder_files))
+    publish(out, published(board) | beside)
 
 
 def read_grids(sources: list[Source]) -> dict[tuple, bytes]:

@@ -243,7 +243,7 @@ class _Counter:
             return self.networks[model].training(trained.images if trained else 0)
         if stage == "oracle":
             return self._mask(self.networks[model])
-        return self._of_cell(stage, self.networks[model], cell)
+        return None if cell is None else self._of_cell(stage, self.networks[model], cell)
 
     def _of_cell(self, stage: str, network: "_Network", cell: Cell) -> float | None:
         left = 1 - (cell.sparsity if self.track.method(cell.method).kind in SMALLER else 0)
@@ -302,6 +302,7 @@ class _Counter:
 
 
 SMALLER = ("layers", "widths")  # kinds of plans that leave a smaller network
+TOKENS = 77  # of a prompt, CLIP's; few of a network's operations depend on it
 
 
 class _Network:
@@ -362,6 +363,8 @@ def _counted(model: Model, side: int) -> tuple[int, int]:
     with torch.device("meta"):
         x, t = torch.zeros(1, taken.channels, side, side), torch.zeros(1)
         y = torch.zeros(1, dtype=torch.long)
+        if taken.text is not None:
+            y = {"context": torch.zeros(1, TOKENS, taken.text)}
     return count_parameters(network), count_macs(network, x, t, y)["macs"]
 
 

@@ -112,7 +112,11 @@ def plan(track: Track, divisions: Iterable[str], runs: Path, oracle: bool = Fals
     made.add("extractor")
     coders = [m.coders.values() for m in track.settings.models.values()]
     for name in dict.fromkeys(itertools.chain.from_iterable(coders)):
+        if track.coder(name)[1].own:
+            made.add("coder", coder=name)
         made.add("encode", coder=name)
+    for names in track.decoders():
+        made.add("decoder", **names)
     for cell in itertools.chain.from_iterable(map(track.cells, divisions)):
         if cell not in made.cells:
             made.add_cell(cell)

@@ -118,6 +118,20 @@ class FeatureExtractor(Done):
     extractor: parts.Extractor
 
 
+class Coder(Done):
+    """coder.json: an autoencoder that the track trained, or a text encoder that it made."""
+
+    STAGE = "coder"
+    identity: parts.CoderIdentity
+    kind: Literal["autoencoder", "text_encoder"]
+    parameters: Count
+    budget: parts.Budget
+    loss: float | None = None
+    """Mean of the training's last tenth; None where nothing was trained: random weights."""
+    psnr: float | None = None
+    """In dB, of the reference images after encoding and decoding, by the posteriors' means."""
+
+
 class Encode(Done):
     """encode.json: the training images as latents, or the captions as embeddings."""
 
@@ -275,6 +289,34 @@ class ForwardTiming(Part):
         if (self.ms is None) != bool(self.failure):
             raise ValueError("a timing is a time, or else the reason why there is none")
         return self
+
+
+class Decoder(Done):
+    """decoder.json: a narrow decoder that imitates an autoencoder's on what a dense model draws."""
+
+    STAGE = "decoder"
+    identity: parts.ModelIdentity
+    width: parts.Share
+    """Share of the channels that every layer has."""
+    draws: Count
+    """Latents that it learnt on."""
+    budget: parts.Budget
+    loss: float
+    """Mean of the training's last tenth."""
+    parameters: Count
+    whole_parameters: Count
+    """Of the autoencoder's own decoder."""
+    macs: Count
+    """Multiply-accumulates of one image."""
+    whole_macs: Count
+    timing: ForwardTiming
+    """Decoding alone; "dense" stands for the autoencoder's own decoder."""
+    samples: Count
+    """Images that quality is of: the dense model's, in each decoder's version."""
+    psnr: parts.Quality
+    """In dB, between the two versions of an image."""
+    fid: parts.Quality
+    whole_fid: parts.Quality
 
 
 class Efficiency(Record):

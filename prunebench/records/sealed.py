@@ -30,15 +30,17 @@ def checksum(content: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def sealed(content: dict, payload: Iterable[Path] = ()) -> dict:
-    """`content` with the hashes of its payload and its own checksum."""
-    content = {**content, "files": {Path(file).name: sha256(file) for file in payload}}
+def sealed(content: dict, payload: Iterable[Path] = (), folder: Path | None = None) -> dict:
+    """`content` with the hashes of its payload, named below `folder`, and its own checksum."""
+    named = {Path(file).relative_to(folder or Path(file).parent): file for file in payload}
+    content = {**content, "files": {str(name): sha256(file) for name, file in named.items()}}
     return {**content, "checksum": checksum(content)}
 
 
 def write(path: Path | str, record: Sealed, payload: Iterable[Path] = ()) -> None:
-    """Write a stage's record with the hashes of its payload files, which lie in the same folder."""
-    write_json(Path(path), sealed(record.model_dump(mode="json"), payload))
+    """Write a stage's record with the hashes of its payload files, which lie in its folder."""
+    folder = Path(path).parent
+    write_json(Path(path), sealed(record.model_dump(mode="json"), payload, folder))
 
 
 def read(

@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from prunebench.errors import UserError
+from prunebench.records import sealed
 from prunebench.records.parts import Weights
 from prunebench.records.provenance import PACKAGE, code_hash
 from prunebench.stages.inputs import autoencoder, data_set, dataset, place, shape
 from prunebench.stages.job import Job
-from prunebench.tracks.settings_benchmark import TextEncoder as Entry
 from prunebench.training import latents, parallel, prompts
 
 if TYPE_CHECKING:
@@ -20,15 +20,17 @@ if TYPE_CHECKING:
 
 def encode(job: Job) -> None:
     """Encode the training set once; an interrupted start goes on with the part it was at."""
-    kind, entry = job.track.coder(job.names["coder"])
-    coder = {"autoencoder": autoencoder, "text_encoder": _text_encoder}[kind](job, entry)
+    name = job.names["coder"]
+    kind, entry = job.track.coder(name)
+    coder = {"autoencoder": autoencoder, "text_encoder": _text_encoder}[kind](job, name)
     before = coder.sha256()
     identity = _identity(job, before)
     index, count = {"autoencoder": _latents, "text_encoder": _prompts}[kind](job, coder, identity)
     if coder.sha256() != before:
         raise UserError(f"{coder.place} was changed while it was read; run the same command again")
     weights = Weights(name=coder.place.name, sha256=before, place=str(coder.place))
-    job.finish([index], data_set(job), kind=kind, weights=weights, count=count)
+    own = sealed.made_from(coder=job.read("coder")) if entry.own else {}
+    job.finish([index], {**data_set(job), **own}, kind=kind, weights=weights, count=count)
 
 
 def _latents(job: Job, coder: "Autoencoder", identity: dict) -> tuple[Path, int]:
@@ -38,11 +40,12 @@ def _latents(job: Job, coder: "Autoencoder", identity: dict) -> tuple[Path, int]
     return index, len(images.train_labels)
 
 
-def _text_encoder(job: Job, entry: Entry) -> "TextEncoder":
+def _text_encoder(job: Job, name: str) -> "TextEncoder":
     from prunebench.diffusion.text_encoder import TextEncoder  # slow to import
 
+    _, entry = job.track.coder(name)
     side, device = shape(job)[1], parallel.device()
-    return TextEncoder(place(job, entry), entry.batch, side, entry.tokens, device)
+    return TextEncoder(place(job, name), entry.batch, side, entry.tokens, device)
 
 
 def _prompts(job: Job, coder: "TextEncoder", identity: dict) -> tuple[Path, int]:

@@ -16,7 +16,7 @@ from prunebench.records.parts import Identity, Student
 from prunebench.records.schema import Assets, Record
 from prunebench.stages.job import Job
 from prunebench.tracks import plain
-from prunebench.tracks.settings_benchmark import Autoencoder, Sampling, TextEncoder
+from prunebench.tracks.settings_benchmark import Sampling
 from prunebench.training import latents, loop, parallel, prompts
 
 if TYPE_CHECKING:
@@ -112,15 +112,20 @@ def conditions(job: Job, training: bool) -> Conditions:
     return prompts.Prompts(job.path("encode", coder=name).parent, training)
 
 
-def place(job: Job, entry: Autoencoder | TextEncoder) -> Path:
-    """Folder of an autoencoder or of text encoders."""
+def place(job: Job, coder: str) -> Path:
+    """Folder of one of the track's autoencoders or text encoders."""
+    _, entry = job.track.coder(coder)
+    if entry.own:
+        job.read("coder", coder=coder)
+        return job.path("coder", coder=coder).parent
     return located(job, entry.asset) if entry.asset else Path(entry.folder)
 
 
-def autoencoder(job: Job, entry: Autoencoder) -> "Coder":
+def autoencoder(job: Job, name: str) -> "Coder":
     from prunebench.diffusion.autoencoder import Autoencoder as Coder  # slow to import
 
-    return Coder(place(job, entry), entry.scale, entry.batch, parallel.device(), entry.shift)
+    _, entry = job.track.coder(name)
+    return Coder(place(job, name), entry.scale, entry.batch, parallel.device(), entry.shift)
 
 
 def decoder(job: Job, name: str) -> "Coder":
@@ -129,7 +134,7 @@ def decoder(job: Job, name: str) -> "Coder":
     Raises:
         UserError: its files are no longer those that encoded the training images.
     """
-    coder, record = autoencoder(job, job.track.coder(name)[1]), job.path("encode", coder=name)
+    coder, record = autoencoder(job, name), job.path("encode", coder=name)
     encoded = job.read("encode", payload=False, coder=name)
     if coder.sha256() != encoded.weights.sha256:
         raise UserError(

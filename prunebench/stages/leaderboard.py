@@ -30,6 +30,7 @@ def _benchmark(job: Job, division: str, files: list[Path], out: Path) -> None:
     track = job.track
     own = division == track.default_division  # the one whose selections the oracle is about
     masks = [Path(job.layout.record("oracle", **place)) for place in track.oracle() if own]
+    narrow = [Path(job.layout.record("decoder", **names)) for names in track.decoders()]
     boards.build(
         files,
         out,
@@ -37,4 +38,5 @@ def _benchmark(job: Job, division: str, files: list[Path], out: Path) -> None:
         title=f"{track.settings.title}: {division}",
         compares=track.divisions[division].compares,
         oracle_files=[file for file in masks if file.exists()],
+        decoder_files=[file for file in narrow if file.exists()],
     )

@@ -327,6 +327,11 @@ class Track:
         }
         return [dict(zip(axes, place, strict=True)) for place in itertools.product(*axes.values())]
 
+    def decoders(self) -> list[dict]:
+        """What every job of `decoder` is called with: model and dense_seed."""
+        models = [name for name, model in self.settings.models.items() if model.decoder]
+        return [{"model": name, "dense_seed": s} for name in models for s in self.dense_seeds]
+
     def assets(self) -> list[str]:
         """Names of everything from outside that the track's stages read."""
         return list(dict.fromkeys(name for _, name, _ in asset_names(self.settings)))

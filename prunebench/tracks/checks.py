@@ -232,9 +232,9 @@ def _check_sampler(asked: Asked, key: str, model: Model, sampling: Sampling, nee
 
 def _check_conditions(asked: Asked, place: str, model: Model, needed: Takes) -> None:
     """Classes or text as the data set has them; dropping them and guidance need one of both."""
-    if (model.text_encoder is not None) != (asked.images.classes is None):
-        captions = asked.images.classes is None
-        has = "captions, not classes" if captions else "classes, not captions"
+    classes, reads = asked.images.classes, model.text_encoder is not None
+    if (reads and classes and not asked.images.captions) or (not reads and not classes):
+        has = "classes, not captions" if classes else "captions, not classes"
         raise asked.refuse(f"{place}.text_encoder", f"{asked.images.name} has {has}")
     if model.text_encoder is not None:
         if needed.classes is not None:

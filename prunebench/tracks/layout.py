@@ -56,6 +56,11 @@ class Layout:
         """Nothing where the track has one value of an axis."""
         return "" if len(self.track.axes[axis]) == 1 else f"/{axis}-{value}"
 
+    def coder(self, name: str) -> tuple[str, ...]:
+        """What an autoencoder or text encoder rests on: its record, where the track makes it."""
+        own = self.track.coder(name)[1].own
+        return (self.record("coder", coder=name),) if own else ()
+
     def encode(self, coder: str) -> str:
         return self.record("encode", coder=coder)
 

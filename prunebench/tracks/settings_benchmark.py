@@ -22,7 +22,7 @@ from prunebench.tracks.settings import (
     Some,
     Text,
 )
-from prunebench.training.settings import Rate
+from prunebench.training.settings import Batch, Rate, Share
 from prunebench.training.settings import Settings as Training
 
 Recovery = Annotated[str, Field(pattern=r"^(none|[a-z][a-z0-9_]*-[a-z0-9]+)$", max_length=100)]
@@ -147,6 +147,39 @@ class Sampling(Strict):
     options: dict[str, JsonValue] = Field({}, max_length=100)
 
 
+class Fitting(Strict):
+    """How a network other than a denoiser is trained: AdamW, a cosine to 0, an average."""
+
+    seed: Seed
+    images: Images
+    batch: Batch
+    learning_rate: Rate
+    ema: Share = 0.0
+    warmup: Share = 0.0
+
+    @model_validator(mode="after")
+    def _trains(self) -> "Fitting":
+        if self.images < self.batch:
+            raise WrongKeyError("images", f"{self.images} is less than one batch, {self.batch}")
+        return self
+
+    @property
+    def loop(self) -> Training:
+        """As the training loop takes it."""
+        return Training(**self.model_dump(include=set(Training.model_fields)))
+
+
+class Decoder(Fitting):
+    """A narrower decoder that learns to imitate the autoencoder's (SnapFusion, arXiv 2306.00980).
+
+    `width`: the share of channels that every layer keeps; `draws`: latents of the dense model that
+    it learns on, over and over until `images` have gone through it.
+    """
+
+    width: Fraction = 0.5
+    draws: Images
+
+
 class Model(Strict):
     """A dense model: architecture, how it is trained or had, recovered and sampled.
 
@@ -158,6 +191,7 @@ class Model(Strict):
     config: dict[str, JsonValue] | Text
     weights: Weights | None = None
     autoencoder: Name | None = None
+    decoder: Decoder | None = None
     text_encoder: Name | None = None
     objective: Annotated[NoiseObjective | FlowObjective, Field(discriminator="name")]
     training: DenseTraining | None = None
@@ -176,6 +210,12 @@ class Model(Strict):
             raise WrongKeyError("weights.classes", "other classes must be learnt; add 'training'")
         return self
 
+    @model_validator(mode="after")
+    def _decodes(self) -> "Model":
+        if self.decoder and not self.autoencoder:
+            raise WrongKeyError("decoder", "only a model with an autoencoder has one")
+        return self
+
     def drawn(self, name: str) -> Sampling:
         """The sampling of a name, "default" or one of `samplings`."""
         return self.sampling if name == DEFAULT else self.samplings[name]
@@ -187,6 +227,45 @@ class Model(Strict):
         return {kind: name for kind, name in named.items() if name is not None}
 
 
+Channels = Annotated[tuple[Positive, ...], Field(min_length=1, max_length=10)]
+
+
+class OwnAutoencoder(Fitting):
+    """An AutoencoderKL that the track trains on its own images.
+
+    `channels` of each level, of which every one but the first halves the side; each a multiple of
+    `groups`. `kl` is the weight of the posterior's divergence from a standard normal distribution.
+    """
+
+    channels: Channels
+    latent_channels: int = Field(ge=1, le=1000)
+    layers: int = Field(1, ge=1, le=100)
+    groups: Positive = 4
+    kl: float = Field(1e-4, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> "OwnAutoencoder":
+        if any(count % self.groups for count in self.channels):
+            raise WrongKeyError("groups", f"{self.groups} does not divide all of channels")
+        return self
+
+
+class OwnTextEncoder(Strict):
+    """A CLIP text network with seeded random weights that knows the words of the captions."""
+
+    seed: Seed
+    width: Positive
+    layers: int = Field(1, ge=1, le=100)
+    heads: Positive = 1
+    tokens: int = Field(ge=2, le=1000)
+
+    @model_validator(mode="after")
+    def _whole_heads(self) -> "OwnTextEncoder":
+        if self.width % self.heads:
+            raise WrongKeyError("heads", f"{self.heads} does not divide the width, {self.width}")
+        return self
+
+
 class _Coder(Strict):
     asset: Text | None = None
     folder: Place | None = None
@@ -194,20 +273,28 @@ class _Coder(Strict):
 
     @model_validator(mode="after")
     def _one_place(self) -> "_Coder":
-        one_of(self, "asset", "folder")
+        one_of(self, "asset", "folder", "own")
         return self
 
 
 class Autoencoder(_Coder):
-    """What makes latents of images and back: latents are (encoded - shift) * scale."""
+    """What makes latents of images and back: latents are (encoded - shift) * scale.
 
+    With `own` the track trains it; its latents then have mean 0 and variance 1 by themselves.
+    """
+
+    own: OwnAutoencoder | None = None
     scale: float = Field(ge=0.0001, le=1000)
     shift: float = Field(0.0, ge=-1000, le=1000)
 
 
 class TextEncoder(_Coder):
-    """What reads captions. `tokens` of a T5: 512 in FLUX.1-dev; CLIP has its own count."""
+    """What reads captions. `tokens` of a T5: 512 in FLUX.1-dev; CLIP has its own count.
 
+    With `own` the track makes it.
+    """
+
+    own: OwnTextEncoder | None = None
     tokens: int = Field(512, ge=1, le=10_000)
 
 

@@ -86,6 +86,7 @@ _DRAWN = (
     "sampling.size",
     "autoencoders.*",
 )
+_TIMED = ("latency.batch", "latency.rounds", "latency.warmup")
 
 # In the order of the work.
 STAGES: dict[str, Stage] = {
@@ -101,6 +102,13 @@ STAGES: dict[str, Stage] = {
             "train or take the feature extractor",
             "extractor/extractor.json",
             depends=("dataset", "extractor"),
+        ),
+        Stage(
+            "coder",
+            "train an autoencoder of the track's own, or make its text encoder",
+            "coder/{coder}/coder.json",
+            names=("coder",),
+            depends=("dataset", "autoencoders.*.own", "text_encoders.*.own"),
         ),
         Stage(
             "encode",
@@ -127,6 +135,13 @@ STAGES: dict[str, Stage] = {
             several_gpus=True,
         ),
         Stage(
+            "decoder",
+            "train a narrow decoder on what a dense model draws",
+            "{model}{dense_seed}/decoder/decoder.json",
+            names=MODEL,
+            depends=("models.*.decoder", *_DRAWN, "evaluation.batch", *_TIMED),
+        ),
+        Stage(
             "select",
             "run a method on the dense model",
             f"{SELECTED}/seed{{seed}}/select.json",
@@ -140,9 +155,7 @@ STAGES: dict[str, Stage] = {
             names=DRAWN,
             depends=(  # but not latency.wait, which changes no result
                 SAMPLING,
-                "latency.batch",
-                "latency.rounds",
-                "latency.warmup",
+                *_TIMED,
                 "latency.images",
                 "latency.variants",
             ),
@@ -206,7 +219,7 @@ SEVERAL_GPUS = tuple(name for name, stage in STAGES.items() if stage.several_gpu
 # Jobs of these are of a track and may ask for something; the others run where Snakemake does.
 NEEDY = tuple(name for name in STAGES if name not in ("assets", "leaderboard"))
 # Folders of a track beside those of its models, which no model may be called.
-FOLDERS = (LOGS, "extractor", "encode", "oracle", "leaderboard")
+FOLDERS = (LOGS, "extractor", "coder", "encode", "oracle", "leaderboard")
 # Targets and rules of the workflow, which no division may be called.
 RESERVED = ("all", "everything", "partial", "masks", "fetch", *STAGES)
 

@@ -52,6 +52,7 @@ BOARDS = {
     ]
     for division in SCORES
 }
+DECODERS = [LAYOUT.record("decoder", **names) for names in TRACK.decoders()]
 MASKS = [LAYOUT.record("oracle", **place) for place in TRACK.oracle()]
 
 
@@ -258,6 +259,11 @@ def checkpoint_file(wildcards):
     """The file of a model's weights, where the track names one by its path."""
     weights = TRACK.model(wildcards.model).weights
     return [weights.file] if weights and weights.file else []
+
+
+def own_coder(wildcards):
+    """The record of an autoencoder or text encoder that the track makes itself."""
+    return LAYOUT.coder(wildcards.coder)
 
 
 def encoded(wildcards):

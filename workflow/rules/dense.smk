@@ -21,9 +21,29 @@ rule extractor:
         "prunebench extractor {params.job:q} --gpus {resources.gpu} --log {log:q} &> {log:q}"
 
 
+rule coder:
+    input:
+        ancient(RECORD["assets"]),
+    output:
+        RECORD["coder"],
+    log:
+        LAYOUT.log(RECORD["coder"]),
+    priority: 100
+    conda:
+        "../../envs/prunebench.yaml"
+    resources:
+        **needs("coder"),
+    params:
+        job=job("coder"),
+        settings=fingerprint("coder"),
+    shell:
+        "prunebench coder {params.job:q} --gpus {resources.gpu} --log {log:q} &> {log:q}"
+
+
 rule encode:
     input:
         ancient(RECORD["assets"]),
+        own_coder,
     output:
         RECORD["encode"],
     log:
@@ -59,3 +79,23 @@ rule dense:
         settings=fingerprint("dense"),
     shell:
         "prunebench dense {params.job:q} --gpus {resources.gpu} --log {log:q} &> {log:q}"
+
+
+rule decoder:
+    input:
+        prompts,
+        RECORD["extractor"],
+        dense=dense,
+    output:
+        RECORD["decoder"],
+    log:
+        LAYOUT.log(RECORD["decoder"]),
+    conda:
+        "../../envs/prunebench.yaml"
+    resources:
+        **needs("decoder"),
+    params:
+        job=job("decoder"),
+        settings=fingerprint("decoder"),
+    shell:
+        "prunebench decoder {params.job:q} --gpus {resources.gpu} --log {log:q} &> {log:q}"

@@ -7,6 +7,7 @@ for division in SCORES:
             f"leaderboard_{division}"
         input:
             SCORES[division],
+            DECODERS,
             finished_oracle(division),
         output:
             BOARDS[division],

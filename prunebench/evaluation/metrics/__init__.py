@@ -153,7 +153,12 @@ def metric(name: str) -> Metric:
 
 def evaluate(evidence: Evidence) -> dict[str, float | Missing]:
     """Every metric of this evidence, in the order of columns: a finite number, or why not."""
-    return {name: _finite(_module(name).compute(evidence)) for name in metrics()}
+    return {name: compute(name, evidence) for name in metrics()}
+
+
+def compute(name: str, evidence: Evidence) -> float | Missing:
+    """One metric of this evidence: a finite number, or why not."""
+    return _finite(_module(name).compute(evidence))
 
 
 def _module(name: str) -> ModuleType:
