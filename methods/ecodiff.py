@@ -18,6 +18,7 @@ from torch import nn
 
 from prunebench.errors import CellError
 from prunebench.models.conditions import each
+from prunebench.pruning.targets import SCOPES
 from prunebench.selection.soft_masks import gated
 
 TITLE = "EcoDiff"
@@ -49,7 +50,7 @@ WARM_UP = 10  # updates
 # there is none: these take SDXL's.
 SDXL = {"beta": 0.5, "start": 3.0, "delta": 0.5, "heads_rate": 0.1, "neurons_rate": 0.1}
 FLUX = {"beta": 0.01, "start": 3.0, "delta": 0.1, "heads_rate": 0.5, "neurons_rate": 0.1}
-CHOICES = {"regulariser": ("l1", "l0"), "noise": ("one", "each")}
+CHOICES = {"regulariser": ("l1", "l0"), "noise": ("one", "each"), "scope": SCOPES}
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def select(
         redraw: draw the masks anew in the backward pass, as in the code. Its gradients belong to
             other masks than its loss.
     """
-    for name, value in {"regulariser": regulariser, "noise": noise}.items():
+    for name, value in {"regulariser": regulariser, "noise": noise, "scope": scope}.items():
         if value not in CHOICES[name]:
             raise CellError(f"{name} is '{value}'; known: {', '.join(CHOICES[name])}")
     is_flux = context.family.__name__.endswith("flux")

@@ -583,6 +583,8 @@ COPIES = {
     "taylor": (3, {"timesteps": 2, "batch": 1}),  # gradients
     "diff_pruning": (3, {"timesteps": 2, "batch": 1, "path": "a", "threshold": 0.0}),
     "magnitude_2_4": (2.25, {}),  # masks of a byte
+    # The teacher; then one prediction's activations.
+    "ecodiff": (3, {"prompts": 1, "epochs": 1}),
 }
 
 
@@ -600,13 +602,14 @@ def _copies(name: str, method: str, **settings) -> float:
     images = torch.zeros(4, 2, 2, 2, dtype=torch.uint8)
     data = loop.Data(images, torch.arange(4), goal, conditions=_Texts())
     found, (_, parameters) = tiny.found_methods()[method], COPIES[method]
+    own = {"sampler": "euler" if family == "flux" else "ddim", "steps": 1, "lanes": 1}
     options = {"sparsity": 0.5 if method.endswith("2_4") else 0.2, "seed": 0, "method": method}
     function = methods.load(found)
 
     def run():
         context = selection.Context(
             dense, models.family(family), configuration, data, **options, meter=BudgetMeter(),
-            settings=tiny.settings(activation_checkpointing=True),
+            settings=tiny.settings(activation_checkpointing=True), sampling=own,
         )  # fmt: skip
         return selection.select(context, function, found.kind, parameters)
 
