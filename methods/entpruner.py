@@ -4,7 +4,8 @@ C. Li et al., "Which Layer Causes Distribution Deviation? Entropy-Guided Adaptiv
 Diffusion and Flow Models", arXiv 2511.21122. Layers are ranked by conditional entropy deviation,
 CED_b = |H(X) - H(X | drop block b)| with the output taken as Gaussian, so that CED_b = |pi_b|,
 pi_b = log sigma_b - log sigma. Then, in each of four stages, NTK condition number and ZiCo vote on
-how many layers go now, and what is left is fine-tuned; after the last stage recovery does that.
+how many layers go now, and what is left is fine-tuned at a constant rate; after the last removal
+recovery does that, with the falling rate and an average begun anew.
 
 Reconstruction: the paper's method section was not available. Pooled sigma, the number of draws and
 averaging CED over classes follow the sister paper Ent-Prog (arXiv 2511.21136) and reviews; proxies,
@@ -31,6 +32,16 @@ NOTES = (
     "Without a training budget it is the one-shot CED ranking. The paper is about transformers; on "
     "UNets the units are ResNet blocks and attention layers."
 )
+# Untrained, EntPruner's own row is the same.
+VARIANTS = {
+    "one_shot": {
+        "TITLE": "EntPruner, one-shot CED",
+        "TRAINS": False,
+        "RECOVERY": "required",
+        "NOTES": "EntPruner's ranking with all layers removed at once: no stages and no vote.",
+        "parameters": {"stages": 1},
+    }
+}
 NEEDS_CLASSES = True  # ranks how outputs of one class vary
 CHECK = {
     "draws": 20,
@@ -39,6 +50,7 @@ CHECK = {
     "ntk_batches": 1,
     "zico_batches": 1,
     "stages": 2,
+    "share": 1.0,
 }
 PAPER = "arXiv 2511.21122"
 BIBTEX = """@article{li2025entpruner,
@@ -57,14 +69,16 @@ def select(
     per_dimension=False,
     granularity="block",
     stages=4,
+    share=0.25,
     rerank=False,
     time_rank=False,
     proxy_batch=16,
-    ntk_batches=2,
+    ntk_batches=16,
     zico_batches=2,
 ):
     """Rank on `draws` shared draws of (image, class, time, noise), then prune in `stages` stages.
 
+    The stages spend `share` of the training budget at most, the recovery after them the rest.
     `per_dimension` sums log sigma over the output's dimensions instead of pooling them. `rerank`
     ranks the survivors anew at every stage. `time_rank` adds AutoProg-Zero's rank by time to the
     vote, as a rank by parameters: a clock would give one seed several plans.
@@ -72,7 +86,8 @@ def select(
     batches = context.draws(draws, batch)
     rank = partial(ranked, context, batches=batches, per_dimension=per_dimension)
     order, notes = rank(context.model, context.layers(granularity))
-    images = context.train_images // stages // context.settings.batch * context.settings.batch
+    step = context.settings.batch
+    images = int(share * context.train_images) // stages // step * step
     if not (images or rerank):  # votes would decide when layers go, but no longer which
         plan = context.plan_layers(order, **notes, summary="one-shot: no training between stages")
         return plan, without(context, context.model, plan.layers)
@@ -84,9 +99,15 @@ def select(
         return vote(kappa, scores, [parameter_count(n) for n in networks if time_rank])
 
     order, votes, model = prune(context, order, stages, images, choose, rank if rerank else None)
-    counts = [len(stage["removed"]) for stage in votes] + [0] * (stages - len(votes))
-    summary = f"removed per stage: {', '.join(map(str, counts))}"
+    summary = when(votes, images // step, context.train_images // step)
     return context.plan_layers(order, **notes, votes=votes, summary=summary), model
+
+
+def when(votes, steps, total):
+    """At which step of the cell's training layers went, in words."""
+    gone = [(len(vote["removed"]), stage * steps) for stage, vote in enumerate(votes)]
+    told = [f"{count} at step {step}" for count, step in gone if count]
+    return f"layers removed: {', '.join(told)} of {total}"
 
 
 def prune(context, order, stages, images, choose, rank):
@@ -108,7 +129,7 @@ def prune(context, order, stages, images, choose, rank):
         context.log.info("stage %d of %d: %s", stage, stages, votes[-1])
         if removed == queue:  # only fine-tuning would follow, and that is recovery's
             break
-        context.train(model, images)
+        context.train(model, images, before_removal=True)
     return order, votes, model
 
 

@@ -10,6 +10,7 @@ README agrees.
 
 import ast
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -120,12 +121,16 @@ def _names(kind: str, pattern: str) -> list[str]:
 
 def _told(kind: str, names: list[str]) -> tuple[str, ...]:
     """Files, source, whether reconstructed, families and rank of what is implemented."""
-    files = ", ".join(f"`{name}`" for name in names)
     if kind == "method":
-        return files, *_of_methods([methods.read(FOLDERS[kind] / f"{name}.py") for name in names])
+        found = [row for name in names for row in methods.read(FOLDERS[kind] / f"{name}.py").rows]
+        return _listed(row.name for row in found), *_of_methods(found)
     constants = [_constants(FOLDERS[kind] / f"{name}.py") for name in names]
     ranked = {"recovery": "recoveries", "stage": "no, beside"}[kind]
-    return files, *_origin(constants), "all", ranked
+    return _listed(names), *_origin(constants), "all", ranked
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def _methods(pattern: str) -> list[methods.Method]:

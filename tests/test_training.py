@@ -137,6 +137,17 @@ def test_the_learning_rate_rises_then_falls_to_zero():
     assert loop._cosine(loop.Progress(100), tiny.settings())(0) == 1.0
 
 
+def test_the_rate_is_held_until_the_last_removal_and_falls_to_zero_after_it():
+    for done in (0, 60):  # the recovery goes on with what selection held
+        progress = loop.Progress(100, done=done, held=60)
+        factor = loop._cosine(progress, tiny.settings(warmup=0.1))
+        rates = [factor(step - done) for step in range(done, 100)]
+        if not done:
+            assert rates[4] == pytest.approx(0.5) and set(rates[10:60]) == {1.0}
+        assert rates[60 - done] == 1.0 and rates[80 - done] == pytest.approx(0.5)
+        assert 0 < rates[-1] < 0.01
+
+
 def test_muon_takes_the_prunable_matrices_only():
     model, family = tiny.dense("unet"), tiny.INSTANCES["unet"].module
     adam, muon = loop._optimizers(

@@ -65,7 +65,7 @@ def found_methods() -> dict[str, methods.Method]:
     listed = subprocess.run(command, capture_output=True, text=True, check=False)
     names = listed.stdout.split("\0")[:-1] or sorted((ROOT / "methods").glob("*.py"))
     files = [ROOT / name for name in names]
-    return {file.stem: methods.read(file) for file in files if file.exists()}
+    return {row.name: row for file in files if file.exists() for row in methods.read(file).rows}
 
 
 @functools.cache

@@ -41,11 +41,6 @@ class Mask:
         return self.record.fid.value
 
     @property
-    def spent(self) -> int:
-        """Images its recovery trained on; its forwards include those of sampling."""
-        return self.record.budget.student_backward
-
-    @property
     def name(self) -> str:
         own = self.record.identity
         seed = f"dense{own.dense_seed}/" if own.dense_seed else ""
@@ -85,9 +80,10 @@ def attached(cells: pd.DataFrame, sources: list[Source], masks: list[Mask]) -> p
     """`cells` with how many masks each beats and how far the best is.
 
     Compared are masks of the cell's sparsity and recovery, under its own seed where the oracle has
-    it, else under the oracle's first. A cell whose whole budget went into recovery is its mask: the
-    mask's own FID is placed, on the same noise as the others. A method that trained while selecting
-    is placed with its own FID. The mask that it chose is never among the others.
+    it, else under the oracle's first. What is placed is the selection: the FID of the mask that the
+    cell chose, on the same noise and after the same recovery as the others. How else the cell was
+    trained, in stages say, is told by its own FID, which is placed only where the oracle lacks the
+    mask. The mask is never among the others.
     """
     cells, complete = cells.copy(), _complete(masks)
     known = {source.key: source.record for source in sources if isinstance(source.record, Score)}
@@ -115,7 +111,7 @@ def placed(score: Score, found: list[Mask]) -> tuple[float, float]:
     """The share of the other masks whose FID is worse, and the distance to the best of all."""
     masks = {tuple(sorted(mask.record.layers)): mask for mask in found}
     own, fid = masks.pop(tuple(sorted(score.plan.layers)), None), score.quality["fid"].value
-    if own and own.spent == score.budget.recovery.student_backward:
+    if own and own.fid is not None:
         fid = own.fid
     others = [mask.fid for mask in masks.values() if mask.fid is not None]
     best = min(mask.fid for mask in found if mask.fid is not None)

@@ -233,6 +233,8 @@ class Training(Part):
     processes: Annotated[int, Field(ge=1)]
     resumed: Count
     """How often it went on from a checkpoint."""
+    held: Count = 0
+    """Steps at a constant learning rate that removals followed; its cosine spans those after."""
 
 
 class Loss(Part):

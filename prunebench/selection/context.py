@@ -223,6 +223,7 @@ class Context:
         masks: Mapping[str, Tensor] | None = None,
         loss: Loss = loop.own_loss,
         adjust: Adjust | None = None,
+        before_removal: bool = False,
     ) -> list[float]:
         """Train `model`, a copy of `self.model`, in place; charged to the cell's budget.
 
@@ -230,7 +231,10 @@ class Context:
         gradients once per step. What they remember from step to step must lie in the model's
         buffers, or is lost where an interrupted training goes on. Weights may be parametrized.
         All calls, and the recovery after them, are one training with one schedule and one average:
-        the model has its plain weights in between.
+        the model has its plain weights in between. That does not fit a part which a removal
+        follows: the cut network would heal at a rate near 0, and be averaged with weights of before
+        the cut. With `before_removal` the rate stays at its height during the part, the cosine
+        spans what follows, and the average begins anew.
 
         Raises:
             CellError: the budget does not allow it.
@@ -244,6 +248,8 @@ class Context:
         before = self.progress.done
         names = trainable(model, self.family.weights(model))
         seed = self.generator().initial_seed()
+        if before_removal:
+            self.progress.held = self.progress.done + images // self.settings.batch
         losses = loop.train(
             model,
             self.data,
@@ -260,6 +266,8 @@ class Context:
         )
         if self.progress.done > before:
             self.trained = weights_of(model)
+        if before_removal:
+            self.progress.average = {}
         return losses
 
     def distilled(self, weight: float) -> Loss:

@@ -18,7 +18,10 @@ Function = Callable[[nn.Module, Batch], Tensor]
 
 
 def ntk_condition(model: nn.Module, batches: Sequence[Batch], predict: Function) -> float:
-    """Mean over the batches of the condition number of the tangent kernel; lower is better.
+    """Geometric mean over the batches of the tangent kernel's condition number; lower is better.
+
+    From batch to batch the number varies by factors (its logarithm has a deviation of about 1), so
+    that an arithmetic mean is its largest batch's.
 
     A sample's gradient is that of the sum of `predict` (a Context's, [N, ...]) over its outputs, to
     every parameter whose name contains "weight". All samples' gradients of a batch are in memory.
@@ -28,7 +31,7 @@ def ntk_condition(model: nn.Module, batches: Sequence[Batch], predict: Function)
         tangent_kernel((predict(model, one).sum() for one in _singles(batch)), weights)
         for batch in batches
     )
-    return sum(map(condition_number, kernels)) / len(batches)
+    return math.exp(sum(math.log(condition_number(kernel)) for kernel in kernels) / len(batches))
 
 
 def tangent_kernel(outputs: Iterable[Tensor], parameters: Sequence[Tensor]) -> Tensor:

@@ -34,7 +34,8 @@ def recover(job: Job) -> None:
     whole, pruned = dense_model(job).to(parallel.device()), pruned.to(parallel.device())
     checkpoints, meter = checkpoints_of(job, job.paths.dense, job.paths.select), BudgetMeter()
     begun = artefacts.read_tensors(folder / AVERAGE) if AVERAGE in chosen.files else {}
-    progress = training_left(job, chosen.trained_images, begun)
+    held = chosen.training.held if chosen.training else 0
+    progress = training_left(job, chosen.trained_images, begun, held)
     taught = train(job, pruned, plan, whole, meter, progress, checkpoints)
     if parallel.rank():
         return  # the first process writes
@@ -53,17 +54,18 @@ def recover(job: Job) -> None:
 
 
 def training_left(
-    job: Job, trained: int = 0, average: dict[str, Tensor] | None = None
+    job: Job, trained: int = 0, average: dict[str, Tensor] | None = None, held: int = 0
 ) -> loop.Progress:
     """What is left of a cell's training after selection has trained on `trained` images of it.
 
     Args:
         average: average of the training that selection began, which goes on.
+        held: steps of it at a constant learning rate, whose cosine begins after them.
     """
     batch, budget = job.settings.recovery.batch, job.track.budget(job.cell)
     total, left = budget // batch, (budget - trained) // batch
     moved = {name: tensor.to(parallel.device()) for name, tensor in (average or {}).items()}
-    return loop.Progress(total, total - left, moved)
+    return loop.Progress(total, total - left, moved, held=held)
 
 
 @dataclass(frozen=True)

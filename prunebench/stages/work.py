@@ -122,6 +122,7 @@ def training_report(
         micro_batch=progress.micro_batch,
         processes=parallel.world(),
         resumed=checkpoints.resumed,
+        held=progress.held,
     )
 
 

@@ -98,6 +98,8 @@ class Progress:
         total: steps of all parts together.
         done: steps taken.
         average: the averaged weights so far, by the names of the unparametrized model.
+        held: steps of parts that a removal follows: the learning rate stays at its height, and its
+            cosine spans the steps after them only.
         micro_batch: the most images that went through the model at once; less than the batch
             where GPU memory was short, or where several GPUs shared it. None before training.
     """
@@ -106,6 +108,7 @@ class Progress:
     done: int = 0
     average: dict[str, Tensor] = field(default_factory=dict)
     micro_batch: int | None = None
+    held: int = 0
 
 
 Loss = Callable[[nn.Module, Batch], Tensor]
@@ -409,12 +412,13 @@ def _optimizers(
 def _cosine(progress: Progress, settings: Settings) -> Callable[[int], float]:
     steps, done = progress.total, progress.done
     warmup = max(1, round(settings.warmup * steps))
+    top = max(warmup, progress.held)
 
     def factor(step: int) -> float:
         step += done
         if step < warmup:
             return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+        return 0.5 * (1 + math.cos(math.pi * max(0, step - top) / max(1, steps - top)))
 
     return factor
 
