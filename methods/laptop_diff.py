@@ -14,12 +14,12 @@ prunebench/recovery/normalised_kd.py.
 import math
 
 import numpy
-import torch
 from scipy.optimize import LinearConstraint, milp
 
 from prunebench.errors import CellError
 from prunebench.models.units import parameter_count
 from prunebench.pruning.plan import Plan
+from prunebench.selection.layer_scores import output_loss, predictions
 
 TITLE = "LAPTOP-Diff"
 KIND = "layers"
@@ -73,19 +73,6 @@ def additivity(joint, single):
     shown = "no sum" if ratio is None else f"joint/sum = {ratio:.2f}"
     losses = {"joint": joint, "sum": single, "ratio": ratio}
     return {"additivity": losses, "summary": f"additivity: {shown}"}
-
-
-@torch.no_grad()
-def predictions(context, model, batches):
-    """What `model` predicts for the draws, [draws, C, H, W]."""
-    return torch.cat([context.predict(model, batch) for batch in batches])
-
-
-def output_loss(context, names, batches, reference):
-    """Mean squared change of the prediction when the named layers are bypassed together."""
-    with context.without(*names) as model:
-        change = predictions(context, model, batches) - reference
-    return change.double().square().mean().item()
 
 
 def cover(scores, sizes, required):

@@ -89,7 +89,7 @@ SYSTEMS = {
         _part("learned layer sampling", "tinyfusion*"),
         _recovery("masked distillation", "masked_kd"),
     ),
-    "ShortGPT": (_part("selection", "shortgpt*"),),
+    "ShortGPT": (_part("selection", "short_gpt*"),),
     "Flux-lite": (_part("block MSE", "flux_lite*"),),
     "Sensitivity": (_part("selection", "sensitivity*"),),
     "OBS-Diff": (_part("selection and weight update", "obs_diff*"),),

@@ -158,6 +158,10 @@ BROKEN = {
         GOOD.replace("\nKIND", '\nRECOVERY = "maybe"\nKIND'),
         "RECOVERY is 'maybe'; known: optional, never, required",
     ),
+    "unknown updates": (
+        GOOD.replace("\nKIND", '\nUPDATES = "least squares"\nKIND'),
+        "UPDATES is 'least squares'; known: closed form",
+    ),
     "computed constant": (
         GOOD.replace('"layers"', '"layers".lower()'),
         r"first\.py line 6: KIND must be a literal str or tuple, because the workflow reads it",

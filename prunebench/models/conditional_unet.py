@@ -95,6 +95,37 @@ class Passed(nn.Module):
         return (hidden_states,)
 
 
+class HiddenOnly(nn.Module):
+    """Stands where a decoder's ResNet block stood that went with its skip connection."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.channels = channels  # of the hidden state, in front of those of the skip
+
+    def forward(self, x: Tensor, *_: object, **__: object) -> Tensor:
+        return x[:, : self.channels]
+
+
+class DownPassed(nn.Module):
+    """Stands where the encoder's last level stood."""
+
+    downsamplers = None
+    resnets = ()
+
+    def forward(self, hidden_states: Tensor, **_: object) -> tuple[Tensor, tuple[Tensor]]:
+        return hidden_states, (hidden_states,)
+
+
+class UpPassed(nn.Module):
+    """Stands where the decoder's first level stood, and takes the one skip of `DownPassed`."""
+
+    upsamplers = None
+    resnets = (None,)
+
+    def forward(self, hidden_states: Tensor, **_: object) -> Tensor:
+        return hidden_states
+
+
 def build(config: dict) -> ConditionalUNet:
     """`config` holds UNet2DConditionModel's own keys, and `classes` for class-conditional LDMs."""
     config = dict(config)
@@ -116,8 +147,11 @@ def layers(model: ConditionalUNet, granularity: str) -> list[Layer]:
 
     The sub-layers ("branch") are self-attention, cross-attention and feed-forward, each with its
     LayerNorm. The transformers of SnapFusion and BK-SDM ("whole") are one or more transformer
-    blocks in a row with the norm and the projections around them.
+    blocks in a row with the norm and the projections around them. For what BK-SDM's patterns take
+    out beyond that ("stage"), see `_stages`.
     """
+    if granularity == "stage":
+        return _stages(model)
     wanted = {"whole": Transformer2DModel, "block": TransformerBlock}
     units = []
     for name, module in unet.originals(model):
@@ -130,9 +164,64 @@ def layers(model: ConditionalUNet, granularity: str) -> list[Layer]:
     return units
 
 
+def _stages(model: ConditionalUNet) -> list[Layer]:
+    """Pairs of a ResNet block and its transformer, the mid block, and the innermost level.
+
+    A pair of the decoder takes its skip connection along, projection included. `stages.<level>` is
+    an encoder's last level, the downsampler in front and the decoder's first level. It is a unit
+    where the level above has as many channels, so that the next one can take over.
+    """
+    units = []
+    for side in ("down_blocks", "up_blocks"):
+        for level, block in enumerate(getattr(model, side)):
+            units += [
+                Layer(f"{side}.{level}.pairs.{index}", sum(map(parameter_count, parts)))
+                for index, parts in _pairs(block).items()
+            ]
+    if model.mid_block is not None:
+        units.append(Layer("mid_block", parameter_count(model.mid_block)))
+    last, channels = len(model.down_blocks) - 1, model.config.block_out_channels
+    if last and channels[-1] == channels[-2] and not isinstance(model.down_blocks[-1], DownPassed):
+        units.append(Layer(f"stages.{last}", sum(map(parameter_count, _innermost(model)))))
+    return units
+
+
+def _pairs(block: nn.Module) -> dict[int, list[nn.Module]]:
+    """The ResNet block and, if any, transformer of every pair but a level's first, by its place."""
+    resnets, attentions = block.resnets, getattr(block, "attentions", None)
+    return {
+        index: [resnet, *([attentions[index]] if attentions else [])]
+        for index, resnet in enumerate(resnets)
+        if index and isinstance(resnet, ResnetBlock2D)
+    }
+
+
+def _innermost(model: ConditionalUNet) -> list[nn.Module]:
+    """The encoder's last level, the downsampler in front of it, and the decoder's first level."""
+    return [model.down_blocks[-1], *model.down_blocks[-2].downsamplers, model.up_blocks[0]]
+
+
+def _remove_pair(block: nn.Module, index: int, decoder: bool) -> None:
+    resnet, *attention = _pairs(block)[index]
+    block.resnets[index] = HiddenOnly(resnet.out_channels) if decoder else unet.Shortcut(None)
+    if attention:
+        block.attentions[index] = Passed()
+
+
 def remove_layer(model: ConditionalUNet, name: str) -> None:
     """Bypass a unit; a transformer block without sub-layers is bypassed as a whole."""
     path, _, leaf = name.rpartition(".")
+    if name == "mid_block":
+        model.mid_block = None
+        return
+    if path == "stages":
+        model.down_blocks[-1], model.down_blocks[-2].downsamplers = DownPassed(), None
+        model.up_blocks[0] = UpPassed()
+        return
+    if path.endswith(".pairs"):
+        block = model.get_submodule(path.removesuffix(".pairs"))
+        _remove_pair(block, int(leaf), name.startswith("up_blocks"))
+        return
     block = model.get_submodule(path)
     if isinstance(model.get_submodule(name), Transformer2DModel):
         model.set_submodule(name, Passed())
@@ -181,11 +270,15 @@ def features(model: ConditionalUNet) -> dict[str, str | None]:
     """Modules whose outputs feature distillation compares: every down and up block (BK-SDM).
 
     A down block returns (output, skip tensors); a forward hook sees this tuple, of which the first
-    element is compared. No width governs these outputs: pruning leaves their shapes as they are.
+    element is compared. No width governs these outputs: pruning leaves their shapes as they are,
+    but for a level without a level behind it, which puts out what it did not shrink.
     """
-    down = [f"down_blocks.{index}" for index in range(len(model.down_blocks))]
-    up = [f"up_blocks.{index}" for index in range(len(model.up_blocks))]
-    return dict.fromkeys(down + up)
+    blocks = [f"down_blocks.{index}" for index in range(len(model.down_blocks))]
+    if isinstance(model.down_blocks[-1], DownPassed):
+        blocks = blocks[:-2]
+    for index, block in enumerate(model.up_blocks):
+        blocks += [f"up_blocks.{index}"] * (not isinstance(block, UpPassed))
+    return dict.fromkeys(blocks)
 
 
 # Official checkpoints.

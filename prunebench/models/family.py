@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from prunebench.models.conditions import Condition
     from prunebench.models.units import Layer, Width
 
-Granularity = Literal["whole", "block", "branch"]
+Granularity = Literal["stage", "whole", "block", "branch"]
 
 
 class Network(Protocol):
@@ -63,8 +63,8 @@ class Family(Protocol):
         """What can be bypassed, in the order it runs: blocks, or the branches of blocks.
 
         `parameters` of a layer is what the network loses with it. Families whose blocks have one
-        branch answer both alike. "whole" are blocks with the projections around them, where a
-        family has such; else it is "block".
+        branch answer both alike. "whole" are blocks with the projections around them, and "stage"
+        pairs of blocks and levels of a UNet, where a family has such; else they are "block".
         """
 
     def remove_layer(self, model: nn.Module, name: str) -> None:

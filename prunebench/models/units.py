@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-# Of layers, from coarse to fine: blocks with the projections around them, blocks, their branches.
-GRANULARITIES = ("whole", "block", "branch")
+# Of layers, from coarse to fine: pairs of blocks or levels, blocks with the projections around
+# them, blocks, their branches.
+GRANULARITIES = ("stage", "whole", "block", "branch")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from prunebench import models
 from prunebench.errors import CellError, UserError
+from prunebench.models.copies import rebuilt
 from prunebench.models.units import GRANULARITIES, Width
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.targets import UNIFORM
@@ -179,14 +180,22 @@ def _staying(
 def kept_rows(model: nn.Module, plan: Plan, family: ModuleType) -> dict[str, Tensor | None]:
     """The channels that `plan` leaves of every feature of a dense `model`; None: all of them.
 
-    The names are those of `family.features`. A plan of widths traces the model where the family
-    finds them so.
+    The names are those of `family.features`, without the features of levels that go. A plan of
+    widths traces the model where the family finds them so.
     """
-    features, staying = family.features(model), {}
+    features, staying = _features_left(model, plan, family), {}
     if plan.kept and any(features.values()):
         units = {unit.name: unit for unit in family.widths(model)}
         staying = _staying(model, [(units[name], kept) for name, kept in plan.kept.items()])
     return {name: staying.get((parameter, 0)) for name, parameter in features.items()}
+
+
+def _features_left(model: nn.Module, plan: Plan, family: ModuleType) -> dict[str, str | None]:
+    thinned = rebuilt(model)
+    for name in plan.layers:
+        family.remove_layer(thinned, name)
+    left = family.features(thinned)
+    return {name: rows for name, rows in family.features(model).items() if name in left}
 
 
 def _set_parameter(model: nn.Module, name: str, value: Tensor) -> None:

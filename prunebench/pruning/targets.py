@@ -325,11 +325,13 @@ def tolerance(
 
 
 def layers_of(model: nn.Module, family: ModuleType, plan: Plan) -> list[Layer]:
-    """The layers whose size is a plan's tolerance: whole ones only where it names some."""
+    """The layers whose size is a plan's tolerance: coarser ones only where it names some."""
     found = {granularity: family.layers(model, granularity) for granularity in GRANULARITIES}
-    finer = [*found["block"], *found["branch"]]
-    named = {*plan.layers, *plan.copies}
-    return finer if named <= {layer.name for layer in finer} else [*found["whole"], *finer]
+    units = [*found["block"], *found["branch"]]
+    for coarser in ("whole", "stage"):
+        if not {*plan.layers, *plan.copies} <= {layer.name for layer in units}:
+            units = [*found[coarser], *units]
+    return units
 
 
 def most(model: nn.Module, family: ModuleType, kind: str) -> float:

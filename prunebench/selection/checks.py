@@ -4,7 +4,7 @@ import inspect
 import json
 import signal
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType, ModuleType
 
 import torch
@@ -26,11 +26,13 @@ def select(
     kind: str,
     parameters: Mapping,
     steps: float | None = None,
+    updates: str = "",
 ) -> tuple[Plan, nn.Module]:
     """Run a method and check what it returns. The context's model is gone afterwards.
 
     Args:
         steps: the share of the steps that the plan keeps, where it removes more than steps.
+        updates: how the method changes weights without training, as its UPDATES says.
 
     Returns:
         The plan and the pruned model: the method's own where it trained one, else the dense model
@@ -52,7 +54,7 @@ def select(
     own = unmetered(own)
     check_shapes(own, pruned)
     check_masks(own, plan)
-    check_trained(context, own, pruned)
+    check_trained(context, own, pruned, solved(plan, widths) if updates else ())
     return plan, own.eval()
 
 
@@ -218,19 +220,40 @@ def check_shapes(own: nn.Module, pruned: nn.Module) -> None:
         raise CellError(f"the returned model does not fit its plan: {different[0]} differs")
 
 
-def check_trained(context: Context, own: nn.Module, pruned: nn.Module) -> None:
+def solved(plan: Plan, widths: Sequence[Width]) -> set[str]:
+    """The weights that a method with UPDATES may change: those it masks, or cuts columns of."""
+    readers = {
+        member.tensor
+        for unit in widths
+        if unit.name in plan.kept
+        for member in unit.members
+        if member.axis == 1
+    }
+    return {*plan.masks, *readers}
+
+
+def check_trained(
+    context: Context, own: nn.Module, pruned: nn.Module, may_differ: Collection[str] = ()
+) -> None:
     """Weights other than the dense model's come from training that the budget knows.
 
     Of a model that was trained they are those that the last training left, some of which went or
-    are zero.
+    are zero. Those of `may_differ` may be solved for in closed form, which takes no backward pass.
     """
-    theirs = pruned.state_dict()
+    theirs, gradients = pruned.state_dict(), context.backward_images
     for name, tensor in own.state_dict().items():
         same = torch.equal(tensor.to(theirs[name].device), theirs[name])
         if same or digest(tensor) in context.fresh_tensors:
             continue
         if any(_part_of(tensor, whole) for whole in context.trained.get(name, ())):
             continue
+        if name in may_differ and not gradients:
+            continue
+        if name in may_differ:
+            raise CellError(
+                f"UPDATES says that weights are solved for in closed form, but {gradients} images "
+                "went backward through the model: that is training, which is context.train's"
+            )
         raise CellError(
             "the returned model was trained, but not by context.train: its budget is unknown"
         )
@@ -253,14 +276,15 @@ def recheck(
     sparsity: float,
     steps: float | None,
     untouched: bool,
+    updates: str = "",
 ) -> None:
     """Check a stored result of a method again, where no method's code runs.
 
     Args:
         dense: which the method pruned.
         found: the model that is stored beside the plan.
-        kind, steps: what the method says that it removes, as for `select`.
-        untouched: the weights that stay have to be the dense model's.
+        kind, steps, updates: what the method says that it does, as for `select`.
+        untouched: the weights that stay have to be the dense model's, but for those it solves for.
 
     Raises:
         CellError: as `select`; or a weight differs from the dense model's.
@@ -271,8 +295,9 @@ def recheck(
     check_shapes(found, expected)
     check_masks(found, plan)
     theirs = expected.state_dict() if untouched else {}
+    may_differ = solved(plan, widths) if updates else ()
     for name, value in theirs.items():
-        if not torch.equal(found.state_dict()[name], value):
+        if name not in may_differ and not torch.equal(found.state_dict()[name], value):
             raise CellError(f"'{name}' of the pruned model is not the dense model's")
 
 

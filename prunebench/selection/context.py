@@ -87,6 +87,11 @@ class Context:
         """The weights that may be masked, by name."""
         return {name: self.model.get_parameter(name) for name in self.family.weights(self.model)}
 
+    @property
+    def backward_images(self) -> int:
+        """Images that went backward through the model so far."""
+        return self._meter.counts["student_backward"]
+
     # What to score with.
     def generator(self) -> Generator:
         """A new generator: same seed, method and order of calls, same numbers."""

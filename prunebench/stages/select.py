@@ -40,7 +40,12 @@ def select(job: Job) -> None:
     )
     with meter.clock(), _unedited(method.file) as source:
         plan, pruned = selection.select(
-            context, methods.load(method), method.kind, job.track.parameters(cell), method.steps
+            context,
+            methods.load(method),
+            method.kind,
+            job.track.parameters(cell),
+            method.steps,
+            method.updates,
         )
     files = save(job, pruned, plan)
     if average := selection.averaged(context, plan):

@@ -148,6 +148,7 @@ def check_selected(job: Job, whole: nn.Module, pruned: nn.Module, plan: Plan, to
         job.cell.sparsity,
         method.steps,
         untouched=not free,
+        updates=method.updates,
     )
     if sizes(whole, pruned, plan) != told.size:
         raise CellError(f"{told.STAGE}.json tells other sizes than its model has")

@@ -25,6 +25,7 @@ from prunebench.tracks.settings import LEAST_SPARSITY, MOST_SPARSITY, nearest, o
 PARTS = ("layers", "widths", "weights", "steps")  # what a plan may remove, several at once
 KINDS = ("none", *PARTS)
 RECOVERY = ("optional", "never", "required")
+UPDATES = ("", "closed form")
 NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")  # of a method, everywhere
 MOST_BYTES = 1_000_000  # of a method file
 MOST = 10**9  # of a parameter's value
@@ -43,6 +44,7 @@ CONSTANTS: dict[str, tuple[type | tuple[type, ...], object]] = {
     "FAITHFUL_TO": (str, ""),
     "GUESSED": (str, ""),
     "TRAINS": (bool, False),
+    "UPDATES": (str, ""),
     "RECOVERY": (str, "optional"),
     "FAMILIES": (tuple, ()),
     "SPARSITIES": (tuple, ()),
@@ -66,6 +68,8 @@ class Method:
         guessed: what is assumed of the criterion where that itself was not available, "" where it
             was; such a row is not ranked, and its paper not cited for it.
         trains: trains during selection, so that its selection depends on the budget.
+        updates: "closed form" where it changes weights under pruning without training them: solved
+            for from activations, at the price of forward passes alone.
         recovery: "optional"; "never" for rows that are never trained; "required" for rows that
             mean nothing untrained.
         families: families it applies to; empty means all.
@@ -95,6 +99,7 @@ class Method:
     faithful_to: str
     guessed: str
     trains: bool
+    updates: str
     recovery: str
     families: tuple[str, ...]
     sparsities: tuple[float, ...]
@@ -274,9 +279,10 @@ def _constants(file: Path, tree: ast.Module) -> dict[str, object]:
 
 def _check_values(method: Method, where: str) -> None:
     """Each constant is one of those that it may be."""
-    if method.recovery not in RECOVERY:
-        known = ", ".join(RECOVERY)
-        raise UserError(f"{where}: RECOVERY is '{method.recovery}'; known: {known}")
+    for name, allowed in (("recovery", RECOVERY), ("updates", UPDATES)):
+        if (value := getattr(method, name)) not in allowed:
+            known = ", ".join(filter(None, allowed))
+            raise UserError(f"{where}: {name.upper()} is '{value}'; known: {known}")
     _check_steps(method, where)
     for family in method.families:
         if family not in models.family_names():
