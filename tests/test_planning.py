@@ -69,7 +69,10 @@ def _small(folder: Path, place: str) -> Path:
     """The smoke track in a folder of a copy of the workflow."""
     matrix(folder, 1)
     (folder / place).mkdir()
-    return Path(shutil.copy(folder / "config" / "smoke.yaml", folder / place / "small.yaml"))
+    smoke = folder / "config" / "smoke.yaml"
+    for name in yaml.safe_load(smoke.read_text())["methods"].get("exclude", ()):
+        shutil.copy(ROOT / "methods" / f"{name}.py", folder / "methods")  # or it is unknown
+    return Path(shutil.copy(smoke, folder / place / "small.yaml"))
 
 
 def _run(folder: Path, *command: str) -> tuple[int, str]:
