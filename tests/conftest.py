@@ -1,5 +1,6 @@
 """One thread per test process: they are more than the cores, and results do not depend on it."""
 
+import os
 import re
 from pathlib import Path
 
@@ -10,6 +11,13 @@ torch.set_num_threads(1)
 
 
 LONGEST = ("test_slurm", "test_workflow")  # minutes of waiting each, beside which others compute
+
+
+def pytest_configure(config):
+    import reliability
+
+    if reliability.VARIABLE in os.environ and not hasattr(config, "workerinput"):
+        config.pluginmanager.register(reliability.Counts())
 
 
 def pytest_collection_modifyitems(items):

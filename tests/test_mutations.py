@@ -68,9 +68,11 @@ NAMES = ("models.", "divisions.", "budgets.", "plans.", "methods.parameters.")
 
 
 @pytest.mark.parametrize("track_name", STRIDES)
-def test_mutated_tracks_are_refused_by_name_or_harmless(track_name, tmp_path):
+def test_mutated_tracks_are_refused_by_name_or_harmless(track_name, tmp_path, record_property):
     counts, harmless = tried(track_name, tmp_path, STRIDES[track_name])
     sys.stdout.write(f"\n{track_name}: {dict(counts)}\n")
+    record_property("refused", counts["refused"])
+    record_property("survived", counts["harmless"])
     assert counts["refused"] > 10 * counts["harmless"] and sum(counts.values()) > 80
     plain = [(what, key) for what, key in harmless if not key.endswith(BOOLEANS)]
     wrong = [(what, key) for what, key in plain if what in NONSENSE]

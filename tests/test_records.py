@@ -292,7 +292,9 @@ def attack(random_: random.Random, files: dict[str, Path], other: dict[str, Path
     return kind
 
 
-def test_500_corruptions_of_a_finished_run_are_refused_by_name_or_harmless(tmp_path, capsys):
+def test_500_corruptions_of_a_finished_run_are_refused_by_name_or_harmless(
+    tmp_path, capsys, record_property
+):
     whole, other = tmp_path / "whole", tmp_path / "other"
     files = examples.finished_run(whole)
     others = examples.finished_run(other, "b", 1)
@@ -316,3 +318,6 @@ def test_500_corruptions_of_a_finished_run_are_refused_by_name_or_harmless(tmp_p
     with capsys.disabled():
         print(f"\n500 corruptions of a run: {dict(sorted(counts.items()))}")
     assert wrong == [] and sum(counts.values()) == 500
+    refused = sum(count for (_, outcome), count in counts.items() if outcome == "refused")
+    record_property("refused", refused)
+    record_property("survived", 500 - refused)
