@@ -1,6 +1,7 @@
 """Run the tests that try to break the suite and write what they found into docs/reliability.md.
 
     python scripts/write_reliability.py                     run the tests (minutes), write the page
+    python scripts/write_reliability.py --only methods      the tests of the kinds that begin so
     python scripts/write_reliability.py --kills FILE        take a report of scripts/kill_runs.py
     python scripts/write_reliability.py --render            only write the page
 
@@ -58,14 +59,15 @@ Snakemake's own empty folders in TMPDIR stay when it is killed.
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=Path)
+    parser.add_argument("--only", default="", help="beginning of the kinds to count anew")
     parser.add_argument("--render", action="store_true")
     arguments = parser.parse_args()
     figures, status = json.loads(FIGURES.read_text()) if FIGURES.exists() else {}, 0
     if arguments.kills:
         figures["kills"] = json.loads(arguments.kills.read_text()) | {"date": _today()}
     elif not arguments.render:
-        status, counts = _tried()
-        figures |= {"kinds": counts, "date": _today()}
+        status, counts = _tried(arguments.only)
+        figures |= {"kinds": {**figures.get("kinds", {}), **counts}, "date": _today()}
     FIGURES.write_text(f"{json.dumps(figures, indent=1)}\n")
     PAGE.write_text(page(figures))
     return status
@@ -75,13 +77,16 @@ def _today() -> str:
     return datetime.now(UTC).date().isoformat()
 
 
-def _tried() -> tuple[int, dict]:
-    names = [f"tests/{test.replace('::', '.py::')}" for test in reliability.tests()]
+def _tried(only: str) -> tuple[int, dict]:
+    """Exit status of the tests, and what they counted, by kind in the order of the page."""
+    chosen = [test for test, (kind, _) in reliability.tests().items() if kind.startswith(only)]
+    names = [f"tests/{test.replace('::', '.py::')}" for test in chosen]
     with tempfile.NamedTemporaryFile(suffix=".json") as found:
         environment = {**os.environ, reliability.VARIABLE: found.name}
         command = [sys.executable, "-m", "pytest", "-q", *names]
         status = subprocess.run(command, cwd=ROOT, env=environment, check=False).returncode
-        return status, json.loads(Path(found.name).read_text())
+        counts = json.loads(Path(found.name).read_text())
+        return status, {kind: counts[kind] for kind in counts if kind.startswith(only)}
 
 
 def page(figures: dict) -> str:

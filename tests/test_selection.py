@@ -224,7 +224,7 @@ def test_a_training_without_a_step_excuses_no_other(excuse):
 
 
 @pytest.mark.parametrize("after", ["steps", "scales", "nothing", "prunes"])
-def test_a_training_excuses_no_change_that_comes_after_it(after):
+def test_a_training_excuses_no_change_that_comes_after_it(after, record_property):
     """One step that the budget knows does not pay for a training of the method's own."""
 
     def trains(context):
@@ -245,6 +245,7 @@ def test_a_training_excuses_no_change_that_comes_after_it(after):
         return selection.select(tiny.context("dit", train_images=16), trains, "layers", {})
 
     if after in ("nothing", "prunes"):
+        record_property("survived", 1)
         assert run()[0].layers
     else:
         with pytest.raises(CellError, match=r"was trained, but not by context\.train"):
