@@ -45,7 +45,7 @@ def interleaved_latency(
         "ms" median and "iqr_ms" interquartile range of candidate, "dense_ms" median of dense,
         "ratio" = ms / dense_ms, below 1 where candidate is faster.
     """
-    timer = timer or (_cuda_ms if torch.device(device).type == "cuda" else _cpu_ms)
+    timer = timer or _timer(device)
     contestants = ((candidate, own := []), (dense, others := []))
     with torch.inference_mode(), _quiet():
         for turn in range(warmup + rounds):
@@ -57,6 +57,24 @@ def interleaved_latency(
     ms, dense_ms = statistics.median(own), statistics.median(others)
     low, high = np.percentile(own, [25, 75])
     return {"ms": ms, "iqr_ms": float(high - low), "dense_ms": dense_ms, "ratio": ms / dense_ms}
+
+
+def median_ms(
+    function: Callable[[], object],
+    rounds: int,
+    warmup: int,
+    device: torch.device | str = "cpu",
+    timer: Timer | None = None,
+) -> float:
+    """Median time of one function in milliseconds, alone; otherwise as `interleaved_latency`."""
+    timer = timer or _timer(device)
+    with torch.inference_mode(), _quiet():
+        times = [timer(function) for _ in range(warmup + rounds)]
+    return statistics.median(times[warmup:])
+
+
+def _timer(device: torch.device | str) -> Timer:
+    return _cuda_ms if torch.device(device).type == "cuda" else _cpu_ms
 
 
 def with_throughput(timing: dict[str, float], images: int) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Running a method, and the checks on what it returns."""
 
+import dataclasses
 import inspect
 import json
 import signal
@@ -44,6 +45,9 @@ def select(
     """
     widths = context.widths() if "widths" in kind.split("+") else []
     plan, own = returned(function, context, parameters)
+    if context.clocked:
+        notes = {**plan.notes, "latencies_ms": context.clocked}
+        plan = dataclasses.replace(plan, notes=notes)
     check_kind(plan, kind)
     check_record(plan)
     del context.model  # its weights and gradients make room

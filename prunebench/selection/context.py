@@ -20,6 +20,7 @@ from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
 from prunebench.recovery import Teaching
 from prunebench.recovery.distillation import distilled
+from prunebench.selection import unit_costs
 from prunebench.training import loop
 from prunebench.training.budget import BudgetMeter, unwatched
 from prunebench.training.checkpoints import Checkpoints
@@ -73,6 +74,7 @@ class Context:
         self.fresh_tensors: set[str] = set()  # digests of what `fresh` made
         self.trained: dict[str, list[Tensor]] = {}  # what the last training left, see `weights_of`
         self._draws = 0
+        self.clocked: dict[str, float] = {}  # measured latencies, which no seed repeats
         self.progress = loop.Progress(train_images // settings.batch)
 
     # What can be pruned.
@@ -91,6 +93,34 @@ class Context:
     def backward_images(self) -> int:
         """Images that went backward through the model so far."""
         return self._meter.counts["student_backward"]
+
+    def macs(self, granularity: str = "block") -> dict[str, int]:
+        """Multiply-accumulates that each layer adds to the forward pass of one image, exactly."""
+        bare = unmetered(self.model)
+        batch = self.data.draw(1, seeded("macs"), next(bare.parameters()).device)
+        inputs = (batch.noised, batch.network_time, batch.y)
+        return unit_costs.macs(bare, self.family, self.layers(granularity), inputs)
+
+    def latencies(
+        self, granularity: str = "block", batch: int = 8, rounds: int = 10, warmup: int = 2
+    ) -> dict[str, float]:
+        """Milliseconds that each layer takes alone for `batch` images, on this machine.
+
+        Measured once for layers of one type and shape. A clock repeats no number: a plan that rests
+        on it is not repeated by its seed. The table is therefore put into the plan's notes, and the
+        contract does not ask such a method for one plan a seed; `macs` has no such cost.
+        """
+        names = [layer.name for layer in self.layers(granularity)]
+        (calibration,) = self.draws(batch, batch)
+        self.clocked = unit_costs.latencies(
+            self.model,
+            names,
+            lambda: self.predict(self.model, calibration),
+            unmetered(self.model),
+            rounds,
+            warmup,
+        )
+        return self.clocked
 
     # What to score with.
     def generator(self) -> Generator:

@@ -368,15 +368,15 @@ def _hash(*groups: Mapping[str, Tensor]) -> str:
 def _average(model: nn.Module, settings: Settings, progress: Progress) -> AveragedModel:
     """The moving average, which goes on from the part before where there was one.
 
-    A parameter that was cut since then begins anew.
+    A parameter that was cut since then, or belongs to a copied layer, begins anew.
     """
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
     if progress.average:
         average.n_averaged.fill_(1)  # else the first update would overwrite it
         with torch.no_grad():
             for name, parameter in average.module.named_parameters():
-                before = progress.average[_plain(name)]
-                if before.shape == parameter.shape:
+                before = progress.average.get(_plain(name))
+                if before is not None and before.shape == parameter.shape:
                     parameter.copy_(before)
     return average
 
