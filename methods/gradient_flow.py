@@ -26,44 +26,56 @@ from prunebench.selection.context import unmetered
 from prunebench.selection.scores import in_parts, slices
 from prunebench.selection.soft_masks import full, gains, hard, masked, readers
 
-TITLE = "Gradient-flow pruning (reconstruction)"
+TITLE = "Gradient flow of masks (reconstruction)"
 KIND = "widths"
 RECONSTRUCTION = True
 FAITHFUL_TO = "abstract"
 TRAINS = True
+GUESSED = (
+    "masks move along the gradient flow of the energy -1/2 |G|^2, as sparsity-indexed ODEs do; "
+    "what raises the gradient norm to first order, with its sign, falls first"
+)
 NOTES = (
     "Reconstruction from the abstract: criterion, masks and schedule are this suite's reading, and "
-    "there is no published number to compare with. A tenth of the budget trains under soft masks."
+    "there is no published number to compare with."
 )
+VARIANTS = {
+    "unsigned": {
+        "TITLE": "Gradient flow, unsigned (reconstruction)",
+        "GUESSED": "as the flow of masks, but the channels whose sum of |w H G| is lowest, so that "
+        "the gradient norm changes least either way, fall first",
+        "parameters": {"score": "unsigned"},
+    },
+    "literal": {
+        "TITLE": "Gradient flow, literal sign in rounds (reconstruction)",
+        "GUESSED": "no flow of masks: in every round the channels whose removal raises the "
+        "gradient norm most, to first order, are chosen anew, their masks lowered in equal steps",
+        "parameters": {"process": "soft"},
+    },
+}
 # The suite's proposal, to be comparable with Diff-Pruning; the paper's own recipe is not known.
 RECIPE = {"recovery": "finetune", "sparsities": (0.3,), "parameters": {"uniform": True}}
-CHECK = {"rounds": 1, "timesteps": 1, "batch": 4, "share": 0.5}
+CHECK = {"rounds": 1, "timesteps": 1, "batch": 4, "share": 0.5, "flow_steps": 1}
 PAPER = "arXiv 2501.09464"
-BIBTEX = """@inproceedings{wan2025pruning,
-  title = {Pruning for Sparse Diffusion Models Based on Gradient Flow},
-  author = {Wan, B. and Zheng, T. and Chen, Z. and Wang, Y. and Wang, J.},
-  booktitle = {IEEE International Conference on Acoustics, Speech and Signal Processing},
-  year = {2025}
-}"""
 
 CHOICES = {
     "process": ("soft", "flow"),
     "schedule": ("linear", "cubic"),
     "dt": ("linear", "exponential"),
-    "score": ("wHG", "magnitude_of_wHG"),
+    "score": ("signed", "unsigned"),
 }
 
 
 def select(
     context,
-    process="soft",
+    process="flow",
     rounds=10,
     schedule="linear",
     own_decay=False,
     flow_steps=100,
     r=1.1,
     dt="linear",
-    score="wHG",
+    score="signed",
     share=0.1,
     threshold=0.05,
     timesteps=100,
@@ -74,10 +86,10 @@ def select(
     """Move the masks and train under them for `rounds` rounds, then slice.
 
     Args:
-        process: "soft", masks that fall round by round, or "flow", steps along a flow of masks.
+        process: "flow", steps along a flow of masks, or "soft", masks that fall round by round.
         schedule, own_decay: how `soft` chooses groups and lowers their masks, see there.
         flow_steps, r, dt: number, length and "linear" or "exponential" sizes of `flow`'s steps.
-        score: "magnitude_of_wHG" is a control: the sum of |w H G|, lowest first.
+        score: "signed", or "unsigned": the sum of |w H G|, lowest first.
         share: of the training budget, spent in the rounds; the rest is left to the recovery.
         threshold, timesteps, batch: Diff-Pruning's gate, the times it is tested at, the images.
         micro_batch: images that pass at once; the scores are the same, the memory is less.
@@ -90,7 +102,7 @@ def select(
     groups = [readers(unit, network) for unit in units]
     losses = gated(context, threshold, timesteps, batch, micro_batch)
     times = len(losses) // -(-batch // micro_batch)
-    slope = partial(slopes, losses, network, groups, score == "magnitude_of_wHG")
+    slope = partial(slopes, losses, network, groups, score == "unsigned")
     rule = targets.plan_uniform if uniform else partial(targets.plan_widths, context.model)
 
     def plan_at(scores, part=1.0, **notes):
@@ -106,7 +118,8 @@ def select(
         if count:
             with masked(network, groups, masks):
                 context.train(network, count)
-    plan = plan_at(masks, **record(process, times, before, masks))
+    told = record(process, times, before, masks, context)
+    plan = plan_at(masks, **told)
     return plan, surgery.apply(unmetered(network), plan, context.family)
 
 
@@ -246,8 +259,11 @@ def spread(context, share, rounds):
     return [batch * (steps * k // rounds - steps * (k - 1) // rounds) for k in range(1, rounds + 1)]
 
 
-def record(process, times, before, masks):
-    """Notes: how far the masks of the removed groups had gone before the last move."""
+def record(process, times, before, masks, context):
+    """Notes: how far masks of removed groups had gone before the last move, and training so far."""
     left = torch.cat([before[name][mask == 0] for name, mask in masks.items()]).mean().item()
     summary = f"{process}: the removed were masked to {left:.2f} before the last round"
+    if context.train_images:
+        part = f"{context.trained_images:,} of {context.train_images:,}"
+        summary += f"; {part} images trained under soft masks"
     return {"summary": summary, "mask_before_removal": left, "times": times}

@@ -390,7 +390,7 @@ def test_own_decay_ends_at_zeros_and_ones_whatever_was_chosen_before():
 def test_one_round_is_one_shot_pruning(core, own_decay):
     """The plan of the scores of the dense model, of which nothing is trained."""
     context = tiny.context(core)
-    plan, _ = select(context, rounds=1, timesteps=2, batch=4, own_decay=own_decay)
+    plan, _ = select(context, process="soft", rounds=1, timesteps=2, batch=4, own_decay=own_decay)
     again = tiny.context(core)
     ones = full(again.model, again.widths())
     scores = slopes(gated(again, 0.05, 2, 4), again.model, _groups(again), False, ones)
@@ -424,9 +424,9 @@ def test_masks_of_the_flow_stay_in_range_and_end_hard():
 @pytest.mark.parametrize(
     "options",
     [
-        {"process": "flow"},
-        {"process": "flow", "dt": "exponential", "score": "magnitude_of_wHG"},
-        {"schedule": "cubic", "own_decay": True, "uniform": True},
+        {},
+        {"dt": "exponential", "score": "unsigned"},
+        {"process": "soft", "schedule": "cubic", "own_decay": True, "uniform": True},
     ],
 )
 def test_every_option_gives_a_valid_plan(core, options):
@@ -484,7 +484,7 @@ def test_the_control_sums_magnitudes_of_single_weights(core):
     ("options", "message"),
     [
         ({"process": "hard"}, "process is 'hard'; known: soft, flow"),
-        ({"score": "HG"}, "score is 'HG'; known: wHG, magnitude_of_wHG"),
+        ({"score": "HG"}, "score is 'HG'; known: signed, unsigned"),
         ({"rounds": 0}, "rounds is 0 and r is 1.1; both must be at least 1"),
     ],
 )
@@ -493,7 +493,21 @@ def test_a_wrong_option_is_named(options, message):
         select(tiny.context("dit"), **options)
 
 
-def test_it_is_labelled_as_a_reconstruction():
-    assert FOUND.reconstruction and FOUND.title.endswith("(reconstruction)")
+def test_it_is_labelled_as_a_guess_and_not_cited():
+    rows = (FOUND, *FOUND.variants)
+    assert [row.name for row in rows] == [
+        f"gradient_flow{end}" for end in ("", "_unsigned", "_literal")
+    ]
+    for row in rows:
+        assert row.reconstruction and row.title.endswith("(reconstruction)")
+        assert row.guessed and not row.bibtex
+    assert len({row.guessed for row in rows}) == 3, "each says what it assumes"
     page = (tiny.ROOT / "docs" / "methods" / "gradient_flow.md").read_text()
     assert page.startswith("# Gradient-flow pruning (reconstruction)")
+
+
+def test_a_row_says_how_much_of_the_budget_trained_under_soft_masks():
+    plan, _ = select(tiny.context("dit", train_images=64), **QUICK)
+    assert plan.notes["summary"].endswith("; 32 of 64 images trained under soft masks")
+    plan, _ = select(tiny.context("dit"), **QUICK)
+    assert "trained" not in plan.notes["summary"]

@@ -20,6 +20,7 @@ from prunebench.runtime import run
 
 ROOT = Path(__file__).parents[1]
 SNAKEMAKE = Path(sys.executable).parent / "snakemake"
+VARIANTS = ["entpruner_one_shot", "gradient_flow_literal", "gradient_flow_unsigned"]
 METHODS = ("diff_pruning", "entpruner", "gradient_flow", "laptop_diff", "sparsedm", "taylor")
 CONTROLS = ("dense", "fewer_steps", "magnitude_2_4", "magnitude_layers", "magnitude_unstructured",
             "magnitude_widths", "random_2_4", "random_layers", "random_widths",
@@ -42,7 +43,7 @@ def matrix(folder: Path, models: int) -> str:
     track = yaml.safe_load((ROOT / "config" / "smoke.yaml").read_text())
     known = [copy.deepcopy(track["models"][name]) for name in ("dit", "unet")]
     track["models"] = {f"model_{i}": known[i % 2] for i in range(models)}
-    track["methods"] = {"folders": ["methods", "more"], "exclude": ["entpruner_one_shot"]}
+    track["methods"] = {"folders": ["methods", "more"], "exclude": VARIANTS}
     track["sparsities"], track["seeds"] = [0.1, 0.2, 0.3, 0.4, 0.5], [0, 1, 2, 3, 4]
     track["divisions"] = {"matched": {"compares": "selections", "recoveries": ["finetune-low"]}}
     del track["oracle"]
@@ -69,10 +70,11 @@ def _small(folder: Path, place: str) -> Path:
     """The smoke track in a folder of a copy of the workflow."""
     matrix(folder, 1)
     (folder / place).mkdir()
-    smoke = folder / "config" / "smoke.yaml"
-    for name in yaml.safe_load(smoke.read_text())["methods"].get("exclude", ()):
-        shutil.copy(ROOT / "methods" / f"{name}.py", folder / "methods")  # or it is unknown
-    return Path(shutil.copy(smoke, folder / place / "small.yaml"))
+    track = yaml.safe_load((folder / "config" / "smoke.yaml").read_text())
+    del track["methods"]["exclude"]  # names methods that the copy lacks
+    file = folder / place / "small.yaml"
+    file.write_text(yaml.safe_dump(track, sort_keys=False))
+    return file
 
 
 def _run(folder: Path, *command: str) -> tuple[int, str]:
