@@ -10,6 +10,10 @@ from prunebench.selection.scores import Values, matrices, per_channel
 TITLE = "Magnitude, widths"
 KIND = "widths"
 CONTROL = True
+NOTES = (
+    "Every width is scored on the dense model; the tools of the published baseline slice group by "
+    "group and score a later one on what is left, which keeps other channels of a UNet."
+)
 # Diff-Pruning's magnitude baseline: the same share of every width.
 RECIPE = {"sparsities": (0.3,), "parameters": {"uniform": True}}
 PAPER = "arXiv 1608.08710"
