@@ -142,6 +142,7 @@ def _of_methods(found: list[methods.Method]) -> tuple[str, ...]:
         {"FAITHFUL_TO": one.faithful_to, "RECONSTRUCTION": one.reconstruction} for one in found
     ]
     families = dict.fromkeys(family for one in found for family in one.families or ("all",))
+    families = ["all"] if "all" in families else families
     classes = ", with classes" if any(one.needs_classes for one in found) else ""
     guessed = [one.guessed for one in found]
     ranked = "variants, unranked" if all(guessed) else "selections, methods"
