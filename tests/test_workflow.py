@@ -76,7 +76,7 @@ def test_a_second_call_has_nothing_to_do(project):
 def test_a_misspelt_key_of_config_is_named(project):
     status, output = project.run("snakemake", "-n", "--config", "trak=smoke")
     assert status != 0
-    assert "--config trak=...: unknown key; known: track, keep, disk" in output
+    assert "--config trak=...: unknown key; known: track, rehearsal, keep, disk" in output
 
 
 def test_snakemake_plans_only_when_something_has_happened(project):

@@ -7,6 +7,7 @@ Importing the package is free of torch.
 """
 
 from prunebench.assets.load import Dataset, load_dataset
+from prunebench.assets.made_up import made_up
 from prunebench.assets.registry import ASSETS, Asset, File, asset, data_set
 from prunebench.assets.store import DATA, hashes, locate
 
@@ -21,4 +22,5 @@ __all__ = [
     "hashes",
     "load_dataset",
     "locate",
+    "made_up",
 ]

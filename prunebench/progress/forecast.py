@@ -17,7 +17,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from prunebench import models
-from prunebench.assets.registry import asset, data_set
+from prunebench.assets.registry import asset
 from prunebench.errors import UserError
 from prunebench.progress.jobs import Plan as Jobs
 from prunebench.progress.jobs import plan as planned
@@ -198,7 +198,7 @@ class _Counter:
 
     def __init__(self, track: Track, rates_: Rates, spent: Mapping[str, float]):
         self.track, self.rates, self.spent = track, rates_, spent
-        side = data_set(track.settings.dataset.name).shape[1]
+        side = track.settings.dataset.entry.shape[1]
         entries = track.settings.models.items()
         self.networks = {name: _Network(model, side) for name, model in entries}
 
@@ -295,7 +295,7 @@ class _Counter:
             return FLOAT * left * network.parameters + masks
         if stage == "sample":
             asked = self.track.settings
-            channels, height, width = data_set(asked.dataset.name).shape
+            channels, height, width = asked.dataset.entry.shape
             pixels = asked.sampling.size**2 if asked.sampling.size else height * width
             return asked.sampling.count * channels * pixels
         return 0

@@ -66,7 +66,7 @@ def fetch_assets(names: Iterable[str], record: Path | None = None, track: str = 
         UserError: says of every asset that failed what to do.
     """
     failures = []
-    for wanted in _wanted(names):
+    for wanted in map(asset, names):
         try:
             path = fetch.fetch(wanted.name)
             sys.stdout.write(f"{wanted.name:22} {path}\n")

@@ -47,20 +47,25 @@ def located(job: Job, name: str) -> Path:
 
 
 def dataset(job: Job) -> assets.Dataset:
+    given = job.track.settings.dataset
+    if given.made_up:
+        return assets.made_up(given.name, **given.made_up.model_dump(), flip=given.flip)
     for name in _data_assets(job):
         located(job, name)
-    return assets.load_dataset(**job.track.settings.dataset.model_dump())
+    return assets.load_dataset(**given.model_dump(exclude={"made_up"}))
 
 
 def _data_assets(job: Job) -> list[str]:
-    """The data set and, where it is an asset of its own, the reference."""
+    """The data set and, where it is an asset of its own, the reference; none of made-up images."""
     given = job.track.settings.dataset
+    if given.made_up:
+        return []
     return [name for name in (given.name, given.reference) if name not in ("held_out", "train")]
 
 
 def shape(job: Job) -> tuple[int, int, int]:
     """Channels, height and width of the data set's images."""
-    return assets.data_set(job.track.settings.dataset.name).shape
+    return job.track.settings.dataset.entry.shape
 
 
 def data_set(job: Job) -> dict[str, str]:
@@ -170,7 +175,7 @@ def sampler_for(
     settings, common, coder = job.settings, job.track.settings.sampling, None
     asked = conditions(job, training=False)
     drawn = common.model_dump(include={"lanes", "size"}, exclude_none=True)
-    images = assets.data_set(job.track.settings.dataset.name)
+    images = job.track.settings.dataset.entry
     if settings.autoencoder:
         coder = decoder(job, settings.autoencoder)
     given = {**plain(way or job.sampling), **drawn}

@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, JsonValue, model_validator
 
+from prunebench.assets.made_up import described
+from prunebench.assets.registry import Asset, data_set
 from prunebench.records.strict import Strict, WrongKeyError
 from prunebench.tracks.cells import DEFAULT
 from prunebench.tracks.settings import (
@@ -37,6 +39,14 @@ def one_of(section: Strict, *keys: str) -> None:
         raise WrongKeyError("", f"needs either the key {named}")
 
 
+class MadeUp(Strict):
+    """Images that are made up in the data set's place, for a rehearsal."""
+
+    side: int = Field(ge=8, le=1024)
+    train: int = Field(ge=LEAST, le=100_000)
+    reference: int = Field(ge=LEAST, le=100_000)
+
+
 class Dataset(Strict):
     """Images to train on, and those that samples are compared with (`assets.load_dataset`)."""
 
@@ -45,6 +55,13 @@ class Dataset(Strict):
     limit_reference: int | None = Field(None, ge=LEAST, le=10**9)
     reference: Text = "held_out"
     flip: bool = False
+    made_up: MadeUp | None = None
+
+    @property
+    def entry(self) -> Asset:
+        """What the data set holds."""
+        made_up = self.made_up
+        return described(self.name, made_up.side) if made_up else data_set(self.name)
 
 
 class ExtractorTraining(Strict):

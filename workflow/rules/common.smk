@@ -12,6 +12,7 @@ from prunebench.errors import UserError
 from prunebench.records.artefacts import read_json
 from prunebench.records.provenance import config_hash
 from prunebench.runtime import gpus, run, slurm
+from prunebench.tracks import rehearsal
 from prunebench.tracks.stages import NEEDY, STAGES
 
 
@@ -24,7 +25,7 @@ def in_one_line():
         raise WorkflowError(str(error))
 
 
-KEYS = ("track", "keep", "disk")  # of --config
+KEYS = ("track", "rehearsal", "keep", "disk")  # of --config
 LONG = 100  # jobs of a run that says at its start what it will cost
 
 ARGUMENT = str(config.get("track", "embedded"))
@@ -32,6 +33,9 @@ with in_one_line():
     if unknown := [name for name in config if name not in KEYS]:
         raise UserError(f"--config {unknown[0]}=...: unknown key; known: {', '.join(KEYS)}")
     TRACK = tracks.load_any(ARGUMENT)
+    if config.get("rehearsal"):
+        ARGUMENT = str(rehearsal.write(TRACK, tracks.RUNS))
+        TRACK = tracks.load(ARGUMENT)
     SETTINGS = config_hash(TRACK.in_force)
     if workflow.is_main_process:
         run.plan_by(SETTINGS)

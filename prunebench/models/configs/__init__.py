@@ -57,6 +57,15 @@ class Config(BaseModel):
         """What a network of these settings takes."""
         raise NotImplementedError
 
+    def small(self, channels: int, side: int, text: int) -> dict[str, object]:
+        """Settings of a small network of the same kind, on which a track can be rehearsed.
+
+        Args:
+            channels, side: of its images or latents.
+            text: width of the tokens, and of the pooled vector, of the text that it reads, if any.
+        """
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Instance:

@@ -19,7 +19,13 @@ from prunebench.models.configs import (
     divides,
     same_or_twice,
 )
-from prunebench.models.configs.unet import Activation, Levels, check_side, unet_takes
+from prunebench.models.configs.unet import (
+    Activation,
+    Levels,
+    check_side,
+    small_levels,
+    unet_takes,
+)
 
 Layers = Annotated[int, Field(ge=1, le=100)]
 Down = Literal["DownBlock2D", "CrossAttnDownBlock2D"]
@@ -80,6 +86,14 @@ class Config(configs.Config):
     def takes(self) -> Takes:
         text = self.cross_attention_dim if self.classes is None else None
         return dataclasses.replace(unet_takes(self), text=text)
+
+    def small(self, channels: int, side: int, text: int) -> dict[str, object]:
+        own = self.model_dump(include={"classes", "use_linear_projection", "addition_embed_type"})
+        if self.addition_embed_type:
+            own |= {"addition_time_embed_dim": 4}
+            own |= {"projection_class_embeddings_input_dim": 6 * 4 + text}
+        read = {"cross_attention_dim": 8 if self.classes else text, "attention_head_dim": 2}
+        return {**small_levels(self, channels, side), **own, **read}
 
 
 _LDM = {

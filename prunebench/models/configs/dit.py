@@ -29,6 +29,10 @@ class Config(configs.Config):
             learns_variance=self.learn_sigma,
         )
 
+    def small(self, channels: int, side: int, text: int) -> dict[str, object]:
+        own = {"classes": self.classes, "learn_sigma": self.learn_sigma}
+        return {**_DIT, **own, "channels": channels, "resolution": side}
+
 
 _DIT = {
     "resolution": 8,

@@ -55,23 +55,22 @@ class Config(configs.Config):
         text = self.joint_attention_dim if classes is None else None
         return Takes(channels, None, PATCH, classes, classes is not None, text=text)
 
+    def small(self, channels: int, side: int, text: int) -> dict[str, object]:
+        own = self.model_dump(include={"classes", "guidance_embeds", "guidance_scale"})
+        read = {} if self.classes else {"joint_attention_dim": text, "pooled_projection_dim": text}
+        return {**_FLUX, **own, **read, "in_channels": PATCH**2 * channels}
 
-TINY = {
-    "flux": Instance(
-        "flux",
-        {
-            "in_channels": 4,
-            "num_layers": 2,
-            "num_single_layers": 2,
-            "attention_head_dim": 8,
-            "num_attention_heads": 4,
-            "joint_attention_dim": 8,
-            "pooled_projection_dim": 8,
-            "guidance_embeds": True,
-            "axes_dims_rope": [2, 2, 4],
-            "classes": 10,
-        },
-        {"name": "flow"},
-        image=(1, 8, 8),
-    ),
+
+_FLUX = {
+    "in_channels": 4,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 4,
+    "joint_attention_dim": 8,
+    "pooled_projection_dim": 8,
+    "guidance_embeds": True,
+    "axes_dims_rope": [2, 2, 4],
+    "classes": 10,
 }
+TINY = {"flux": Instance("flux", _FLUX, {"name": "flow"}, image=(1, 8, 8))}

@@ -72,12 +72,33 @@ class Config(configs.Config):
     def takes(self) -> Takes:
         return unet_takes(self)
 
+    def small(self, channels: int, side: int, text: int) -> dict[str, object]:
+        own = {"classes": self.classes, "add_attention": self.add_attention}
+        return {**small_levels(self, channels, side), **own, "attention_head_dim": 8}
+
 
 def unet_takes(config: configs.Config) -> Takes:
     """What UNets take whose settings have diffusers' names."""
     multiple = 2 ** (len(config.block_out_channels) - 1)
     classes = config.classes
     return Takes(config.in_channels, config.sample_size, multiple, classes, classes is not None)
+
+
+def small_levels(config: configs.Config, channels: int, side: int) -> dict[str, object]:
+    """The levels of a small UNet: as many as fit the side, up to three, of the same kinds."""
+    levels = next(n for n in (3, 2, 1) if side % 2 ** (n - 1) == 0)
+    levels = min(levels, len(config.block_out_channels))
+    twice = config.out_channels // config.in_channels
+    return {
+        "sample_size": side,
+        "in_channels": channels,
+        "out_channels": twice * channels,
+        "layers_per_block": 1,
+        "block_out_channels": [8 * (level + 1) for level in range(levels)],
+        "down_block_types": config.down_block_types[:levels],
+        "up_block_types": config.up_block_types[-levels:],
+        "norm_num_groups": 4,
+    }
 
 
 _UNET = {

@@ -38,18 +38,19 @@ class Config(configs.Config):
         text = self.context[1] if self.context else None
         return Takes(self.channels, self.resolution, self.patch, self.classes, named, text=text)
 
+    def small(self, channels: int, side: int, text: int) -> dict[str, object]:
+        own = self.model_dump(include={"classes", "null_class", "mlp_time_embed", "first_time"})
+        read = {"context": [self.context[0], text]} if self.context else {}
+        return {**_UVIT, **own, **read, "channels": channels, "resolution": side}
 
-TINY = {
-    "uvit": Instance(
-        "uvit",
-        {
-            "resolution": 8,
-            "channels": 1,
-            "patch": 2,
-            "width": 32,
-            "depth": 4,
-            "heads": 4,
-            "classes": 10,
-        },
-    ),
+
+_UVIT = {
+    "resolution": 8,
+    "channels": 1,
+    "patch": 2,
+    "width": 32,
+    "depth": 4,
+    "heads": 4,
+    "classes": 10,
 }
+TINY = {"uvit": Instance("uvit", _UVIT)}
