@@ -37,7 +37,7 @@ def made_up(name: str, side: int, train: int, reference: int, flip: bool = False
         noise = 40 * torch.randn(count, *entry.shape, generator=generator)
         return (shades + noise).clamp(0, 255).byte(), labels
 
-    captions = [(), ()]
+    captions = [entry.captions or ()] * 2
     if entry.classes is None:
         captions = [tuple(f"picture {i % SHADES}" for i in range(n)) for n in (train, reference)]
     return Dataset(*images(train), *images(reference), flip, None, *captions)

@@ -1,6 +1,6 @@
-"""A text encoder of a track's own: a pipeline's folder that `TextEncoder` reads, without downloads.
+"""Text encoders of a track's own: a pipeline's folder that `TextEncoder` reads, without downloads.
 
-CLIP's text network with seeded random weights, and a tokenizer that knows the captions' words.
+Text networks with seeded random weights, and tokenizers that know the captions' words.
 Random features suffice to tell captions apart, which is all that a frozen encoder is there for;
 that it brings unseen captions near to known ones can't be expected.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from torch import nn
 
 BEGIN, END, OTHER = "<|startoftext|>", "<|endoftext|>", "<|unknown|>"
 
@@ -25,34 +26,65 @@ def write(
     layers: int,
     heads: int,
     tokens: int,
+    pipeline: str = "StableDiffusionPipeline",
 ) -> tuple[list[Path], int]:
-    """Make a text encoder for captions of at most `tokens` words, begin and end included.
+    """Make the text encoders of a pipeline for captions of at most `tokens` words, ends included.
+
+    Args:
+        width: of each encoder's tokens, and of the pooled text of SDXL and FLUX.
+        pipeline: a key of `text_encoder.PIPELINES`: SDXL has two CLIPs, FLUX a CLIP and a T5.
 
     Returns:
-        its files, and the number of the network's parameters.
+        their files, and the number of the networks' parameters.
     """
     words = [OTHER, BEGIN, END, *sorted({w for text in captions for w in text.split()})]
-    _tokenizer(words, tokens).save_pretrained(folder / "tokenizer")
-    marks = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+    shape = {"words": len(words), "width": width, "layers": layers, "heads": heads}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        networks = [_clip(transformers.CLIPTextModel, tokens, **shape)]
+        if pipeline == "StableDiffusionXLPipeline":
+            networks.append(_clip(transformers.CLIPTextModelWithProjection, tokens, **shape))
+        if pipeline == "FluxPipeline":
+            networks.append(_t5(**shape))
+    names = []
+    for number, network in zip(("", "_2"), networks, strict=False):
+        network.save_pretrained(folder / f"text_encoder{number}")
+        _tokenizer(words, tokens).save_pretrained(folder / f"tokenizer{number}")
+        names += [f"text_encoder{number}", f"tokenizer{number}"]
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    parts = [file for name in names for file in (folder / name).iterdir()]
+    count = sum(p.numel() for network in networks for p in network.parameters())
+    return [folder / "model_index.json", *sorted(parts)], count
+
+
+def _clip(kind: type, tokens: int, words: int, width: int, layers: int, heads: int) -> nn.Module:
     config = transformers.CLIPTextConfig(
-        vocab_size=len(words),
+        vocab_size=words,
         hidden_size=width,
         intermediate_size=4 * width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         max_position_embeddings=tokens,
         projection_dim=width,
-        **marks,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        network = transformers.CLIPTextModel(config)
-    network.save_pretrained(folder / "text_encoder")
-    kind = {"_class_name": "StableDiffusionPipeline"}
-    (folder / "model_index.json").write_text(json.dumps(kind))
-    parts = [file for name in ("tokenizer", "text_encoder") for file in (folder / name).iterdir()]
-    count = sum(parameter.numel() for parameter in network.parameters())
-    return [folder / "model_index.json", *sorted(parts)], count
+    return kind(config)
+
+
+def _t5(words: int, width: int, layers: int, heads: int) -> nn.Module:
+    config = transformers.T5Config(
+        vocab_size=words,
+        d_model=width,
+        d_kv=width // heads,
+        d_ff=4 * width,
+        num_layers=layers,
+        num_heads=heads,
+        pad_token_id=2,
+        eos_token_id=2,
+    )
+    return transformers.T5EncoderModel(config)
 
 
 def _tokenizer(words: Sequence[str], tokens: int) -> transformers.PreTrainedTokenizerFast:

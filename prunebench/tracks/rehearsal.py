@@ -21,7 +21,7 @@ SUFFIX = "_rehearsal"
 SIDE, LATENT_SIDE, LATENT_CHANNELS = 16, 8, 4
 IMAGES, LANES, BATCH = 40, 20, 8
 TOKENS, TEXT = 8, 16  # words of a caption at most, and the width of what a network reads
-STEPS = 4  # of a sampler, or as many as leave two where fewer_steps leaves fewest
+STEPS, LEAST_STEPS = 4, 3  # of a sampler, also where fewer_steps leaves fewest
 TRAINING = {"batch": BATCH, "learning_rate": 1.0e-3}
 
 
@@ -50,7 +50,7 @@ def in_small(track: Track) -> dict:
             "training": {"seed": 0, "epochs": 1, "batch": 20, "learning_rate": 1.0e-2},
         },
         "autoencoders": {name: _autoencoder() for name in settings.autoencoders},
-        "text_encoders": {name: _text_encoder() for name in settings.text_encoders},
+        "text_encoders": {name: _text_encoder(track, name) for name in settings.text_encoders},
         "models": {name: _model(track, model) for name, model in settings.models.items()},
         "methods": {**content["methods"], "parameters": _parameters(track)},
         "budgets": budgets,
@@ -74,11 +74,16 @@ def _autoencoder() -> dict:
     return {"own": own, "scale": 1.0, "batch": LANES}
 
 
-def _text_encoder() -> dict:
-    return {
-        "own": {"seed": 0, "width": TEXT, "layers": 1, "heads": 2, "tokens": TOKENS},
-        "batch": 64,
-    }
+def _text_encoder(track: Track, name: str) -> dict:
+    """Random encoders of the kind that the models which read them expect."""
+    pipeline = "StableDiffusionPipeline"
+    for model in track.settings.models.values():
+        if model.text_encoder == name and model.family == "flux":
+            pipeline = "FluxPipeline"
+        elif model.text_encoder == name and model.config.get("addition_embed_type"):
+            pipeline = "StableDiffusionXLPipeline"
+    own = {"seed": 0, "pipeline": pipeline, "width": TEXT, "heads": 2, "tokens": TOKENS}
+    return {"own": own, "batch": 64, "tokens": TOKENS}
 
 
 def _model(track: Track, model: Model) -> dict:
@@ -87,14 +92,15 @@ def _model(track: Track, model: Model) -> dict:
     latent = (LATENT_CHANNELS, LATENT_SIDE) if model.autoencoder else (channels, SIDE)
     config = models.config(model.family)(**model.config).small(*latent, TEXT)
     own = model.model_dump(mode="json", exclude_defaults=True)
-    for key in ("weights", "training", "reference"):
+    trained = own.pop("training", {})
+    for key in ("weights", "reference"):
         own.pop(key, None)
     recovery = {key: value for key, value in own["recovery"].items() if key not in TRAINING}
-    steps = max(STEPS, math.ceil(2 / (1 - max(track.settings.fewer_steps))))
+    steps = max(STEPS, math.ceil(LEAST_STEPS / (1 - max(track.settings.fewer_steps))))
     return {
         **own,
         "config": config,
-        "training": {**TRAINING, "images": 2 * BATCH},
+        "training": {**trained, **TRAINING, "images": 2 * BATCH},
         "recovery": {**recovery, **TRAINING},
         "sampling": {**own["sampling"], "steps": min(own["sampling"]["steps"], steps)},
     }

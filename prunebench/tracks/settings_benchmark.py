@@ -268,9 +268,15 @@ class OwnAutoencoder(Fitting):
 
 
 class OwnTextEncoder(Strict):
-    """A CLIP text network with seeded random weights that knows the words of the captions."""
+    """Text encoders with seeded random weights that know the words of the captions.
+
+    `pipeline` says which, as in a pipeline's model_index.json.
+    """
 
     seed: Seed
+    pipeline: Literal["StableDiffusionPipeline", "StableDiffusionXLPipeline", "FluxPipeline"] = (
+        "StableDiffusionPipeline"
+    )
     width: Positive
     layers: int = Field(1, ge=1, le=100)
     heads: Positive = 1

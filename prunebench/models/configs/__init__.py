@@ -62,7 +62,7 @@ class Config(BaseModel):
 
         Args:
             channels, side: of its images or latents.
-            text: width of the tokens, and of the pooled vector, of the text that it reads, if any.
+            text: width of each text encoder, where it reads text.
         """
         raise NotImplementedError
 

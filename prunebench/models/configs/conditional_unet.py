@@ -89,10 +89,10 @@ class Config(configs.Config):
 
     def small(self, channels: int, side: int, text: int) -> dict[str, object]:
         own = self.model_dump(include={"classes", "use_linear_projection", "addition_embed_type"})
-        if self.addition_embed_type:
-            own |= {"addition_time_embed_dim": 4}
-            own |= {"projection_class_embeddings_input_dim": 6 * 4 + text}
         read = {"cross_attention_dim": 8 if self.classes else text, "attention_head_dim": 2}
+        if self.addition_embed_type:  # SDXL has two encoders, and sees six sizes beside
+            read |= {"cross_attention_dim": 2 * text, "addition_time_embed_dim": 4}
+            read |= {"projection_class_embeddings_input_dim": 6 * 4 + text}
         return {**small_levels(self, channels, side), **own, **read}
 
 
