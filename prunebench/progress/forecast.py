@@ -364,7 +364,8 @@ def _counted(model: Model, side: int) -> tuple[int, int]:
         x, t = torch.zeros(1, taken.channels, side, side), torch.zeros(1)
         y = torch.zeros(1, dtype=torch.long)
         if taken.text is not None:
-            y = {"context": torch.zeros(1, TOKENS, taken.text)}
+            y = {"context": torch.zeros(1, TOKENS, taken.text), "sizes": torch.zeros(1, 6)}
+            y |= {"pooled": torch.zeros(1, taken.pooled)} if taken.pooled else {}
     return count_parameters(network), count_macs(network, x, t, y)["macs"]
 
 

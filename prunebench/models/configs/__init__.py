@@ -35,6 +35,7 @@ class Takes:
         no_class: whether a class stands for "no class", which guidance and dropping classes need.
         learns_variance: whether it predicts the variance too.
         text: width of the tokens of the text that it reads; None where it reads none.
+        pooled: width of the pooled text that it reads beside them; None without.
     """
 
     channels: int
@@ -44,6 +45,7 @@ class Takes:
     no_class: bool = False
     learns_variance: bool = False
     text: int | None = None
+    pooled: int | None = None
 
 
 class Config(BaseModel):

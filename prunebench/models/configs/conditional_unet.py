@@ -85,7 +85,11 @@ class Config(configs.Config):
 
     def takes(self) -> Takes:
         text = self.cross_attention_dim if self.classes is None else None
-        return dataclasses.replace(unet_takes(self), text=text)
+        pooled = None
+        if self.addition_embed_type:
+            sizes = 6 * self.addition_time_embed_dim
+            pooled = self.projection_class_embeddings_input_dim - sizes
+        return dataclasses.replace(unet_takes(self), text=text, pooled=pooled)
 
     def small(self, channels: int, side: int, text: int) -> dict[str, object]:
         own = self.model_dump(include={"classes", "use_linear_projection", "addition_embed_type"})

@@ -53,7 +53,8 @@ class Config(configs.Config):
     def takes(self) -> Takes:
         channels, classes = self.in_channels // PATCH**2, self.classes
         text = self.joint_attention_dim if classes is None else None
-        return Takes(channels, None, PATCH, classes, classes is not None, text=text)
+        pooled = self.pooled_projection_dim if text else None
+        return Takes(channels, None, PATCH, classes, classes is not None, text=text, pooled=pooled)
 
     def small(self, channels: int, side: int, text: int) -> dict[str, object]:
         own = self.model_dump(include={"classes", "guidance_embeds", "guidance_scale"})
