@@ -388,21 +388,27 @@ CHANGED = {
     "title": ("title", "Other", set(), "", ""),
     "seeds": ("seeds", [5], set(), "", ""),
     "sparsities": ("sparsities", [0.3], set(), "", ""),
-    "data": ("dataset.limit_train", 999, {"extractor", "encode", "dense"}, "", ""),
+    "data": ("dataset.limit_train", 999, {"extractor", "coder", "encode", "dense"}, "", ""),
     "extractor": ("extractor.training.epochs", 2, {"extractor"}, "", ""),
     "architecture": ("models.dit.config.depth", 5, {"dense"}, "dit", ""),
     "objective": ("models.dit.objective.beta_end", 0.03, {"dense"}, "dit", ""),
     "training": ("models.dit.training.images", 321, {"dense"}, "dit", ""),
     "recovery": ("models.dit.recovery.batch", 17, {"recover", "oracle"}, "dit", ""),
-    "steps": ("models.dit.sampling.steps", 5, {"select", "sample", "cost", "oracle"}, "dit", ""),
+    "steps": (
+        "models.dit.sampling.steps",
+        5,
+        {"select", "sample", "cost", "oracle", "decoder"},
+        "dit",
+        "",
+    ),
     "budget": ("budgets.low", 65, {"recover", "oracle"}, "", ""),
     "masks": ("oracle.masks", 5, {"oracle"}, "", ""),
     "parameter": ("methods.parameters.mine.power", 2, {"select"}, "", "mine"),
-    "count": ("sampling.count", 41, {"sample", "oracle"}, "", ""),
+    "count": ("sampling.count", 41, {"sample", "oracle", "decoder"}, "", ""),
     "shards": ("sampling.shards", 2, set(), "", ""),
-    "latency": ("latency.rounds", 3, {"cost"}, "", ""),
+    "latency": ("latency.rounds", 3, {"cost", "decoder"}, "", ""),
     "patience": ("latency.wait", 9, set(), "", ""),
-    "evaluation": ("evaluation.batch", 51, {"score", "oracle"}, "", ""),
+    "evaluation": ("evaluation.batch", 51, {"score", "oracle", "decoder"}, "", ""),
 }
 
 
@@ -654,7 +660,7 @@ def test_needs_recompute_nothing(edited):
     [
         (
             {"train": {"gpu": 1}},
-            r"needs\.train: unknown stage 'train'; .*known: default, extractor, encode, dense",
+            r"needs\.train: unknown stage 'train'; .*known: default, extractor, coder, encode",
         ),
         ({"dense": {"gpus": 1}}, r"needs\.dense\.gpus: unknown key; did you mean 'gpu'"),
         ({"dense": {"mem_mb": "8 GB"}}, r"needs\.dense\.mem_mb: '8 GB' should be a valid integer"),

@@ -40,7 +40,7 @@ def in_small(track: Track) -> dict:
     """The content of the track's rehearsal."""
     content, settings = dict(track.in_force), track.settings
     content.pop("needs", None)
-    budgets = {name: BATCH * (place + 1) for place, name in enumerate(settings.budgets)}
+    budgets = {name: 4 * BATCH * (place + 1) for place, name in enumerate(settings.budgets)}
     return {
         **content,
         "title": f"Rehearsal of {track.name} (numbers mean nothing)",
