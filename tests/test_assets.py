@@ -383,7 +383,7 @@ def test_a_missing_asset_stops_the_workflow_before_any_job(tmp_path, monkeypatch
     (project / "config" / "mine.yaml").write_text(mine)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     result = subprocess.run(
-        ["snakemake", "--cores", "1", "--config", "track=mine"],
+        ["snakemake", "--cores", "1", "--config", "track=mine", "disk=any"],
         cwd=project,
         env={**os.environ, "PATH": path},
         capture_output=True,
