@@ -23,6 +23,7 @@ from prunebench.selection.scores import (
     accumulate_gradients,
     group_norms,
     matrices,
+    of_widths,
     per_channel,
     slices,
     taylor_terms,
@@ -39,7 +40,7 @@ NOTES = (
 RECIPE = {
     "recovery": "finetune",
     "sparsities": (0.3,),
-    "parameters": {"uniform": True, "path": "a", "loss": "sum"},
+    "parameters": {"uniform": True, "path": "a", "loss": "sum", "sequential": True},
 }
 CHECK = {"timesteps": 4, "batch": 4}
 PAPER = "arXiv 2305.10924"
@@ -60,6 +61,7 @@ def select(
     path="b",
     uniform=False,
     loss="mean",
+    sequential=False,
 ):
     """Score every width by gated Taylor terms and remove its lowest channels.
 
@@ -71,34 +73,36 @@ def select(
         uniform: give every width the target as its own share (the paper) instead of the model.
         loss: squared errors' "mean" or, in `ddpm_exp`, their "sum" over C, H and W. It changes
             path "a" only, which adds squared and plain terms.
+        sequential: score a width on what the cuts of those before it left, as the authors' tool
+            does, instead of all on the dense model.
     """
     if path not in ("a", "b") or loss not in ("mean", "sum"):
         raise CellError(f"path '{path}' must be 'a' or 'b' and loss '{loss}' 'mean' or 'sum'")
     used = accumulate_gradients(context, timesteps, batch, threshold, stop)
     # A sum over C, H and W is their number times the mean, and so are its gradients.
     scale = context.data.images[0].numel() if loss == "sum" else 1
-    score = mixed_score(context.model, scale) if path == "a" else absolute_score(context.model)
-    scores = {unit.name: score(unit) for unit in context.widths()}
+    score, values = mixed(context.model, scale) if path == "a" else absolute(context.model)
+    scores = of_widths(context, score, values, sequential=sequential, uniform=uniform)
     plan = context.plan_uniform if uniform else context.plan_widths
     summary = f"gradients of {used} of {timesteps} times"
     return plan(scores, stopped_at=used, timesteps=timesteps, summary=summary)
 
 
-def absolute_score(model):
-    """Path "b": a function from a width to its scores, [size]."""
-    terms = taylor_terms(matrices(model))
-    return lambda unit: per_channel(unit, terms, lambda rows: rows.abs().sum(1))
+def absolute(model):
+    """Path "b": a function from a width and values to its scores, [size], and the values."""
+    values = taylor_terms(matrices(model))
+    return lambda unit, terms: per_channel(unit, terms, lambda rows: rows.abs().sum(1)), values
 
 
-def mixed_score(model, scale=1):
-    """Path "a": a function from a width to its scores, [size]; `scale` multiplies the gradients."""
+def mixed(model, scale=1):
+    """Path "a", as `absolute`; `scale` multiplies the gradients."""
     squares = taylor_terms(matrices(model), lambda term: (scale * term) ** 2)
-    values = ChainMap(squares, taylor_terms(group_norms(model), lambda term: (scale * term).abs()))
+    norms = taylor_terms(group_norms(model), lambda term: (scale * term).abs())
 
-    def score(unit):
+    def score(unit, values):
         often = unit.members[0].index.shape[1]
         same = tuple(member for member in unit.members if member.index.shape[1] == often)
         terms = slices(replace(unit, members=same), values).values()
         return torch.stack([rows.sum(1) for rows in terms]).sum(0)
 
-    return score
+    return score, ChainMap(squares, norms)

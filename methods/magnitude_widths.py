@@ -5,17 +5,17 @@ magnitude baseline: the sum of w^2 per slice, averaged over the layers of a grou
 """
 
 from prunebench.models.precision import precise
-from prunebench.selection.scores import Values, matrices, per_channel
+from prunebench.selection.scores import Values, matrices, of_widths, per_channel
 
 TITLE = "Magnitude, widths"
 KIND = "widths"
 CONTROL = True
 NOTES = (
-    "Every width is scored on the dense model; the tools of the published baseline slice group by "
-    "group and score a later one on what is left, which keeps other channels of a UNet."
+    "Every width is scored on the dense model, but in the as-published division, as the published "
+    "baseline's tools do it, on what the cuts before it left."
 )
 # Diff-Pruning's magnitude baseline: the same share of every width.
-RECIPE = {"sparsities": (0.3,), "parameters": {"uniform": True}}
+RECIPE = {"sparsities": (0.3,), "parameters": {"uniform": True, "sequential": True}}
 PAPER = "arXiv 1608.08710"
 BIBTEX = """@inproceedings{li2017pruning,
   title = {Pruning Filters for Efficient {ConvNets}},
@@ -25,10 +25,16 @@ BIBTEX = """@inproceedings{li2017pruning,
 }"""
 
 
-def select(context, uniform=False):
+def select(context, uniform=False, sequential=False):
+    """Score every width by its mean squared norm.
+
+    `uniform` gives each width the target as its own share; with `sequential` a width is scored on
+    what the cuts of those before it left.
+    """
     squares = Values(matrices(context.model), lambda weight: precise(weight) ** 2)
-    scores = {
-        unit.name: per_channel(unit, squares, lambda slices: slices.sum(1))
-        for unit in context.widths()
-    }
+    scores = of_widths(context, norm, squares, sequential=sequential, uniform=uniform)
     return context.plan_uniform(scores) if uniform else context.plan_widths(scores)
+
+
+def norm(unit, squares):
+    return per_channel(unit, squares, lambda slices: slices.sum(1))

@@ -326,6 +326,50 @@ def test_path_a_is_torch_prunings_importance_of_squares(net):
     _compared([unit for unit in units if _once(unit)], found, expected, least=2)
 
 
+def _cut_in_turn(model, units, inputs, importance, ignored, ratio) -> dict:
+    """What torch-pruning keeps where it scores and slices one group after the other, by root."""
+    graph = torch_pruning.DependencyGraph().build_dependency(model, inputs)
+    names = {module: name for name, module in model.named_modules()}
+    units, kept = {unit.name: unit for unit in units}, {}
+    roots = graph.get_all_groups(ignored_layers=[ignored], root_module_types=[nn.Conv2d, nn.Linear])
+    for group in roots:
+        name, place = names[group[0].dep.target.module], group[0].dep
+        if name not in units:  # of an attention, whose heads are cut whole
+            continue
+        unit = units[name]
+        order = importance(group).view(unit.groups, -1).argsort(1)
+        each = targets.uniform_count(unit, ratio) // unit.groups
+        start = torch.arange(unit.groups)[:, None] * (unit.size // unit.groups)
+        gone = (order[:, :each] + start).flatten().tolist()
+        if gone:
+            graph.get_pruning_group(place.target.module, place.handler, gone).prune()
+            kept[name] = tuple(sorted(set(range(unit.size)) - set(gone)))
+    return kept
+
+
+@pytest.mark.parametrize("net", ["small", "unet"])
+@pytest.mark.parametrize(
+    ("method", "importance"),
+    [
+        ("magnitude_widths", torch_pruning.importance.GroupMagnitudeImportance(p=2)),
+        ("diff_pruning", torch_pruning.importance.GroupTaylorImportance()),
+    ],
+)
+def test_sequential_cuts_what_torch_pruning_cuts_group_by_group(net, method, importance):
+    model, units, inputs, ignored = _small_or_tiny(net)
+    context = _context(model, None, units)
+    context.sparsity = 0.5
+    context.plan_uniform = lambda scores, **notes: targets.plan_uniform(units, scores, 0.5)
+    select = _select(method)
+    select.__globals__["accumulate_gradients"] = lambda *_: 1
+    ours = select(context, uniform=True, sequential=True).kept
+    at_once = select(context, uniform=True).kept
+    theirs = _cut_in_turn(model, units, inputs, importance, ignored, 0.5)
+    assert theirs and {name: ours[name] for name in theirs} == theirs
+    if net == "unet":  # where the order matters
+        assert ours != at_once
+
+
 @pytest.mark.parametrize(("loss", "scale"), [("mean", 1), ("sum", 9)])
 def test_path_a_weighs_normalisations_by_the_scale_of_the_loss(loss, scale):
     """With 3x3 values per image the gradients of the sum are 9 times those of the mean."""

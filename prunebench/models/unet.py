@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 import torch_pruning
@@ -117,8 +118,10 @@ def widths(model: UNet) -> list[Width]:
     groups = graph.get_all_groups(
         ignored_layers=[model.conv_out], root_module_types=[nn.Conv2d, nn.Linear]
     )
-    units = [_channels(group, names) for group in groups if group[0].dep.target.module not in inner]
-    units += filled(heads(name, attention) for name, attention in _attentions(model).items())
+    found = [group for group in groups if group[0].dep.target.module not in inner]
+    units = [_channels(group, names, turn) for turn, group in enumerate(found)]
+    whole = filled(heads(name, attention) for name, attention in _attentions(model).items())
+    units += [replace(unit, turn=len(units)) for unit in whole]  # torch-pruning has no such groups
     return sorted(units, key=lambda unit: unit.name)
 
 
@@ -140,7 +143,7 @@ def _example(model: UNet) -> tuple[Tensor, Tensor, Tensor]:
     return x, index, index
 
 
-def _channels(group: torch_pruning.Group, names: dict[nn.Module, str]) -> Width:
+def _channels(group: torch_pruning.Group, names: dict[nn.Module, str], turn: int) -> Width:
     size, members, norm_groups = len(group[0].idxs), {}, 1
     for item in group:
         module = item.dep.target.module
@@ -159,7 +162,7 @@ def _channels(group: torch_pruning.Group, names: dict[nn.Module, str]) -> Width:
         if isinstance(module, nn.GroupNorm):
             norm_groups = max(norm_groups, module.num_groups)
     packed = tuple(Member(t, axis, torch.tensor(rows)) for (t, axis), rows in members.items())
-    return Width(names[group[0].dep.target.module], size, packed, norm_groups)
+    return Width(names[group[0].dep.target.module], size, packed, norm_groups, turn=turn)
 
 
 def heads(name: str, attention: Attention) -> Width:

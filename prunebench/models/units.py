@@ -35,7 +35,8 @@ class Width:
 
     `groups` is the number of normalisation groups over the channels: the same number of channels
     must leave each of them, or the normalisation loses its shape. A width that `may_be_empty` can
-    lose all its channels: its readers then give their bias, whatever comes in.
+    lose all its channels: its readers then give their bias, whatever comes in. `turn` is its place
+    among the widths of tools that cut one after the other; equal ones go as they are listed.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Width:
     members: tuple[Member, ...]
     groups: int = 1
     may_be_empty: bool = False
+    turn: int = 0
 
 
 def inner_width(

@@ -37,15 +37,25 @@ def plan_layers(model: nn.Module, order: Sequence[Layer], sparsity: float, **not
 def plan_widths(
     model: nn.Module, units: Sequence[Width], scores: Mapping[str, Tensor], sparsity: float, **notes
 ) -> Plan:
-    """Remove the lowest channels of every width at one common ratio.
+    """Remove the lowest channels of every width at one common ratio (`common_counts`).
 
     Args:
         scores: for each width's name, one score per channel, [size].
+    """
+    _check_channels(units, scores)
+    counts = common_counts(model, units, sparsity)
+    kept = {
+        u.name: highest(scores[u.name].cpu(), u, counts[u.name]) for u in units if counts[u.name]
+    }
+    return Plan(kept=kept, notes=notes)
+
+
+def common_counts(model: nn.Module, units: Sequence[Width], sparsity: float) -> dict[str, int]:
+    """How many channels go from each width, at one common ratio.
 
     The ratio is the largest whose plan does not exceed the target; single channels then fill the
     rest, taken where rounding had held most back.
     """
-    _check_channels(units, scores)
     sizes = Sizes(model, units)
     target = sparsity * sizes.total
     low, high = 0.0, 1.0
@@ -60,10 +70,7 @@ def plan_widths(
         closer = abs(sizes.removed(more) - target) < abs(sizes.removed(counts) - target)
         if closer and more[unit.name] < unit.size:
             counts = more
-    kept = {
-        u.name: _highest(scores[u.name].cpu(), u, counts[u.name]) for u in units if counts[u.name]
-    }
-    return Plan(kept=kept, notes=notes)
+    return counts
 
 
 def _check_channels(units: Sequence[Width], scores: Mapping[str, Tensor]) -> None:
@@ -92,7 +99,7 @@ def _counts(units: Sequence[Width], ratio: float) -> dict[str, int]:
     return {u.name: rounds[u.name] * u.groups for u in units}
 
 
-def _highest(scores: Tensor, unit: Width, removed: int) -> tuple[int, ...]:
+def highest(scores: Tensor, unit: Width, removed: int) -> tuple[int, ...]:
     """Indices that stay: in each norm group all but its lowest; on ties the later ones stay."""
     order = scores.view(unit.groups, -1).argsort(dim=1, stable=True)
     offset = torch.arange(unit.groups).unsqueeze(1) * (unit.size // unit.groups)
@@ -137,7 +144,7 @@ def plan_ranked(
     reaching = bisect.bisect_left(range(len(order)), target, key=removed)
     length = min((max(reaching - 1, 0), reaching), key=lambda k: abs(removed(k) - target))
     gone = counts(length)
-    kept = {u.name: _highest(scores[u.name].cpu(), u, gone[u.name]) for u in units if gone[u.name]}
+    kept = {u.name: highest(scores[u.name].cpu(), u, gone[u.name]) for u in units if gone[u.name]}
     return Plan(kept=kept, notes=notes)
 
 
@@ -187,7 +194,7 @@ def plan_uniform(
     kept = {}
     for unit in units:
         if count := uniform_count(unit, ratio):
-            kept[unit.name] = _highest(scores[unit.name].cpu(), unit, count)
+            kept[unit.name] = highest(scores[unit.name].cpu(), unit, count)
     return Plan(kept=kept, pattern=UNIFORM, notes=notes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from prunebench.errors import CellError, short_of_memory
 from prunebench.models.precision import HALF, precise
 from prunebench.models.units import Width
+from prunebench.pruning import targets
 
 if TYPE_CHECKING:
     from prunebench.selection.context import Context
@@ -68,6 +70,67 @@ def per_channel(
     """
     score = torch.stack([reduce(rows) for rows in slices(unit, values).values()]).mean(0)
     return score / score.mean().clamp_min(torch.finfo(score.dtype).tiny)
+
+
+Score = Callable[[Width, Mapping[str, Tensor]], Tensor]  # of a width's channels, [size]
+
+
+def of_widths(
+    context: Context,
+    score: Score,
+    values: Mapping[str, Tensor],
+    *,
+    sequential: bool = False,
+    uniform: bool = False,
+) -> dict[str, Tensor]:
+    """Scores of every width by name, for `context.plan_widths`, or with `uniform` `plan_uniform`.
+
+    Args:
+        values: of weights by name, of which scores are made of sums.
+        sequential: score a width on what the cuts of those before it left, as torch-pruning's
+            local pruning does, in whose order they come; else all on the dense model.
+    """
+    units = context.widths()
+    if not sequential:
+        return {unit.name: score(unit, values) for unit in units}
+    counts = (
+        {unit.name: targets.uniform_count(unit, context.sparsity) for unit in units}
+        if uniform
+        else targets.common_counts(context.model, units, context.sparsity)
+    )
+    remaining, scores = Remaining(values), {}
+    for unit in sorted(units, key=lambda unit: unit.turn):
+        scores[unit.name] = score(unit, remaining)
+        stay = targets.highest(scores[unit.name].cpu(), unit, counts[unit.name])
+        remaining.cut(unit, sorted(set(range(unit.size)) - set(stay)))
+    return scores
+
+
+class Remaining(Mapping):
+    """Values of weights in which what was cut is 0, so that sums are over what remains."""
+
+    def __init__(self, values: Mapping[str, Tensor]):
+        self.values_, self._gone = values, defaultdict(list)
+
+    def cut(self, unit: Width, channels: list[int]) -> None:
+        """Take channels of a width away, in all its tensors."""
+        for member in unit.members:
+            self._gone[member.tensor].append((member.axis, member.index[channels].flatten()))
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self.values_[name]
+        for axis, rows in self._gone[name]:
+            value = value.index_fill(axis, rows.to(value.device), 0)
+        return value
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.values_
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.values_)
+
+    def __len__(self) -> int:
+        return len(self.values_)
 
 
 class Values(Mapping):
