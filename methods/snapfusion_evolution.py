@@ -60,7 +60,8 @@ def select(
     part = int(share * context.train_images) // rounds // size * size
     while True:
         if part and context.trained_images < rounds * part:
-            context.train(evolution.model, part, loss=skipping(evolution, skip))
+            robust = skipping(evolution, skip)
+            context.train(evolution.model, part, loss=robust, before_removal=True)
         lost = evolution.losses(batches, quality)
         if not evolution.act(lost, removed, copied, copies):
             break

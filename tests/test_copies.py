@@ -92,6 +92,12 @@ def test_removed_layers_and_shrunk_widths_go_together_with_copies(tmp_path):
     assert torch.equal(tiny.output(again, name), tiny.output(model, name))
 
 
+def test_names_of_copies_lead_to_their_originals():
+    assert repeats.original("blocks.2.copies.1.mlp.fc1.weight") == "blocks.2.mlp.fc1.weight"
+    assert repeats.original("blocks.2.copies.1") == "blocks.2"
+    assert repeats.original("blocks.2.mlp") == "blocks.2.mlp"
+
+
 def test_plans_without_copies_load_as_they_were():
     content = Plan(layers=("blocks.0",)).to_json()
     assert content.pop("copies") == []

@@ -6,6 +6,7 @@ Copies are children of their block, so that all names stay: block `b` and its co
 
 import copy
 import functools
+import re
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
@@ -35,6 +36,11 @@ def repeat(block: nn.Module, places: Sequence[int] = (0,)) -> nn.Module:
 def copies(block: nn.Module) -> Sequence[nn.Module]:
     """The copies that a block is followed by."""
     return getattr(block, COPIES, ())
+
+
+def original(name: str) -> str:
+    """What a module or parameter of this name is a copy of; of no copy, the name itself."""
+    return re.sub(rf"\.{COPIES}\.\d+(?=\.|$)", "", name)
 
 
 def is_copy(name: str) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from prunebench.errors import CellError, UserError, machine_fault
 from prunebench.models.copies import rebuilt
+from prunebench.models.repeats import original
 from prunebench.models.units import Width
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
@@ -249,7 +250,8 @@ def check_trained(
         same = torch.equal(tensor.to(theirs[name].device), theirs[name])
         if same or digest(tensor) in context.fresh_tensors:
             continue
-        if any(_part_of(tensor, whole) for whole in context.trained.get(name, ())):
+        wholes = (w for n in {name, original(name)} for w in context.trained.get(n, ()))
+        if any(_part_of(tensor, whole) for whole in wholes):
             continue
         if name in may_differ and not gradients:
             continue
