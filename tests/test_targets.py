@@ -66,7 +66,7 @@ def test_sizes_predict_what_surgery_removes(name):
             rounds = int(torch.randint(unit.size // unit.groups, (1,), generator=generator))
             counts[unit.name] = rounds * unit.groups
             scores = torch.rand(unit.size, generator=generator)
-            kept[unit.name] = targets._highest(scores, unit, counts[unit.name])
+            kept[unit.name] = targets.highest(scores, unit, counts[unit.name])
         model = tiny.dense(name)
         before, predicted = parameter_count(model), targets.Sizes(model, units).removed(counts)
         surgery.apply(model, Plan(kept=kept), family)
