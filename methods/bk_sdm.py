@@ -9,6 +9,7 @@ On transformers the variant `bk_sdm_halves` is TinyFusion's "Oracle (BK-SDM)" (V
 every two blocks the first half of the network keeps the first, the second half the second.
 """
 
+from prunebench.errors import CellError
 from prunebench.models.units import parameter_count
 from prunebench.pruning.plan import Plan
 
@@ -18,8 +19,8 @@ FAITHFUL_TO = "the authors' code"
 FAMILIES = ("conditional_unet",)
 SPARSITIES = (0.33, 0.44, 0.62)
 NOTES = (
-    "Base, Small and Tiny of Stable Diffusion lose 33, 44 and 62 %; on another UNet the pattern "
-    "whose share is nearest to that is taken, and the row says which."
+    "Base, Small and Tiny of Stable Diffusion lose 33, 44 and 62 %; on another UNet the nearest "
+    "pattern within one unit is taken, which may be the same for two targets; the row says which."
 )
 RECIPE = {"recovery": "feature_kd"}
 PAPER = "arXiv 2305.15798"
@@ -59,6 +60,9 @@ def select(context, halves=False):
         for name, removed in patterns(units).items()
     }
     name = min(shares, key=lambda pattern: abs(shares[pattern] - context.sparsity))
+    if abs(shares[name] - context.sparsity) > max(units.values()) / total:
+        told = ", ".join(f"{pattern} {share:.2f}" for pattern, share in shares.items())
+        raise CellError(f"no pattern removes about {context.sparsity} of this UNet: {told}")
     notes = {"pattern": name, "shares": shares, "summary": f"pattern {name}"}
     return Plan(layers=tuple(sorted(patterns(units)[name])), notes=notes)
 
@@ -78,9 +82,12 @@ def patterns(units):
 
 
 def kept_of_halves(layers):
-    """Names of the blocks that stay; the middle one of an odd number does."""
-    count = len(layers)
-    places = {place for place in range(count // 2) if place % 2 == 0}
-    places |= {count - 1 - place for place in places}
-    middle = {count // 2} if count % 2 else set()
-    return {layers[place].name for place in places | middle}
+    """Names of the blocks that stay: one of every two, the outer one of each pair.
+
+    The middle one of an odd number, such as U-ViT's, is of no pair and goes.
+    """
+    names = [layer.name for layer in layers]
+    if len(names) % 2:
+        del names[len(names) // 2]
+    pairs = list(zip(names[::2], names[1::2], strict=True))
+    return {pair[2 * place >= len(pairs)] for place, pair in enumerate(pairs)}

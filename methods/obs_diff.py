@@ -84,6 +84,8 @@ def select(
     if pattern == "structured":
         return structured(context, model, batches, packages, damping)
     masks, target = {}, quotas(context, pattern)
+    if not target:
+        raise CellError(f"no weight of this network has the pattern {pattern}")
     for names in grouped(context, model, list(target), batches, packages):
         for name, moment in moments(context, model, names, batches).items():
             weight = model.get_parameter(name)

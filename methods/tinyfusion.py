@@ -68,6 +68,7 @@ def select(
         model, draws = copy.deepcopy(context.model), context.generator()
         prepare(model, layers, gates, steps, rank, alpha, draws)
         context.train(model, steps * batch, adjust=lambda net: net.gates.advance())
+        gates.advance()  # it is called before a step, so that the last one's outcome is left
         ways = [logits.argmax().item() for logits in gates.average_logits()]
     else:
         ways = [draw(len(table), context.generator()) for table in gates.tables()]
@@ -159,7 +160,7 @@ class Gates(nn.Module):
 
     @torch.no_grad()
     def advance(self):
-        """A step is done: it counts in the average and towards the temperature."""
+        """Take the gates as they are into the average; the temperature falls by a step."""
         self.average.lerp_(self.gate, 1 - self.decay)
         self.step += 1
 

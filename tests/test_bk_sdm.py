@@ -6,6 +6,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from prunebench import models
+from prunebench.errors import CellError
 from prunebench.models import conditional_unet as family
 from prunebench.models.units import parameter_count
 from prunebench.pruning import surgery
@@ -110,9 +111,14 @@ def test_a_pruned_network_is_saved_and_compares_levels_that_are_left(tmp_path):
 
 def test_the_nearest_pattern_is_taken_of_those_that_remove_something():
     """LDM's tiny network has one pair a level, and its last level is wider: only Small is left."""
-    plan = methods.load(FOUND["bk_sdm"])(tiny.context("ldm", sparsity=0.62))
+    select = methods.load(FOUND["bk_sdm"])
+    plan = select(tiny.context("ldm", sparsity=0.44))
     assert plan.layers == ("mid_block",) and plan.notes["pattern"] == "small"
     assert list(plan.notes["shares"]) == ["small"]
+    with pytest.raises(
+        CellError, match=r"no pattern removes about 0\.62 of this UNet: small 0\.25"
+    ):
+        select(tiny.context("ldm", sparsity=0.62))
 
 
 def test_the_pattern_of_transformers_is_tinyfusions_list():
@@ -120,7 +126,9 @@ def test_the_pattern_of_transformers_is_tinyfusions_list():
     kept = sorted(int(name) for name in GLOBALS["kept_of_halves"](layers))
     assert kept == [0, 2, 4, 6, 8, 10, 12, 15, 17, 19, 21, 23, 25, 27]
     odd = GLOBALS["kept_of_halves"](layers[:13])
-    assert sorted(map(int, odd)) == [0, 2, 4, 6, 8, 10, 12]
+    assert sorted(map(int, odd)) == [0, 2, 4, 8, 10, 12]
+    for count in range(2, 30):  # of equal blocks half go, but for one of an odd number
+        assert len(GLOBALS["kept_of_halves"](layers[:count])) == count // 2
 
 
 def test_half_of_dit_xl_2_by_the_pattern():

@@ -40,6 +40,18 @@ def test_work_that_does_not_end_says_why(work, reason, killed):
     assert child.run(work, 60) == child.End(None, reason, killed)
 
 
+def test_processes_that_the_work_leaves_behind_hold_nobody_up():
+    def work():
+        if os.fork() == 0:
+            time.sleep(20)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    begun = time.monotonic()
+    assert child.run(work, 60).killed
+    assert time.monotonic() - begun < 10
+
+
 def test_work_without_end_is_ended():
     begun = time.monotonic()
     end = child.run(lambda: time.sleep(60), 0.3)

@@ -118,6 +118,10 @@ def test_every_part_has_a_target_and_a_tolerance():
         _checked(one.joined(Plan(steps=0.5)), block, 0.25)
     with pytest.raises(CellError, match="the plan removes"):
         _checked(one.joined(Plan(steps=0.5)), block * 2.1, 0.5)
+    with pytest.raises(CellError, match="the plan removes"):  # steps do for no parameters
+        _checked(Plan(steps=0.5), block, 0.5)
+    with pytest.raises(CellError, match=r"leaves out 0\.0000 of the"):  # nor layers for steps
+        _checked(one, block, 0.5)
     _checked(Plan(layers=("blocks.0", "blocks.1"), copies=("blocks.2",)), block)
     small = surgery.apply(tiny.dense("dit"), one, tiny.INSTANCES["dit"].module)
     scores = {n: small.get_parameter(n).detach().abs() for n in

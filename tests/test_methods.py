@@ -121,7 +121,11 @@ BROKEN = {
     ),
     "variant that is no dict": (
         VARIED.replace('"other": {}', '"other": 3'),
-        r"VARIANTS other has 3; known:",
+        r"VARIANTS other is 3; it must be a dict of constants",
+    ),
+    "variant that is a list": (
+        VARIED.replace('"other": {}', '"other": ["parameters"]'),
+        r"VARIANTS other is \['parameters'\]; it must be a dict of constants",
     ),
     "variant with a bad name": (VARIED.replace('"other"', '"O-1"'), r"VARIANTS O-1: a variant's"),
     "guess with a citation": (

@@ -152,6 +152,7 @@ def test_what_int8_leaves_says_why():
     assert "matrices only" in report["left"]["conv_in"]
     assert precision.int8_obstacle(nn.Linear(16, 8)) is None
     # What a width's pruning may leave: no int8 product of a GPU takes it.
+    assert precision.int8_obstacle(nn.Linear(0, 8)) == "no channel is left of it"
     assert precision.int8_obstacle(nn.Linear(16, 13)) == "13x16 is not a multiple of 8x8"
 
 

@@ -97,6 +97,8 @@ def int8_obstacle(layer: nn.Module) -> str | None:
     if not isinstance(layer, nn.Linear):
         return f"{type(layer).__name__}: int8 products are of matrices only"
     rows, columns = layer.weight.shape
+    if not layer.weight.numel():
+        return "no channel is left of it"
     if rows % INT8_MULTIPLE or columns % INT8_MULTIPLE:
         return f"{rows}x{columns} is not a multiple of {INT8_MULTIPLE}x{INT8_MULTIPLE}"
     return None

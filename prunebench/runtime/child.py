@@ -1,5 +1,6 @@
 """Work of which nobody knows what it does, in a child process that may crash, exit or never end."""
 
+import contextlib
 import os
 import signal
 import sys
@@ -52,8 +53,11 @@ def run(work: Callable[[], int], seconds: float) -> End:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    with os.fdopen(ears, "rb") as pipe:
-        said = pipe.read(1)
+    os.set_blocking(ears, False)  # a process that the work left behind may hold the other end
+    said = b""
+    with contextlib.suppress(BlockingIOError):
+        said = os.read(ears, 1)
+    os.close(ears)
     return End(said[0]) if said and not late else _abnormal(code, late, seconds)
 
 

@@ -195,7 +195,8 @@ def check_target(
     if plan.pattern not in (None, "unstructured"):
         targets.check_n_of_m(plan, maskable)
         counted = Plan()
-    if not (plan.layers or plan.copies or plan.kept or plan.pattern == "unstructured"):
+    used = plan.layers or plan.copies or plan.kept or plan.pattern == "unstructured"
+    if not used and (steps is None or plan.masks):  # steps alone, or a pattern
         return
     reached = targets.reached(dense, pruned, counted)
     if abs(reached - sparsity) > tolerance + 1e-9:
@@ -208,7 +209,7 @@ def check_target(
 def check_steps(plan: Plan, sparsity: float, steps: float | None) -> None:
     """The steps that stay are those that the method states, or that the sparsity leaves."""
     wanted = sparsity if steps is None else 1 - steps
-    if plan.steps != 1.0 and abs(1 - plan.steps - wanted) > 1e-9:
+    if (steps is not None or plan.steps != 1.0) and abs(1 - plan.steps - wanted) > 1e-9:
         raise CellError(
             f"the plan leaves out {1 - plan.steps:.4f} of the sampling steps; the target is "
             f"{wanted:.4g}"

@@ -212,7 +212,8 @@ def _meets_its_target(trial: Trial) -> None:
         targets.check_n_of_m(plan, left)
         masked = 0
     used = [kind for kind in _used(plan) if kind != "weights" or masked]
-    if not used and trial.method.kind != "none":
+    alone = trial.method.steps is None or bool(plan.masks)
+    if not used and alone and trial.method.kind != "none":
         return  # steps, or a pattern, alone
     total = _size(whole)
     reached = (total - _size(trial.pruned) + masked) / total

@@ -229,7 +229,9 @@ def _variant(method: Method, name: object, changes: object) -> Method:
         raise UserError(f"{where}: a variant's name is part of its row's; use a-z, 0-9 and _ only")
     known = {key: kind for key, (kind, _) in CONSTANTS.items() if key != "VARIANTS"}
     known["parameters"] = dict
-    for key, value in changes.items() if isinstance(changes, dict) else [(changes, None)]:
+    if not isinstance(changes, dict):
+        raise UserError(f"{where} is {changes!r}; it must be a dict of constants")
+    for key, value in changes.items():
         if key not in known:
             raise UserError(f"{where} has {key!r}{nearest(key, known)}")
         if not isinstance(value, known[key]):
