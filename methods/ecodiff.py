@@ -119,6 +119,7 @@ def select(
         redraw=redraw,
     )
     units = [unit for unit in context.widths() if kind(unit.name) in UNITS]
+    context.check_reachable(units, one_stays=scope == "local")
     lessons = taught(context, prompts, batch, noise)
     scores, losses = learnt(context, units, lessons, settings)
     plan = context.plan_ranked(scores, scope)

@@ -176,6 +176,7 @@ def quotas(context, pattern):
 def structured(context, model, batches, packages, damping):
     """Remove heads and neurons at one ratio; the matrices that read the others are solved for."""
     units = {u.name: u for u in context.widths() if read_by_matrices(u, model)}
+    context.check_reachable(list(units.values()), one_stays=True)
     plain = {name: torch.zeros(unit.size) for name, unit in units.items()}
     plan = plan_widths(model, list(units.values()), plain, context.sparsity)
     readers = {r: None for name in plan.kept for r in reading(units[name])}

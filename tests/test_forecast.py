@@ -30,7 +30,7 @@ def test_images_of_released_models_cost_what_their_papers_steps_cost(imagenet):
         family = track.model(name).family
         macs = max(e.macs for e in models.published(family).values()
                    if forecast._same(track.model(name), e.config))  # fmt: skip
-        assert network.image == 2 * macs * steps[name]
+        assert network.image(network.model.sampling) == 2 * macs * steps[name]
     assert counter.networks["dit"].forward == 2 * MACS["dit_xl_2_256"]
 
 

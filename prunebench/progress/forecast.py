@@ -17,13 +17,14 @@ from functools import cache, cached_property
 from pathlib import Path
 
 from prunebench import models
+from prunebench import recovery as recoveries
 from prunebench.assets.registry import asset
 from prunebench.errors import UserError
 from prunebench.progress.jobs import Plan as Jobs
 from prunebench.progress.jobs import plan as planned
 from prunebench.runtime import resources
 from prunebench.tracks import Cell, Track
-from prunebench.tracks.settings_benchmark import Model
+from prunebench.tracks.settings_benchmark import Model, Sampling
 from prunebench.tracks.stages import STAGES
 
 RESULTS = Path("results")
@@ -247,11 +248,11 @@ class _Counter:
 
     def _of_cell(self, stage: str, network: "_Network", cell: Cell) -> float | None:
         left = 1 - (cell.sparsity if self.track.method(cell.method).kind in SMALLER else 0)
-        images = self.track.settings.sampling.count
+        image = left * self._image(network, cell)
         work = {
-            "recover": left * network.training(self.track.budget(cell)),
-            "sample": left * images * network.image,
-            "cost": self._timed(network, left),
+            "recover": left * network.training(self.track.budget(cell)) + self._taught(cell),
+            "sample": self.track.settings.sampling.count * image,
+            "cost": self._timed(network, left, image),
             "score": self._scored(),
         }
         if stage == "select":
@@ -259,13 +260,26 @@ class _Counter:
             return None if forwards is None else forwards * network.forward
         return work[stage]
 
+    def _image(self, network: "_Network", cell: Cell) -> float:
+        """Drawing one image of a cell with the dense network."""
+        way, steps = self.track.model(cell.model).drawn(cell.sampling), 1.0
+        if self.track.method(cell.method).kind == "steps":
+            steps = 1 - cell.sparsity
+        return steps * network.image(way) / self.track.fold(cell.method, cell.recovery)
+
+    def _taught(self, cell: Cell) -> float:
+        """A teacher's passes: one an image, of guided recoveries and those of steps more."""
+        phases = self.track.phases_of(cell.method, cell.recovery)
+        shares = (phase.share or 1.0 for phase in phases if recoveries.entry(phase.module).teacher)
+        return sum(shares) * self.track.budget(cell) * self.networks[cell.model].forward
+
     def _mask(self, network: "_Network") -> float:
         """One mask of the oracle, on average over its recoveries."""
         asked = self.track.settings
         names = asked.oracle.recoveries
         budgets = [asked.budgets.get(name.rpartition("-")[2], 0) for name in names]
         trained = network.training(statistics.mean(budgets))
-        drawn = asked.sampling.count * network.image
+        drawn = asked.sampling.count * network.image(network.model.sampling)
         return (1 - asked.oracle.sparsity) * (trained + drawn) + self._scored()
 
     def _scored(self) -> float:
@@ -274,13 +288,13 @@ class _Counter:
             return images * seconds_of_scoring() * self.rates.core
         return images * 2 * INCEPTION
 
-    def _timed(self, network: "_Network", left: float) -> float:
+    def _timed(self, network: "_Network", left: float, image: float) -> float:
         """A measurement of speed: single passes, batches and whole images, dense ones beside."""
         asked = self.track.settings.latency
         rounds = (asked.rounds + asked.warmup) * (1 + left)
         variants = 1 + len(asked.variants)
         passes_ = variants * (1 + asked.batch) * network.forward
-        return rounds * (passes_ + asked.images * network.image)
+        return rounds * passes_ + 2 * (asked.rounds + asked.warmup) * asked.images * image
 
     def _disk(self, stage: str, model: str, cell: Cell | None) -> float:
         """Bytes of a job's files, without its record."""
@@ -332,11 +346,9 @@ class _Network:
         """Operations of one pass of one image."""
         return 2.0 * self._counts[1]
 
-    @property
-    def image(self) -> float:
+    def image(self, way: Sampling) -> float:
         """Operations of drawing one image."""
-        asked = self.model.sampling
-        return self.forward * asked.steps * (1 if asked.guidance == 1 else 2)
+        return self.forward * way.steps * (1 if way.guidance == 1 else 2)
 
     def training(self, images: float) -> float:
         again = self.model.recovery.activation_checkpointing

@@ -242,6 +242,23 @@ class Context:
         """Mask the globally lowest-scored weights until the target is met."""
         return targets.plan_weights(self.model, scores, self._share(sparsity), **notes)
 
+    def check_reachable(self, units: Sequence[Width], one_stays: bool = False) -> None:
+        """Refuse a target that these widths can't reach, before anything is spent on it.
+
+        Args:
+            one_stays: no width is emptied.
+
+        Raises:
+            CellError: says what they hold.
+        """
+        gone = {u.name: u.size - u.groups * (one_stays or not u.may_be_empty) for u in units}
+        sizes = targets.Sizes(self.model, units)
+        if self.sparsity > (most := sizes.removed(gone) / sizes.total):
+            raise CellError(
+                f"sparsity {self.sparsity} can't be reached: the widths that {self._method} prunes "
+                f"hold {most:.3f} of the parameters; lower it, or exclude the method"
+            )
+
     def _share(self, sparsity: float | None) -> float:
         return self.sparsity if sparsity is None else sparsity
 
