@@ -29,7 +29,7 @@ from prunebench.leaderboard.writers import (
     to_csv,
     to_markdown,
 )
-from prunebench.tracks.cells import DEFAULT, PRECISIONS
+from prunebench.tracks.cells import DEFAULT, PRECISIONS, RECIPE
 
 CONFIDENCE = 0.95
 ROUNDING = 1e-9  # relative: an interaction of less is that of the last bits
@@ -139,7 +139,7 @@ def _others(row: tuple, key: Key, base: Key) -> dict[str, Key]:
 def _plain(row: tuple) -> tuple | None:
     """The same row fine-tuned on the budget of its distillation."""
     module, _, budget = row[2].rpartition("-")
-    return None if module in ("", PLAIN) else (*row[:2], f"{PLAIN}-{budget}")
+    return None if module in ("", PLAIN, RECIPE) else (*row[:2], f"{PLAIN}-{budget}")
 
 
 # ---- arithmetic

@@ -1,5 +1,6 @@
 """Where a layer selection stands among all masks of its sparsity: the oracle's records, read."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from prunebench.leaderboard.writers import (
 )
 from prunebench.records import sealed, upgrade
 from prunebench.records.schema import Oracle, Score
+from prunebench.tracks.cells import DEFAULT, PRECISIONS
 
 PLACE = ("model", "dense_seed", "sparsity", "recovery")  # whose masks are compared, under one seed
 KEY = (*PLACE, "seed")
@@ -88,9 +90,12 @@ def attached(cells: pd.DataFrame, sources: list[Source], masks: list[Mask]) -> p
     cells, complete = cells.copy(), _complete(masks)
     known = {source.key: source.record for source in sources if isinstance(source.record, Score)}
     _check_comparable(known.values(), masks)
+    used = {score.identity.precision for score in known.values()}
+    drawn = (min(used, key=PRECISIONS.index, default=PRECISIONS[0]), DEFAULT)  # as masks are
     for index, cell in cells.iterrows():
         score = known.get(tuple(cell[CELL]))
-        found = _masks_for(score, complete) if score else []
+        alike = score and (score.identity.precision, score.identity.sampling) == drawn
+        found = _masks_for(score, complete) if alike else []
         if found:
             cells.loc[index, ["oracle_beaten", "oracle_gap"]] = placed(score, found)
     return cells
@@ -114,7 +119,7 @@ def placed(score: Score, found: list[Mask]) -> tuple[float, float]:
     if own and own.fid is not None:
         fid = own.fid
     others = [mask.fid for mask in masks.values() if mask.fid is not None]
-    best = min(mask.fid for mask in found if mask.fid is not None)
+    best = min((mask.fid for mask in found if mask.fid is not None), default=math.nan)
     return sum(other > fid for other in others) / max(1, len(others)), fid - best
 
 

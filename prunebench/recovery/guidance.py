@@ -42,7 +42,8 @@ def unasked(model: nn.Module, batch: Batch, conditions: Conditions) -> Tensor:
 
 def mixed(asked: Tensor, null: Tensor, scale: Tensor) -> Tensor:
     """g_w of both predictions; w = 1 gives the first to the last bit."""
-    return torch.lerp(null, asked, scale.view(-1, 1, 1, 1))
+    # In single precision: under autocast the predictions are in half, and lerp does not mix types.
+    return torch.lerp(null.float(), asked.float(), scale.view(-1, 1, 1, 1))
 
 
 def unchanged(batch: Batch, _: Generator) -> Batch:

@@ -23,6 +23,7 @@ from prunebench.stages.job import Job
 from prunebench.stages.work import dense_model
 from prunebench.training import parallel
 from prunebench.training.autoencoding import Inputs, imitation_loss
+from prunebench.training.budget import unwatched
 
 FAITHFUL_TO = "the paper"
 UNSEEN = 2**32  # seed of what it learns on: no seed of a track is so large
@@ -48,11 +49,13 @@ def decoder(job: Job) -> None:
     learnt = inputs_of(coder, _drawn(sampler, UNSEEN, asked.draws)).cpu()
     data = Inputs(learnt, torch.zeros(len(learnt), dtype=torch.long), clean)
     report = fit(job, student, data, asked, imitation_loss(teacher), key, job.path("dense"))
-    student = student.eval().requires_grad_(False)
+    student = unwatched(student).eval().requires_grad_(False)
     artefacts.write_tensors(job.file(WEIGHTS), student.state_dict())
     report |= _costs(job, student, teacher, learnt) | _quality(job, sampler, coder, student)
     made_from = sealed.made_from(dense=dense, extractor=extractor)
     made_from |= decoded_by(job, job.settings.autoencoder)
+    if reader := job.settings.text_encoder:
+        made_from |= sealed.made_from(prompts=job.read("encode", coder=reader))
     job.finish([job.file(WEIGHTS)], made_from, width=asked.width, draws=asked.draws, **report)
 
 

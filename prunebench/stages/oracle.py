@@ -15,6 +15,7 @@ from torch import nn
 
 from prunebench.errors import CellError, UserError, machine_fault
 from prunebench.evaluation import frechet
+from prunebench.models import precision
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
 from prunebench.pruning.targets import plan_layers
@@ -98,7 +99,8 @@ def _fid(
     if job.cell.recovery != "none":
         left = recover.training_left(job)
         student = recover.train(job, pruned, plan, dense, meter, left, checkpoints).student
-    sampler = sampler_for(job, pruned, plan, student=student)
+    drawn, _ = precision.converted(pruned, job.track.undisturbed["precision"])
+    sampler = sampler_for(job, drawn, plan, student=student)
     settings = job.track.settings.sampling
     images = torch.cat(list(sampler.images(job.cell.seed, 0, settings.count, settings.batch)))
     used, reference, _ = extractor.load(job)

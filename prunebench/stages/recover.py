@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from prunebench import recovery
 from prunebench.diffusion import samplers
 from prunebench.diffusion.sampling import image_seed
+from prunebench.errors import CellError
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
 from prunebench.records import artefacts, sealed
@@ -136,6 +137,8 @@ class _School:
     ) -> list[float]:
         """Train in phase `number`; returns the loss of every step."""
         job, entry, options = self.job, recovery.entry(phase.module), self.job.settings.recovery
+        if progress.done >= progress.total and (entry.folds or entry.predicts):
+            raise CellError(f"selection left nothing of the budget for the phase '{phase.module}'")
         teaching = self._teaching(pruned, entry) if entry.teacher else None
         self._promote(entry, phase)
         seed = image_seed(job.cell.seed, number) if number else job.cell.seed

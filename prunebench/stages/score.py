@@ -86,6 +86,8 @@ def _records(job: Job) -> dict[str, Record]:
     found["sample"] = job.read("sample")
     if decoder := job.settings.autoencoder:
         checkpoint |= decoded_by(job, decoder)
+    if reader := job.settings.text_encoder:
+        checkpoint["prompts"] = job.read("encode", coder=reader)
     _check(job, "sample", **checkpoint, records=found)
     for stage, record in found.items():
         check_data(job, stage, record)

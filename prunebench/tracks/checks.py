@@ -198,6 +198,8 @@ def _check_steps(asked: Asked, place: str, model: Model, needed: Takes) -> None:
     for key, way in _samplings(model):
         if key == f"samplings.{DEFAULT}":
             raise asked.refuse(f"{place}.{key}", "the name is that of `sampling`; choose another")
+        if key.removeprefix("samplings.") in PRECISIONS:
+            raise asked.refuse(f"{place}.{key}", "the name is that of a precision; choose another")
         _check_sampler(asked, f"{place}.{key}", model, way, needed)
     for fraction in asked.settings.fewer_steps:
         left = round(sampling.steps * (1 - fraction))
@@ -330,7 +332,10 @@ def _check_evaluation(asked: Asked) -> None:
 
 
 def _check_coders(asked: Asked) -> None:
-    """The autoencoders and text encoders that models name are there; no two have one name."""
+    """The autoencoders and text encoders that models name are there; no two have one name.
+
+    The latents of an autoencoder that the track trains are known, and must be what models take.
+    """
     for name in asked.settings.text_encoders:
         if name in asked.settings.autoencoders:
             raise asked.refuse(f"text_encoders.{name}", "an autoencoder has that name; rename it")
@@ -342,6 +347,32 @@ def _check_coders(asked: Asked) -> None:
                     f"models.{name}.{kind}",
                     f"unknown {kind.replace('_', ' ')} '{coder}' in {kind}s{nearest(coder, known)}",
                 )
+
+    for name, coder in asked.settings.autoencoders.items():
+        if coder.own and asked.images.shape[1] % coder.own.factor:
+            raise asked.refuse(
+                f"autoencoders.{name}.own.channels",
+                f"their levels divide sides by {coder.own.factor}, of which "
+                f"{asked.images.shape[1]}, the images' side, is no multiple",
+            )
+    for name, model in asked.settings.models.items():
+        _check_latents(asked, f"models.{name}.config", model)
+
+
+def _check_latents(asked: Asked, place: str, model: Model) -> None:
+    """What a model takes is what the track's own autoencoder gives."""
+    coder = asked.settings.autoencoders.get(model.autoencoder)
+    if coder is None or coder.own is None:
+        return
+    needed, side = takes(model.family, model.config), asked.images.shape[1] // coder.own.factor
+    fits = side == needed.side or (needed.side is None and side % needed.multiple == 0)
+    if needed.channels != coder.own.latent_channels or not fits:
+        wanted = f"a side of {needed.side}" if needed.side else f"multiples of {needed.multiple}"
+        raise asked.refuse(
+            place,
+            f"the network takes {needed.channels} channels and {wanted}; the latents of "
+            f"'{model.autoencoder}' have {coder.own.latent_channels} and {side}",
+        )
 
 
 def _check_oracle(asked: Asked) -> None:
@@ -438,10 +469,10 @@ def _check_precisions(asked: Asked) -> None:
         raise asked.refuse(
             "precisions", f"order them as {order}: others are compared with the first"
         )
-    if "bf16" in given and "bf16" in asked.settings.latency.variants:
+    if given != PRECISIONS[:1] and "bf16" in asked.settings.latency.variants:
         raise asked.refuse(
             "latency.variants",
-            "'bf16' is one of the track's precisions, timed anyway; leave it out",
+            "'bf16' is timed as one of the track's `precisions` where it has any; leave it out",
         )
 
 

@@ -266,6 +266,11 @@ class OwnAutoencoder(Fitting):
             raise WrongKeyError("groups", f"{self.groups} does not divide all of channels")
         return self
 
+    @property
+    def factor(self) -> int:
+        """What it divides the images' side by."""
+        return 2 ** (len(self.channels) - 1)
+
 
 class OwnTextEncoder(Strict):
     """Text encoders with seeded random weights that know the words of the captions.

@@ -139,7 +139,7 @@ STAGES: dict[str, Stage] = {
             "train a narrow decoder on what a dense model draws",
             "{model}{dense_seed}/decoder/decoder.json",
             names=MODEL,
-            depends=("models.*.decoder", *_DRAWN, "evaluation.batch", *_TIMED),
+            depends=("models.*.decoder", "seeds", *_DRAWN, "evaluation.batch", *_TIMED),
         ),
         Stage(
             "select",
