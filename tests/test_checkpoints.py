@@ -135,7 +135,7 @@ def test_a_method_that_trains_goes_on_too(trainer, trial, tmp_path, monkeypatch)
     """Killed in any of its trainings, a method chooses, trains and spends the same."""
     method = tiny.found_methods()[trainer]
     sparsity = method.sparsities[0] if method.sparsities else 0.25
-    parameters = tiny.smoke().settings.methods.parameters.get(trainer, {})
+    parameters = {**method.check, **tiny.smoke().settings.methods.parameters.get(trainer, {})}
 
     def run(checkpoints, step=None):
         meter = BudgetMeter()
