@@ -40,7 +40,7 @@ CHANGES = {
     "checkpoint_seconds": 0,
     "methods": {"folders": ["few"]},
     "needs": {
-        "default": {"mem_mb": MEMORY_MB, "runtime": MINUTES, "gpu": 1},
+        "default": {"mem_mb": MEMORY_MB, "runtime": MINUTES, "gpu": 1, "cpu_instead": True},
         "extractor": {"gpu": 0},
         "score": {"gpu": 0},
     },

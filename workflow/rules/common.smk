@@ -91,7 +91,7 @@ def say_what_it_will_cost(jobs):
     if len(jobs) < LONG:
         return
     made = {file for job in jobs for file in job.output}
-    asked = [division for division, records in SCORES.items() if not made.isdisjoint(records)]
+    asked = [division for division, board in BOARDS.items() if not made.isdisjoint(board)]
     words = ["plan", ARGUMENT, "--start", *(f"--division={division}" for division in asked)]
     words += ["--any-disk"] * (config.get("disk") == "any")
     done = subprocess.run(["prunebench", *words], capture_output=True, text=True)
