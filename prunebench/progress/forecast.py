@@ -247,7 +247,7 @@ class _Counter:
         return None if cell is None else self._of_cell(stage, self.networks[model], cell)
 
     def _of_cell(self, stage: str, network: "_Network", cell: Cell) -> float | None:
-        left = 1 - (cell.sparsity if self.track.method(cell.method).kind in SMALLER else 0)
+        left = self._left(cell)
         image = left * self._image(network, cell)
         work = {
             "recover": left * network.training(self.track.budget(cell)) + self._taught(cell),
@@ -263,8 +263,9 @@ class _Counter:
     def _image(self, network: "_Network", cell: Cell) -> float:
         """Drawing one image of a cell with the dense network."""
         way, steps = self.track.model(cell.model).drawn(cell.sampling), 1.0
-        if self.track.method(cell.method).kind == "steps":
-            steps = 1 - cell.sparsity
+        if "steps" in self._parts(cell):
+            kept = self.track.method(cell.method).steps
+            steps = 1 - cell.sparsity if kept is None else kept
         return steps * network.image(way) / self.track.fold(cell.method, cell.recovery)
 
     def _taught(self, cell: Cell) -> float:
@@ -296,17 +297,24 @@ class _Counter:
         passes_ = variants * (1 + asked.batch) * network.forward
         return rounds * passes_ + 2 * (asked.rounds + asked.warmup) * asked.images * image
 
+    def _parts(self, cell: Cell) -> set[str]:
+        """What the plans of a cell's method remove."""
+        return set(self.track.method(cell.method).kind.split("+"))
+
+    def _left(self, cell: Cell) -> float:
+        """What of the dense network a cell's is."""
+        return 1 - (cell.sparsity if self._parts(cell) & SMALLER else 0)
+
     def _disk(self, stage: str, model: str, cell: Cell | None) -> float:
         """Bytes of a job's files, without its record."""
         if stage == "dense":
             return FLOAT * self.networks[model].parameters
         if cell is None:
             return 0
-        kind, network = self.track.method(cell.method).kind, self.networks[model]
-        left = 1 - (cell.sparsity if kind in SMALLER else 0)
+        network = self.networks[model]
         if stage in ("select", "recover"):
-            masks = network.parameters / 8 if kind == "weights" else 0
-            return FLOAT * left * network.parameters + masks
+            masks = network.parameters / 8 if "weights" in self._parts(cell) else 0
+            return FLOAT * self._left(cell) * network.parameters + masks
         if stage == "sample":
             asked = self.track.settings
             channels, height, width = asked.dataset.entry.shape
@@ -315,7 +323,7 @@ class _Counter:
         return 0
 
 
-SMALLER = ("layers", "widths")  # kinds of plans that leave a smaller network
+SMALLER = {"layers", "widths"}  # parts of plans that leave a smaller network
 TOKENS = 77  # of a prompt, CLIP's; few of a network's operations depend on it
 
 
