@@ -11,14 +11,14 @@ is trained. Deviations from the authors' code: docs/methods/ecodiff.md.
 import itertools
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from prunebench.errors import CellError
 from prunebench.models.conditions import each
 from prunebench.pruning.targets import SCOPES
+from prunebench.selection.checks import check_choices
 from prunebench.selection.soft_masks import gated
 
 TITLE = "EcoDiff"
@@ -103,9 +103,7 @@ def select(
         redraw: draw the masks anew in the backward pass, as in the code. Its gradients belong to
             other masks than its loss.
     """
-    for name, value in {"regulariser": regulariser, "noise": noise, "scope": scope}.items():
-        if value not in CHOICES[name]:
-            raise CellError(f"{name} is '{value}'; known: {', '.join(CHOICES[name])}")
+    check_choices(CHOICES, regulariser=regulariser, noise=noise, scope=scope)
     is_flux = context.family.__name__.endswith("flux")
     given = (beta, start, delta, heads_rate, neurons_rate)
     published = FLUX if is_flux else SDXL
@@ -123,7 +121,7 @@ def select(
     lessons = taught(context, prompts, batch, noise)
     scores, losses = learnt(context, units, lessons, settings)
     plan = context.plan_ranked(scores, scope)
-    return context.plan_ranked(scores, scope, **record(units, plan, losses))
+    return replace(plan, notes=record(units, plan, losses))
 
 
 def kind(name):

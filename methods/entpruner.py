@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 
-from prunebench.models.copies import shell
+from prunebench.models.copies import without
 from prunebench.models.units import parameter_count
 from prunebench.selection.proxies import ntk_condition, vote, zico
 
@@ -90,7 +90,7 @@ def select(
     images = int(share * context.train_images) // stages // step * step
     if not (images or rerank):  # votes would decide when layers go, but no longer which
         plan = context.plan_layers(order, **notes, summary="one-shot: no training between stages")
-        return plan, without(context, context.model, plan.layers)
+        return plan, without(context.model, context.family, plan.layers)
     ntk, noisy = (context.draws(proxy_batch * n, proxy_batch) for n in (ntk_batches, zico_batches))
 
     def choose(networks):
@@ -122,7 +122,7 @@ def prune(context, order, stages, images, choose, rank):
         queue = [layer for layer in order if layer.name in final]
         counts = candidates(len(removed), len(queue), stage, stages)
         steps = [[layer.name for layer in queue[len(removed) : count]] for count in counts]
-        networks = [without(context, model, names) for names in steps]
+        networks = [without(model, context.family, names) for names in steps]
         best, ballot = choose(networks) if len(networks) > 1 else (0, {})
         model, removed = networks[best], queue[: counts[best]]
         votes.append({"candidates": counts, **ballot, "removed": steps[best], **ranking})
@@ -144,7 +144,7 @@ def ranked(context, model, layers, batches, per_dimension):
     intact = log_sigmas(context, model, batches)
     pi = {}
     for layer in layers:
-        dropped = log_sigmas(context, without(context, model, [layer.name]), batches)
+        dropped = log_sigmas(context, without(model, context.family, [layer.name]), batches)
         pi[layer.name] = [after - before for after, before in zip(dropped, intact, strict=True)]
     ced, other = (
         {name: values[form].abs().mean().item() for name, values in pi.items()}
@@ -172,11 +172,3 @@ def log_sigmas(context, model, batches):
     pooled = [rows.std(correction=0).log() for rows in within]
     each = [rows.std(0, correction=0).log().sum() for rows in within if len(rows) > 1]
     return torch.stack(pooled), torch.stack(each or [torch.tensor(math.nan)])
-
-
-def without(context, model, names):
-    """The model without these layers; shares its weights."""
-    smaller = shell(model)
-    for name in names:
-        context.family.remove_layer(smaller, name)
-    return smaller

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from prunebench.errors import CellError
 from prunebench.models.activations import checkpoint_activations
 from prunebench.pruning import surgery, targets
+from prunebench.selection.checks import check_choices
 from prunebench.selection.context import unmetered
 from prunebench.selection.scores import in_parts, slices
 from prunebench.selection.soft_masks import full, gains, hard, masked, readers
@@ -126,9 +127,7 @@ def select(
 def check(rounds, r, **options):
     if rounds < 1 or r < 1:
         raise CellError(f"rounds is {rounds} and r is {r}; both must be at least 1")
-    for name, value in options.items():
-        if value not in CHOICES[name]:
-            raise CellError(f"{name} is '{value}'; known: {', '.join(CHOICES[name])}")
+    check_choices(CHOICES, **options)
 
 
 def gated(context, threshold, timesteps, batch, micro_batch=128):

@@ -22,7 +22,7 @@ from prunebench.errors import CellError
 from prunebench.models.units import parameter_count
 from prunebench.pruning import surgery
 from prunebench.pruning.plan import Plan
-from prunebench.pruning.targets import plan_widths
+from prunebench.pruning.targets import n_and_m, plan_widths
 from prunebench.selection.brain_surgeon import Reader, prune, spread
 from prunebench.selection.layer_inputs import matrix, order_of_use, patches, unmatrix, watched
 
@@ -159,10 +159,10 @@ def quotas(context, pattern):
     """What every weight loses: a number of its entries, in all what the target asks for; or N:M."""
     weights = context.weights()
     if pattern != "unstructured":
-        n, _, m = pattern.partition(":")
-        if not (n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
+        n, m = n_and_m(pattern) or (0, 0)
+        if not 0 < n < m:
             raise CellError(f"pattern '{pattern}' is none of unstructured, N:M, structured")
-        return {k: (int(n), int(m)) for k, w in weights.items() if w.shape[1] % int(m) == 0}
+        return {name: (n, m) for name, w in weights.items() if w.shape[1] % m == 0}
     count = round(context.sparsity * parameter_count(context.model))
     sizes = [weight.numel() for weight in weights.values()]
     if count > sum(sizes):

@@ -8,7 +8,7 @@ and others have to make room. docs/methods/snapfusion_evolution.md.
 
 import torch
 
-from prunebench.models.copies import shell
+from prunebench.models.copies import without
 from prunebench.pruning.plan import Plan
 from prunebench.selection.context import digest, seeded
 from prunebench.training.loop import own_loss
@@ -94,7 +94,7 @@ class Evolution:
         context, whole = self.context, [self.measured(self.model, b, quality) for b in batches]
         count, found = sum(len(b.x0) for b in batches), {}
         for name in self.present():
-            smaller = without(context, self.model, [name])
+            smaller = without(self.model, context.family, [name])
             changes = [
                 len(batch.x0) * self.change(self.measured(smaller, batch, quality), intact).item()
                 for batch, intact in zip(batches, whole, strict=True)
@@ -175,14 +175,8 @@ def skipping(evolution, skip):
         chances = skip * torch.arange(1, len(names) + 1) / len(names)
         drawn = torch.rand(len(names), generator=generator) < chances
         skipped = [name for name, out in zip(names, drawn.tolist(), strict=True) if out]
-        return own_loss(without(evolution.context, model, skipped) if skipped else model, batch)
+        return own_loss(
+            without(model, evolution.context.family, skipped) if skipped else model, batch
+        )
 
     return loss
-
-
-def without(context, model, names):
-    """The model without these blocks; shares its weights."""
-    smaller = shell(model)
-    for name in names:
-        context.family.remove_layer(smaller, name)
-    return smaller

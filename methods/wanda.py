@@ -9,7 +9,7 @@ go. Weights that stay are not changed.
 import torch
 
 from prunebench.errors import CellError
-from prunebench.pruning.targets import plan_n_of_m
+from prunebench.pruning.targets import n_and_m, plan_n_of_m
 from prunebench.selection.layer_inputs import matrix, squares, unmatrix, watched
 
 TITLE = "Wanda"
@@ -42,6 +42,9 @@ def select(context, draws=128, batch=64, pattern="unstructured"):
     Args:
         pattern: "unstructured", every row of every matrix losing the same share; or "N:M".
     """
+    numbers = n_and_m(pattern)
+    if pattern != "unstructured" and numbers is None:
+        raise CellError(f"pattern '{pattern}' is neither 'unstructured' nor N:M, as '2:4'")
     norms = input_norms(context, context.draws(draws, batch))
     scores = {
         name: unmatrix(importance(weight, norms[name]), weight.shape).cpu()
@@ -49,15 +52,7 @@ def select(context, draws=128, batch=64, pattern="unstructured"):
     }
     if pattern == "unstructured":
         return context.plan_weights({name: place_in_row(s) for name, s in scores.items()})
-    return plan_n_of_m(scores, *numbers(pattern))
-
-
-def numbers(pattern):
-    """N and M of "N:M"."""
-    parts = pattern.split(":")
-    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
-        raise CellError(f"pattern '{pattern}' is neither 'unstructured' nor N:M, as '2:4'")
-    return tuple(map(int, parts))
+    return plan_n_of_m(scores, *numbers)
 
 
 @torch.no_grad()

@@ -149,11 +149,21 @@ def read_sources(
     return found
 
 
-def _read_source(file: Path, older: bool) -> Source:
+def content_of(file: Path) -> bytes:
+    """The bytes of a record; UserError where it can't be read."""
     try:
-        content = file.read_bytes()
+        return file.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+
+
+def dense_folder(dense_seed: int) -> str:
+    """Where a board's copies of records of a dense training lie; "" for that of seed 0."""
+    return f"dense{dense_seed}/" if dense_seed else ""
+
+
+def _read_source(file: Path, older: bool) -> Source:
+    content = content_of(file)
     record = (upgrade if older else sealed).parse(file, content)
     if record.identity.stage != "score":
         raise UserError(f"{file} is the record of {record.identity}, not of a score")

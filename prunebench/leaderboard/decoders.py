@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from prunebench.errors import UserError
+from prunebench.leaderboard.collect import content_of, dense_folder
 from prunebench.leaderboard.writers import (
     NOTHING,
     Column,
@@ -61,8 +61,7 @@ class Source:
     def name(self) -> str:
         """Where its copy lies, relative to the table."""
         identity = self.record.identity
-        seed = f"dense{identity.dense_seed}/" if identity.dense_seed else ""
-        return f"raw/{identity.model}/{seed}decoder.json"
+        return f"raw/{identity.model}/{dense_folder(identity.dense_seed)}decoder.json"
 
 
 def read(files: Iterable[Path]) -> list[Source]:
@@ -71,14 +70,8 @@ def read(files: Iterable[Path]) -> list[Source]:
     Raises:
         UserError: a file is something else.
     """
-    found = []
-    for file in files:
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror or error}") from error
-        found.append(Source(content, sealed.parse(file, content, Decoder)))
-    return found
+    contents = {file: content_of(file) for file in files}
+    return [Source(text, sealed.parse(file, text, Decoder)) for file, text in contents.items()]
 
 
 def published(sources: list[Source]) -> dict[str, bytes]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from prunebench.errors import UserError
-from prunebench.leaderboard.collect import CELL, Source
+from prunebench.leaderboard.collect import CELL, Source, content_of, dense_folder
 from prunebench.leaderboard.writers import (
     NOTHING,
     Column,
@@ -45,7 +45,7 @@ class Mask:
     @property
     def name(self) -> str:
         own = self.record.identity
-        seed = f"dense{own.dense_seed}/" if own.dense_seed else ""
+        seed = dense_folder(own.dense_seed)
         return f"raw/oracle/{own.model}/{seed}{own.recovery}/seed{own.seed}/mask{own.mask}.json"
 
 
@@ -57,10 +57,7 @@ def read(files: Iterable[Path], older: bool = False) -> list[Mask]:
     """
     masks = []
     for file in map(Path, files):
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise UserError(f"cannot read {file}: {error.strerror or error}") from error
+        content = content_of(file)
         record = (upgrade if older else sealed).parse(file, content)
         if not isinstance(record, Oracle):
             raise UserError(f"{file} is the record of {record.identity}, not of a mask; delete it")

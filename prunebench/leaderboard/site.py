@@ -21,6 +21,7 @@ from prunebench.leaderboard.collect import (
     axes_folder,
     cell_frame,
     cell_name,
+    dense_folder,
     read_sources,
     recovery_order,
     reference,
@@ -176,7 +177,7 @@ def read_grids(sources: list[Source]) -> dict[tuple, bytes]:
 
 def raw_name(cell) -> str:
     """Where the copy of a cell's score.json lies, relative to the page."""
-    seed = f"dense{cell.dense_seed}/" if cell.dense_seed else ""
+    seed = dense_folder(cell.dense_seed)
     axes = axes_folder(cell.precision, cell.sampling)
     return (f"raw/{cell.model}/{seed}{cell.method}/{cell.sparsity:g}/{cell.recovery}/{axes}"
             f"seed{cell.seed}.json")  # fmt: skip

@@ -1,7 +1,8 @@
 """Copies of models that share tensors: a full one of FLUX takes 24 GB in half precision."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from types import ModuleType
 
 from torch import Tensor, nn
 
@@ -25,3 +26,11 @@ def shell(model: nn.Module) -> nn.Module:
     """A copy of a model's modules that has its very parameters, gradients included."""
     tensors = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def without(model: nn.Module, family: ModuleType, layers: Iterable[str]) -> nn.Module:
+    """A `shell` of a model in which layers are bypassed."""
+    smaller = shell(model)
+    for name in layers:
+        family.remove_layer(smaller, name)
+    return smaller

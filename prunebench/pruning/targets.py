@@ -353,16 +353,21 @@ def most(model: nn.Module, family: ModuleType, kind: str) -> float:
     return removable / parameter_count(model)
 
 
+def n_and_m(pattern: str) -> tuple[int, int] | None:
+    """N and M of a pattern "N:M", None of another."""
+    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", pattern)
+    return (int(found[1]), int(found[2])) if found else None
+
+
 def check_n_of_m(plan: Plan, shapes: Mapping[str, Sequence[int]]) -> None:
     """Every weight that has the pattern is masked, and keeps exactly N of every M.
 
     Args:
         shapes: of all weights that may be masked.
     """
-    found = re.fullmatch(r"(\d{1,9}):(\d{1,9})", plan.pattern)
-    if found is None:
+    if (numbers := n_and_m(plan.pattern)) is None:
         raise CellError(f"unknown pattern '{plan.pattern}'; known: unstructured, uniform and N:M")
-    n, m = map(int, found.groups())
+    n, m = numbers
     _check_pattern(n, m)
     for name, shape in shapes.items():
         if shape[1] % m == 0 and name not in plan.masks:

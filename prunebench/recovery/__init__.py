@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from prunebench.errors import UserError
+from prunebench.runtime.syntax import keyword_defaults
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -155,12 +156,9 @@ def _parameters(file: Path, body: Iterable[ast.stmt]) -> dict[str, object]:
     losses = [node for node in body if isinstance(node, ast.FunctionDef) and node.name == "loss"]
     if not losses:
         raise UserError(f"{file}: a recovery has TEACHER and loss(teaching)")
-    arguments = losses[0].args
-    names = [argument.arg for argument in (*arguments.args[1:], *arguments.kwonlyargs)]
-    defaults = [default for default in (*arguments.defaults, *arguments.kw_defaults) if default]
-    if len(names) != len(defaults):
+    if (defaults := keyword_defaults(losses[0])) is None:
         raise UserError(f"{file}: every parameter of loss but the teaching needs a default")
-    return {name: _literal(file, default) for name, default in zip(names, defaults, strict=True)}
+    return {name: _literal(file, default) for name, default in defaults.items()}
 
 
 def _literal(file: Path, node: ast.expr) -> object:

@@ -141,6 +141,17 @@ def _parts(result: object) -> tuple[Plan, nn.Module | None]:
     return parts
 
 
+def check_choices(choices: Mapping[str, Sequence[str]], **given: str) -> None:
+    """Each given parameter of a method is one of its choices.
+
+    Raises:
+        CellError: names the first that is not, with what it may be.
+    """
+    for name, value in given.items():
+        if value not in choices[name]:
+            raise CellError(f"{name} is '{value}'; known: {', '.join(choices[name])}")
+
+
 def check_kind(plan: Plan, kind: str) -> None:
     """A plan removes what its method says it removes, and nothing else.
 

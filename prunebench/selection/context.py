@@ -14,7 +14,7 @@ from prunebench.diffusion.trajectory import Around, Trajectory
 from prunebench.errors import CellError
 from prunebench.models.activations import checkpoint_activations
 from prunebench.models.conditions import Condition, each
-from prunebench.models.copies import rebuilt, shell
+from prunebench.models.copies import rebuilt, without
 from prunebench.models.units import Layer, Width
 from prunebench.pruning import surgery, targets
 from prunebench.pruning.plan import Plan
@@ -201,10 +201,7 @@ class Context:
     @contextmanager
     def without(self, *layers: str) -> Iterator[nn.Module]:
         """The model with layers bypassed; shares all weights with `model`."""
-        smaller = shell(self.model)
-        for name in layers:
-            self.family.remove_layer(smaller, name)
-        yield smaller
+        yield without(self.model, self.family, layers)
 
     # What to return.
     # `sparsity` is the cell's where it is None; methods that remove several kinds share it out.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from prunebench.models.copies import shell
+from prunebench.models.copies import shell, without
 from prunebench.models.units import Layer, parameter_count
 
 if TYPE_CHECKING:
@@ -80,9 +80,7 @@ def influences(
         distance: maps hidden states before and behind a block, two [rows, width], to [rows].
     """
     names = [layer.name for layer in context.layers()]
-    model, empty = shell(context.model), shell(context.model)
-    for name in names:
-        context.family.remove_layer(empty, name)
+    model, empty = shell(context.model), without(context.model, context.family, names)
     sums: dict[str, float] = dict.fromkeys(names, 0.0)
     counts: dict[str, int] = dict.fromkeys(names, 0)
 

@@ -106,42 +106,13 @@ def of_widths(
     return scores
 
 
-class Remaining(Mapping):
-    """Values of weights in which what was cut is 0, so that sums are over what remains."""
-
-    def __init__(self, values: Mapping[str, Tensor]):
-        self.values_, self._gone = values, defaultdict(list)
-
-    def cut(self, unit: Width, channels: list[int]) -> None:
-        """Take channels of a width away, in all its tensors."""
-        for member in unit.members:
-            self._gone[member.tensor].append((member.axis, member.index[channels].flatten()))
-
-    def __getitem__(self, name: str) -> Tensor:
-        value = self.values_[name]
-        for axis, rows in self._gone[name]:
-            value = value.index_fill(axis, rows.to(value.device), 0)
-        return value
-
-    def __contains__(self, name: object) -> bool:
-        return name in self.values_
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.values_)
-
-    def __len__(self) -> int:
-        return len(self.values_)
-
-
 class Values(Mapping):
     """What `function` makes of weights, made anew at every reading.
 
     So the values of one width are alive at a time; all of them would be another copy of the model.
     """
 
-    def __init__(
-        self, weights: Mapping[str, nn.Parameter], function: Callable[[nn.Parameter], Tensor]
-    ):
+    def __init__(self, weights: Mapping[str, Tensor], function: Callable[[Tensor], Tensor]):
         self.weights, self.function = weights, function
 
     def __getitem__(self, name: str) -> Tensor:
@@ -155,6 +126,25 @@ class Values(Mapping):
 
     def __len__(self) -> int:
         return len(self.weights)
+
+
+class Remaining(Values):
+    """Values in which what was cut is 0, so that sums are over what remains."""
+
+    def __init__(self, values: Mapping[str, Tensor]):
+        super().__init__(values, lambda value: value)
+        self._gone: dict[str, list[tuple[int, Tensor]]] = defaultdict(list)
+
+    def cut(self, unit: Width, channels: list[int]) -> None:
+        """Take channels of a width away, in all its tensors."""
+        for member in unit.members:
+            self._gone[member.tensor].append((member.axis, member.index[channels].flatten()))
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = super().__getitem__(name)
+        for axis, rows in self._gone[name]:
+            value = value.index_fill(axis, rows.to(value.device), 0)
+        return value
 
 
 def taylor_terms(

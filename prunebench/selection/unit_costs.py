@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from prunebench.evaluation import cost, latency
 from prunebench.models.conditions import each
-from prunebench.models.copies import rebuilt, shell
+from prunebench.models.copies import rebuilt, without
 from prunebench.models.units import Layer
 
 
@@ -34,9 +34,7 @@ def macs(
     for name in names:
         key = _shapes(bare.get_submodule(name), *given[name])
         if key not in table:
-            smaller = shell(bare)
-            family.remove_layer(smaller, name)
-            table[key] = whole - counted(smaller)
+            table[key] = whole - counted(without(bare, family, [name]))
         found[name] = table[key]
     return found
 

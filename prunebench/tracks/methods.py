@@ -20,6 +20,7 @@ from prunebench import models
 from prunebench import recovery as recoveries
 from prunebench.errors import CellError, UserError
 from prunebench.runtime import resources
+from prunebench.runtime.syntax import keyword_defaults
 from prunebench.tracks.settings import LEAST_SPARSITY, MOST_SPARSITY, nearest, one_line
 
 PARTS = ("layers", "widths", "weights", "steps")  # what a plan may remove, several at once
@@ -379,13 +380,10 @@ def _parameters(file: Path, tree: ast.Module) -> dict[str, object]:
     functions = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "select"]
     if not functions or not functions[0].args.args:
         raise UserError(f"{file}: a method defines select(context, parameter=default, ...) -> Plan")
-    arguments = functions[0].args
-    named = [argument.arg for argument in (*arguments.args[1:], *arguments.kwonlyargs)]
-    defaults = [default for default in (*arguments.defaults, *arguments.kw_defaults) if default]
-    if len(named) != len(defaults):
+    if (defaults := keyword_defaults(functions[0])) is None:
         raise UserError(f"{file}: every parameter of select but the context needs a default")
     try:
-        return dict(zip(named, map(ast.literal_eval, defaults), strict=True))
+        return {name: ast.literal_eval(default) for name, default in defaults.items()}
     except (*UNREADABLE, TypeError):
         raise UserError(f"{file}: the defaults of select must be literals") from None
 
